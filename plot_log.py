@@ -16,6 +16,7 @@ Contents: Config · Logs · Summary · Picture · Panels · Inside a checkpoint 
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -94,7 +95,8 @@ class Run:
 
 def find_logs(run_dirs: list[str]) -> list[tuple[str, Path]]:
     """(name, log file) of each run directory or log file. Names are told apart by as much of the path as it takes."""
-    paths = [Path(run_dir) / "log.txt" if Path(run_dir).is_dir() else Path(run_dir) for run_dir in run_dirs]
+    paths = [Path(run_dir) for run_dir in run_dirs]
+    paths = [path if path.is_file() or path.suffix in (".txt", ".log") else path / "log.txt" for path in paths]
     resolved = [path.resolve() for path in paths]
     full = [path.parent.parts if path.name == "log.txt" else path.with_suffix("").parts for path in resolved]
     depth = 1
@@ -120,8 +122,11 @@ def read_log(path: Path, name: str) -> Run:
     result = Run(name, path)
     values: dict[str, dict[int, float]] = {}
     # A last line without its newline is still being written: "3.2" may become "3.2516", so it doesn't count.
-    whole, _, _ = path.read_bytes().decode("utf-8-sig", errors="replace").rpartition("\n")
-    for line in whole.splitlines():
+    try:
+        whole, _, _ = path.read_bytes().decode("utf-8-sig", errors="replace").rpartition("\n")
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}; give another log") from error
+    for line in whole.split("\n"):
         data, hash_sign, comment = line.partition("#")
         if hash_sign:
             kind, payload = parse_comment(comment)
@@ -145,16 +150,17 @@ def read_log(path: Path, name: str) -> Run:
     return result
 
 
+LINE = re.compile(r"\s*([0-9]{1,12})\s+([A-Za-z_]\w*)\s+(\S+)\s*")
+
+
 def parse_line(line: str) -> tuple[int, str, float] | None:
     """`step stream value`, or None. inf becomes NaN: neither can be drawn."""
-    words = line.split()
-    if len(words) != 3 or not (words[0].isascii() and words[0].isdecimal() and words[1].isidentifier()):
-        return None
+    match = LINE.fullmatch(line)
     try:
-        value = float(words[2])
+        value = float(match[3]) if match else None
     except ValueError:
         return None
-    return int(words[0]), words[1], value if math.isfinite(value) else math.nan
+    return match and (int(match[1]), match[2], value if math.isfinite(value) else math.nan)
 
 
 def parse_comment(text: str) -> tuple[str, dict]:
@@ -199,7 +205,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def rolling_median(values: np.ndarray) -> np.ndarray:
-    """As `smooth`, for streams whose spikes say nothing of their level; taken at 1,000 places and joined; (n,) -> (n,)."""
+    """As `smooth`, for streams whose spikes say nothing of their level; at 1,000 places, joined; (n,) -> (n,)."""
     half, i = half_window(values), np.arange(len(values))
     places = np.unique(np.linspace(0, max(len(values) - 1, 0), min(len(values), 1_000)).astype(int))
     return np.interp(i, places, [np.median(values[max(0, at - half) : at + half + 1]) for at in places])
@@ -210,10 +216,11 @@ def half_window(values: np.ndarray) -> int:
 
 
 def standard_errors(of: Run) -> np.ndarray:
-    """Of each finite HellaSwag accuracy: as the log says, else that of a share of 10,042 examples."""
+    """Of each finite HellaSwag accuracy: as the log says, else that of a share of all examples, or of --hella_limit."""
+    examples = of.config.get("hella_limit") or HELLASWAG_EXAMPLES
     steps, accuracy = of.finite("hella")
     logged = dict(zip(*map(np.ndarray.tolist, of.finite("hella_se"))))
-    binomial = np.sqrt(np.clip(accuracy * (1 - accuracy), 0, None) / HELLASWAG_EXAMPLES)
+    binomial = np.sqrt(np.clip(accuracy * (1 - accuracy), 0, None) / examples)
     return np.array([logged.get(step, se) for step, se in zip(steps.tolist(), binomial)])
 
 
@@ -320,6 +327,7 @@ STYLE = {
     "grid.linewidth": 0.7, "xtick.color": GREY, "ytick.color": GREY, "xtick.major.size": 3, "ytick.major.size": 0,
     "axes.labelcolor": GREY, "axes.labelsize": 8.5, "legend.frameon": False, "legend.fontsize": 8.5,
     "legend.handlelength": 1.8, "legend.borderpad": 0, "legend.borderaxespad": 0, "svg.hashsalt": "plot_log",
+    "text.parse_math": False,  # a $ in a name is a $
 }
 
 
@@ -334,12 +342,16 @@ class Look:
 
 
 def looks(runs: list[Run]) -> list[Look]:
-    """A color a run, and evaluations in another if there is only one run; dashes tell more than seven apart."""
+    """A color a run, and evaluations in another if there is only one run; dashes tell more than seven apart.
+
+    matplotlib leaves names that begin with "_" out of a legend; a blank before it helps.
+    """
     if len(runs) == 1:
         return [Look("", COLORS[0], COLORS[1], "-")]
     styles, seven = ("-", "--", ":", "-."), len(COLORS)
-    return [Look(middle_out(of.name, 40), COLORS[i % seven], COLORS[i % seven], styles[i // seven % len(styles)])
-            for i, of in enumerate(runs)]
+    names = [middle_out(f" {of.name}" if of.name.startswith("_") else of.name, 40) for of in runs]
+    return [Look(name, COLORS[i % seven], COLORS[i % seven], styles[i // seven % len(styles)])
+            for i, name in enumerate(names)]
 
 
 def draw_runs(runs: list[Run], axis: str):
@@ -349,37 +361,39 @@ def draw_runs(runs: list[Run], axis: str):
     from matplotlib.figure import Figure
 
     panels = [draw for stream, draw in PANELS.items() if any(len(of.finite(stream)[0]) for of in runs)]
-    columns = {0: 1, 1: 1, 2: 2, 3: 3, 4: 2}[len(panels)]
-    lower = -(-len(panels) // columns)
-    if axis == "hours" and max(positions(of, np.array([of.last_step]), axis)[0] for of in runs) < 2:
+    rows = [1, *{0: [], 1: [1], 2: [2], 3: [1, 2] if draw_hella in panels else [3], 4: [2, 2]}[len(panels)]]
+    if axis == "hours" and span(runs, axis) < 2:
         axis = "minutes"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 20), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(1 + lower, columns, height_ratios=[1.75] + [1] * lower)
-        axes = [figure.add_subplot(grid[0, :])]
-        axes += [figure.add_subplot(grid[1 + i // columns, i % columns]) for i in range(len(panels))]
+        grid = figure.add_gridspec(len(rows), 6, height_ratios=[1.75] + [1] * (len(rows) - 1))
+        axes = [figure.add_subplot(grid[row, i * 6 // count : (i + 1) * 6 // count])
+                for row, count in enumerate(rows) for i in range(count)]
         styled = list(zip(runs, looks(runs)))
-        draw_loss(axes[0], styled, axis)
-        for ax, draw in zip(axes[1:], panels):
+        for ax, draw in zip(axes, [draw_loss, *panels]):
             draw(ax, styled, axis)
-        span = max(positions(of, np.array([of.last_step]), axis)[0] for of in runs)
-        for i, ax in enumerate(axes):
-            ax.set_xlim(-0.005 * span, (span or 1) * 1.005)
-            dress_x(ax, axis, ticks=8 if i == 0 or columns == 1 else 5 if columns == 2 else 4)
+        right = span(runs, axis) or 1
+        for ax, count in zip(axes, [across for across in rows for _ in range(across)]):
+            ax.set_xlim(-0.005 * right, 1.005 * right)
+            dress_x(ax, axis, ticks={1: 8, 2: 5, 3: 4}[count])
+        for ax in axes[-rows[-1] :]:
             ax.set_xlabel(axis if axis in ("steps", "tokens") else f"{axis} of training")
-            ax.xaxis.label.set_visible(i >= len(axes) - columns)
         header = head(figure, runs, axes)
-        height = header + 3.1 + 1.85 * lower
+        height = header + 3.1 + 1.85 * (len(rows) - 1)
         figure.set_size_inches(WIDTH, height)
         figure.get_layout_engine().set(rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02)
     return figure
 
 
+def span(runs: list[Run], axis: str) -> float:
+    return float(max(positions(of, np.array([of.last_step]), axis)[0] for of in runs))
+
+
 def dress_x(ax, axis: str, ticks: int) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    ax.xaxis.set_major_locator(MaxNLocator(ticks, integer=axis == "steps"))
+    ax.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=axis == "steps"))
     ax.xaxis.set_major_formatter(FuncFormatter({
         "steps": lambda x, _: f"{x:,.0f}", "tokens": lambda x, _: short(x)}.get(axis, lambda x, _: f"{x:g}")))
 
@@ -408,7 +422,7 @@ def write_title(figure, title: str, subtitle: str):
 
     from_top = figure.dpi_scale_trans + ScaledTranslation(0, 1, figure.transFigure)
     place = {"transform": from_top, "in_layout": False}
-    figure.text(0.15, -0.32, middle_out(title, 80), fontsize=13, fontweight="bold", **place)
+    figure.text(0.15, -0.32, middle_out(title, 60), fontsize=13, fontweight="bold", **place)
     figure.text(0.15, -0.54, subtitle, color=GREY, **place)
     return from_top
 
@@ -422,7 +436,7 @@ def describe(runs: list[Run]) -> str:
         assumed = "" if "total_batch_size" in of.config else " (assumed)"
         facts.append([
             f"{model['n_layer']} layers, {model['n_head']} heads, {model['n_embd']} channels" if whole else "",
-            middle_out(str(data.get("source", "")), 48),
+            middle_out(str(data.get("source", "")), 38),
             f"{of.tokens_per_step:,} tokens a step{assumed}",
             f"step {summary(of)['step']}" if len(runs) == 1 else "",
         ])
@@ -438,15 +452,17 @@ def save(figure, path: Path) -> None:
     import matplotlib
 
     kind = path.suffix[1:].lower()
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file, matplotlib.rc_context(STYLE):
             # No date in it: the same log gives the same bytes.
             figure.savefig(file, format=kind, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}; choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -465,8 +481,8 @@ def draw_loss(ax, styled, axis: str) -> None:
         at, val = of.finite("val")
         marks = {"marker": "o", "markersize": 3.8, "markeredgewidth": 0.5, "markeredgecolor": "white"}
         # Joined only where no training curve shows the way: chords between a few points would cut its bends.
-        ax.plot(positions(of, at, axis), val, color=look.marks, linestyle="none" if len(train) else look.dashes, zorder=4,
-                label=None if look.name else "validation", **marks)
+        ax.plot(positions(of, at, axis), val, color=look.marks, linestyle="none" if len(train) else look.dashes,
+                zorder=4, label=None if look.name else "validation", **marks)
         if look.name and len(val):
             ax.plot([], [], color=INK, linestyle="none", label="validation", **marks)
         bad = steps[~np.isfinite(train)]
@@ -529,16 +545,17 @@ def name_line(ax, y: float, text: str, va: str = "center") -> None:
 
 
 def draw_trace(ax, look: Look, x: np.ndarray, raw: np.ndarray, smoothed: np.ndarray) -> None:
-    """A stream of every step: raw and faint, and smoothed over it. Rasterized, or an SVG would be megabytes."""
+    """A stream of every step: raw and faint, and smoothed over it. Raw is rasterized: SVGs stay small."""
     if len(x):
         ax.plot(x, raw, color=look.color, alpha=0.16 if look.name else 0.28, linewidth=0.7, zorder=2,
                 label=None if look.name else "each step", rasterized=len(x) > 5_000)
-        ax.plot(x, smoothed, color=look.color, linestyle=look.dashes, linewidth=1.5, zorder=3.5, markersize=3,
-                marker="o" if len(x) < 3 else None, label=look.name or f"smoothed over {2 * half_window(raw) + 1} steps")
+        label = look.name or f"smoothed over {2 * half_window(raw) + 1} steps"
+        ax.plot(x, smoothed, color=look.color, linestyle=look.dashes, linewidth=1.5, zorder=3.5, label=label,
+                marker="o" if len(x) < 3 else None, markersize=3)
 
 
 def draw_hella(ax, styled, axis: str) -> None:
-    ax.set_title("HellaSwag, acc_norm ± 1 standard error")
+    ax.set_title("HellaSwag acc_norm ± s.e.")
     runs = [of for of, _ in styled]
     for of, look in styled:
         steps, accuracy = of.finite("hella")
@@ -566,10 +583,12 @@ def draw_lr(ax, styled, axis: str) -> None:
 def draw_norm(ax, styled, axis: str) -> None:
     """Gradient norm before clipping; the first steps' spikes are let out of the frame."""
     ax.set_title("Gradient norm")
+    tops = []
     for of, look in styled:
         steps, norm = of.finite("norm")
-        draw_trace(ax, look, positions(of, steps, axis), norm, rolling_median(norm))
-    tops = [np.quantile(of.finite("norm")[1], 0.99) for of, _ in styled if len(of.finite("norm")[1])]
+        if len(norm):
+            draw_trace(ax, look, positions(of, steps, axis), norm, rolling_median(norm))
+            tops.append(np.quantile(norm, 0.99))
     clips = {of.config.get("grad_clip") for of, _ in styled} - {None, 0}
     high = max(tops)
     if len(clips) == 1 and 0 < min(clips) < 3 * high:
@@ -605,24 +624,23 @@ def find_checkpoint(path: Path) -> Path:
     """The file itself, or a run directory's newest checkpoint. Raises UserError if there is none."""
     found = sorted(path.glob("ckpt_*.pt"))[-1:] if path.is_dir() else [path] * path.is_file()
     if not found:
-        raise UserError(f"no checkpoint {str(path)!r}; give a run directory or one of its ckpt_*.pt")
+        raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt, or a run directory that has one")
     return found[0]
 
 
-def load_weights(path: Path) -> tuple[dict, dict]:
-    """(state_dict, model_config) of a checkpoint of train_gpt2.py; nothing in it is executed."""
+def load_checkpoint(path: Path) -> dict:
+    """The checkpoint, memory-mapped, nothing in it executed. Raises UserError if it is foreign or cut short."""
     import torch
 
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        weights, model_config = checkpoint["model"], checkpoint["model_config"]
-        missing = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd"} - model_config.keys()
-        if missing or "transformer.wpe.weight" not in weights:
-            raise KeyError(*missing or ["transformer.wpe.weight"])
-    except Exception as error:  # torch's, pickle's or zipfile's own, for a file that is foreign or cut short
-        reason = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:120]
-        raise UserError(f"{path} is not a whole checkpoint of train_gpt2.py ({reason}); give another one") from error
-    return weights, model_config
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        missing = {"model", "model_config", "step"} - state.keys()
+    except Exception as error:  # torch, pickle and zipfile each have their own for a file that is not what it should be
+        reason = str(error).strip().split("\n")[0][:100]
+        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {reason}); give another") from error
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of train_gpt2.py: it has no {', '.join(sorted(missing))}")
+    return state
 
 
 def position_similarity(weights: dict) -> np.ndarray:
@@ -671,29 +689,29 @@ def tokenize_prompt(prompt: str, vocab_size: int, block_size: int) -> tuple[list
     ids = tokenizer.encode(prompt)[: min(block_size, MAX_PROMPT)]
     if not ids:
         raise UserError("--prompt is empty: there is nothing to attend to")
-    return ids, [tokenizer.decode([i]).replace("\n", "\\n").replace("$", r"\$") for i in ids]
+    return ids, [tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
 
 
 MAX_PROMPT = 32  # tokens: more can't be labelled legibly
 MAX_LAYERS = 12  # more are thinned out evenly
 
 
-def draw_model(path: Path, prompt: str):
+def draw_model(state: dict, title: str, prompt: str):
     """A Figure of a checkpoint: position embeddings' similarity, attention on average, and that of every head."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    weights, model_config = load_weights(path)
+    weights, model_config = state["model"], state["model_config"]
     ids, words = tokenize_prompt(prompt, model_config["vocab_size"], model_config["block_size"])
     maps = attention_maps(weights, model_config["n_head"], ids)
     layers = np.unique(np.linspace(0, len(maps) - 1, min(len(maps), MAX_LAYERS)).round().astype(int))
-    cell = min(0.62, (WIDTH - 0.8) / maps.shape[1])
+    cell = min(0.9, (WIDTH - 1.6) / maps.shape[1])
     height = 0.9 + 4.3 + 0.75 + max(cell * len(layers), 0.6)
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.66 / height), w_pad=0.1, h_pad=0.08)
         size = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**model_config)
-        write_title(figure, f"{path.resolve().parent.name}/{path.name}", size)
+        write_title(figure, title, f"{size}   ·   step {state['step']:,}")
         grid = figure.add_gridspec(2, 2, height_ratios=[4.3, 0.35 + max(cell * len(layers), 0.6)])
         draw_similarity(figure, figure.add_subplot(grid[0, 0]), position_similarity(weights))
         draw_attention(figure, figure.add_subplot(grid[0, 1]), maps.mean((0, 1)), words)
@@ -720,6 +738,8 @@ def draw_attention(figure, ax, attention: np.ndarray, words: list[str]) -> None:
     size = min(8.5, 150 / len(words))
     ax.set_xticks(range(len(words)), words, rotation=90, fontsize=size)
     ax.set_yticks(range(len(words)), words, fontsize=size)
+    ax.set_xlabel("key")
+    ax.set_ylabel("query")
     figure.colorbar(image, ax=ax, orientation="horizontal", shrink=0.7, aspect=40, pad=0.02).outline.set_visible(False)
 
 
@@ -751,10 +771,11 @@ def load_runs(logs: list[tuple[str, Path]], axis: str) -> list[Run]:
     for _, path in logs:
         check_exists(path)
     runs = [read_log(path, name) for name, path in logs]
-    drawable = [of for of in runs if any(len(of.finite(stream)[0]) for stream in ("train", "val", *PANELS))]
+    drawable = [of for of in runs if len(of.finite("train")[0]) or len(of.finite("val")[0])]
     if not drawable:
-        raise UserError(f"nothing to draw in {', '.join(str(path) for _, path in logs)}: not one finite value of train, "
-                        f"val, {', '.join(PANELS)}; a log has lines of `step stream value`, such as `0 train 10.95`")
+        counts = [f"{of.path} ({sum(len(steps) for steps, _ in of.streams.values()):,} values)" for of in runs]
+        raise UserError(f"nothing to draw in {', '.join(counts)}: no finite value of train or val; "
+                        "a log has lines of `step stream value`, such as `0 train 10.95`")
     for of in drawable:
         if axis == "hours" and not len(of.finite("ms")[0]):
             raise UserError(f"{of.path} has no `ms` lines to tell hours by; use --x steps or --x tokens")
@@ -796,9 +817,9 @@ def check_format(out: Path) -> Path:
 
 def main(config: Config) -> None:
     if config.model:
-        checkpoint = find_checkpoint(Path(config.model))
-        out = check_format(Path(config.out) if config.out else checkpoint.with_suffix(".png"))
-        save(draw_model(checkpoint, config.prompt), out)
+        path = find_checkpoint(Path(config.model))
+        out = check_format(Path(config.out) if config.out else path.with_suffix(".png"))
+        save(draw_model(load_checkpoint(path), f"{path.resolve().parent.name}/{path.name}", config.prompt), out)
         print(f"wrote {out}")
         return
     logs = find_logs(config.run_dirs)

@@ -1,0 +1,406 @@
+"""plot_log.py: what a log says is what is drawn, nothing overlaps, and a user's mistake costs one line."""
+
+import json
+import math
+import subprocess
+import sys
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cli
+import plot_log
+
+FINEWEB = "HuggingFaceFW/fineweb-edu:sample-10BT"
+RECIPE = {**plot_log.RECIPE, "model": "gpt2", "init_from": "", "grad_clip": 1.0, "n_layer": 0, "n_head": 0, "n_embd": 0}
+GPT2 = {"block_size": 1024, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768}
+BUILD_NANOGPT = (
+    "0 val 10.9504\n0 hella 0.2463\n0 train 10.955029\n1 train 9.632\n2 train 9.1\n2 val 9.2500\n2 hella 0.2500\n"
+)
+
+
+def write_log(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return path
+
+
+def make_log(folder: Path, steps: int, config=None, source=FINEWEB, skip=(), restart=None) -> Path:
+    """A log as the trainer writes it: loss 3 + 8 exp(-s / tau), wavering."""
+    comments = {"config": {**RECIPE, "max_steps": steps, **(config or {})}, "model": GPT2,
+                "data": {"source": source, "tokenizer": "gpt2"}}
+    lines = [f"# {kind} {json.dumps(value)}" for kind, value in comments.items()]
+    for step in range(steps + 1):
+        loss = 3 + 8 * math.exp(-step / (0.04 * steps)) + 0.02 * math.sin(step)
+        values = {"train": loss, "lr": 6e-4 * (1 - step / steps), "norm": 0.3 + math.exp(-step), "ms": 340 + step % 7}
+        if step % (steps // 8) == 0:
+            values |= {"val": loss, "bpb": loss / 3.2, "hella": 0.25 + 0.06 * step / steps}
+        if restart and step == restart:
+            lines.append(f'# restart {{"step": {step}}}')
+        lines += [f"{step} {name} {value:.6f}" for name, value in values.items() if name not in skip]
+    return write_log(folder / "log.txt", "\n".join(lines) + "\n")
+
+
+def values_of(run: plot_log.Run, stream: str) -> dict:
+    return dict(zip(*map(np.ndarray.tolist, run[stream])))
+
+
+def command(*argv) -> None:
+    cli.run(plot_log.main, plot_log.Config, plot_log.__doc__, [str(word) for word in argv])
+
+
+def failure(capsys, *argv) -> str:
+    """The one line that a user's mistake ends with."""
+    with pytest.raises(SystemExit) as exit_:
+        command(*argv)
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Logs
+
+
+def test_a_log_says_what_its_lines_say(tmp_path):
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", BUILD_NANOGPT), "r")
+    assert values_of(run, "train") == {0: 10.955029, 1: 9.632, 2: 9.1}
+    assert values_of(run, "val") == {0: 10.9504, 2: 9.25} and values_of(run, "hella") == {0: 0.2463, 2: 0.25}
+    assert run.config == {} and run.tokens_per_step == 524288 and run.last_step == 2 and run.unreadable == 0
+
+
+def test_the_last_value_of_a_step_wins_and_a_restart_takes_back_what_came_after(tmp_path):
+    lines = ["0 train 9", "1 train 8", "2 train 7", "2 val 6.5", "3 train 6", "4 train 5.5", "4 val 5",
+             '# config {"total_batch_size": 64}', '# restart {"step": 2}', "2 train 7.5", "3 train 6.25"]
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", "\n".join(lines) + "\n"), "r")
+    assert values_of(run, "train") == {0: 9, 1: 8, 2: 7.5, 3: 6.25}
+    assert values_of(run, "val") == {2: 6.5}, "what was measured at the step of the checkpoint stands"
+    assert run.restarts == [2] and run.tokens_per_step == 64 and "resumed at step 2" in plot_log.table([run])
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", "0 train 9\n1 train 8\n0 train 7\n"), "r")
+    assert values_of(run, "train") == {0: 7, 1: 8}, "without the comment too"
+
+
+def test_a_torn_or_damaged_log_is_read_as_far_as_it_goes(tmp_path):
+    text = ("\ufeff0 train 9\r\n# an unknown comment\n# config {broken\n1 train 8\nrubbish\n2 tra3 train 7\n"
+            "4 train 6.5.1\n-1 train 3\n99999999999999999999 train 3\n5 tr\0in 3\n6 train 6"  # torn by a crash; then it goes on
+            '# restart {"step": 1}\n2 train 7.5\n3 train 6')  # and this is being written: 6.2?
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", text), "r")
+    assert values_of(run, "train") == {0: 9, 1: 8, 2: 7.5}
+    assert run.restarts == [1] and run.config == {} and run.unreadable == 6
+    assert "6 unreadable lines" in plot_log.table([run])
+
+
+def test_what_is_not_finite_is_counted_marked_and_left_out(tmp_path):
+    text = "".join(f"{step} train {value}\n" for step, value in enumerate([9, 8, "nan", "inf", "-inf", 6, 5.5]))
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", text + "6 val nan\n"), "r")
+    assert run.finite("train")[0].tolist() == [0, 1, 5, 6]
+    assert "train is NaN or infinite at 3 steps, first at 2" in plot_log.table([run])
+    figure = plot_log.draw_runs([run], "steps")
+    marks, = [line for line in figure.axes[0].lines if line.get_label() == "NaN or infinite"]
+    assert marks.get_xdata().tolist() == [2, 3, 4]
+    assert np.isfinite(figure.axes[0].get_ylim()).all()
+
+
+def test_runs_are_named_by_as_much_of_their_path_as_it_takes(tmp_path):
+    def names(*paths):
+        return [name for name, _ in plot_log.find_logs([str(tmp_path / path) for path in paths])]
+
+    for path in ("a/log", "b/log", "c"):
+        write_log(tmp_path / path / "log.txt", BUILD_NANOGPT)
+    assert names("c") == ["c"] and names("c/log.txt") == ["c"] and names("old/main.log") == ["main"]
+    assert names("a/log", "c") == ["log", "c"] and names("a/log", "b/log/log.txt") == ["a/log", "b/log"]
+    assert names("c", "c") == ["c", "c"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def test_smoothing_is_a_mean_that_neither_lags_nor_swallows_nans():
+    values = np.random.default_rng(0).normal(size=700).cumsum()
+    values[[5, 300, 301]] = math.nan
+    half, expected = 7, []
+    for i in range(700):
+        back = min(i, half)
+        window = values[i - back : min(i + back, 699) + 1]
+        expected.append(math.nan if math.isnan(values[i]) else np.nanmean(window))
+    np.testing.assert_allclose(plot_log.smooth(values), expected, atol=1e-9)
+    line = np.arange(300.0)
+    np.testing.assert_allclose(plot_log.smooth(line)[:-3], line[:-3])
+
+
+def test_spikes_do_not_move_the_median():
+    values = np.full(5000, 2.0)
+    values[::40] = 1000
+    assert plot_log.rolling_median(values).tolist() == [2.0] * 5000
+    assert plot_log.rolling_median(np.array([3.0])).tolist() == [3.0]
+    np.testing.assert_allclose(plot_log.rolling_median(np.arange(5000.0))[100:-100], np.arange(5000)[100:-100])
+
+
+def test_the_axis_of_tokens_and_of_hours(tmp_path):
+    text = '# config {"total_batch_size": 1000}\n0 ms 7200000\n1 ms 3600000\n3 ms 1800000\n3 train 5\n'
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", text), "r")
+    steps = np.array([0, 1, 2, 3, 4])
+    assert plot_log.positions(run, steps, "tokens").tolist() == [0, 1000, 2000, 3000, 4000]
+    assert plot_log.positions(run, steps, "hours").tolist() == [0, 2, 3, 3.5, 4], "step 2 took as long as step 3"
+    assert plot_log.positions(run, steps, "minutes").tolist() == [0, 120, 180, 210, 240]
+    assert "4.0 h" in plot_log.table([run]) and plot_log.tokens_per_second(run, np.array(500.0)) == 2000
+
+
+def test_error_bars_are_the_logs_or_those_of_a_share(tmp_path):
+    log = "0 train 9\n0 hella 0.2955\n1 hella 0.3\n1 hella_se 0.0123\n"
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", log), "r")
+    np.testing.assert_allclose(plot_log.standard_errors(run), [0.00455308, 0.0123], rtol=1e-4)
+    bars = plot_log.draw_runs([run], "steps").axes[1].containers[0][2][0].get_segments()
+    np.testing.assert_allclose(bars[1], [[1, 0.3 - 0.0123], [1, 0.3 + 0.0123]])
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", '# config {"hella_limit": 100}\n' + log), "r")
+    np.testing.assert_allclose(plot_log.standard_errors(run)[0], 0.0456, rtol=1e-2)
+
+
+def test_short_numbers():
+    texts = {0: "0", 0.25: "0.25", 1760: "1.76k", 99_960: "100k", 524_288: "524k", 999_999: "1M", 1.5e6: "1.5M",
+             9.96e9: "9.96B", 1e10: "10B"}
+    assert {number: plot_log.short(number) for number in texts} == texts
+
+
+def test_the_table_says_where_a_run_is(tmp_path):
+    run = plot_log.read_log(make_log(tmp_path / "mine", 80, {"total_batch_size": 2048}), "mine")
+    head, row = plot_log.table([run]).splitlines()
+    assert " ".join(head.split()) == "run step tokens train val best val bpb HellaSwag tokens/s time"
+    assert row.split()[:5] == ["mine", "80", "of", "80", "164k"] and "0.3100 +- 0.0046" in row
+    assert row.split()[-3:] == ["5.97k", "0.5", "min"] and "2.9801 at 80" in row
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Picture
+
+
+def named(figure) -> set[str]:
+    """Everything that a picture has a name for: its legend, and the names of its horizontal lines."""
+    legend = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+    return legend | {text.get_text().replace("\n", " ") for ax in figure.axes for text in ax.texts}
+
+
+@pytest.mark.parametrize("config, source, lines, curve", [
+    ({}, FINEWEB, True, True),
+    ({"max_lr": 18e-4}, FINEWEB, True, False),
+    ({"total_batch_size": 2**18}, FINEWEB, True, False),
+    ({"n_layer": 24}, FINEWEB, True, True),  # what the model is says `# model`, not the flag
+    ({"init_from": "gpt2"}, FINEWEB, True, False),
+    ({}, "python-docs", False, False),
+])
+def test_what_others_reached_is_drawn_only_where_it_compares(tmp_path, config, source, lines, curve):
+    path = make_log(tmp_path, 80, {"max_steps": 19073, **config}, source)
+    run = plot_log.read_log(path, "r")
+    names = named(plot_log.draw_runs([run], "steps"))
+    assert {"GPT-2 124M 3.2924" in names, "GPT-2 124M 0.2955" in names, "GPT-3 124M 0.337" in names} == {lines}
+    assert any("reference" in name for name in names) == curve
+    assert "chance 0.25" in names
+    assert not any("reference" in name for name in named(plot_log.draw_runs([run], "hours"))), "it has no hours"
+
+
+def test_build_nanogpts_logs_are_compared_and_the_batch_is_assumed_aloud(tmp_path):
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", BUILD_NANOGPT), "r")
+    figure = plot_log.draw_runs([run], "tokens")
+    assert any("reference" in name for name in named(figure)) and len(figure.axes) == 2
+    assert "524,288 tokens a step (assumed)" in figure.texts[1].get_text()
+    assert "524,288 tokens a step are assumed" in plot_log.table([run])
+    validation, = [line for line in figure.axes[0].lines if line.get_label() == "validation"]
+    assert validation.get_xdata().tolist() == [0, 2 * 524288] and validation.get_ydata().tolist() == [10.9504, 9.25]
+
+
+def test_the_reference_curve_goes_through_its_points():
+    steps = np.array([*plot_log.REFERENCE_CURVE])
+    np.testing.assert_allclose(plot_log.reference_loss(steps), [*plot_log.REFERENCE_CURVE.values()])
+    assert (np.diff(plot_log.reference_loss(np.arange(19073))) < 0).all()
+
+
+def test_a_long_run_is_shown_where_it_matters_and_a_short_one_whole(tmp_path):
+    long = plot_log.draw_runs([plot_log.read_log(make_log(tmp_path / "long", 2000), "long")], "steps").axes[0]
+    assert 4 < long.get_ylim()[1] < 8 and long.get_title(loc="right").startswith("from 11.00 at the start")
+    text = "".join(f"{step} train {11 - step / 20}\n" for step in range(100))
+    short = plot_log.read_log(write_log(tmp_path / "log.txt", text), "short")
+    short = plot_log.draw_runs([short], "steps").axes[0]
+    assert short.get_ylim()[1] > 11 and short.get_title(loc="right") == ""
+
+
+def scenes(folder: Path) -> dict:
+    """Pictures as different as users', the hardest for the layout among them."""
+    def read(name, *args, **kwargs):
+        return plot_log.read_log(make_log(folder / name, *args, **kwargs), name)
+
+    bare = plot_log.read_log(write_log(folder / "bare" / "log.txt", BUILD_NANOGPT), "bare")
+    no_hella, no_time = read("demo", 200, source="python-docs", skip=("hella",)), read("w", 400, skip=("ms",))
+    recipe = read("gpt2", 400, {"max_steps": 19073}, restart=100)
+    long = "a-very-long-name-of-a-run-with-all-its-settings-lr0.0018-wd0.1-seed1337-batch524288-try-%d"
+    many = [read(f"$many_{i}", 200, {"max_lr": i * 1e-4}) for i in range(3)]
+    for i, run in enumerate(many):
+        run.name = long % i
+    return {"demo": [no_hella], "no_time": [no_time], "recipe": [recipe], "bare": [bare], "many": many,
+            "mixed": [recipe, bare, no_hella], "_long": [read(long % 9, 200, source="some/data" * 20)]}
+
+
+@pytest.mark.parametrize("axis", ["steps", "tokens", "hours"])
+def test_nothing_overlaps_and_every_line_is_named(tmp_path, axis):
+    for name, runs in scenes(tmp_path).items():
+        if axis == "hours" and name in ("bare", "no_time", "mixed"):
+            continue
+        figure = plot_log.draw_runs(runs, axis)
+        assert_tidy(figure, name)
+        legend = {handle.get_color() for handle in figure.legends[0].legend_handles}
+        for ax in figure.axes:
+            drawn = [line for line in ax.lines if len(line.get_xdata())]
+            unnamed = [line for line in drawn if line.get_color() not in legend]
+            assert len(unnamed) == len(ax.texts), f"{name}: {ax.get_title(loc='left')}"
+
+
+def assert_tidy(figure, name: str) -> None:
+    """No text over another or beyond the edge; none but a panel's own over the panel."""
+    figure.draw_without_rendering()
+    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            texts += [axis.label, *(tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)]
+        texts += [ax.title, ax._left_title, ax._right_title, *ax.texts]
+    texts = [text for text in texts if text.get_visible() and text.get_text().strip()]
+    boxes = [text.get_window_extent() for text in texts]
+    panels = [ax.get_window_extent() for ax in figure.axes]
+    for i, (text, box) in enumerate(zip(texts, boxes)):
+        where = f"{name}: {text.get_text()!r}"
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, f"{where} is cut"
+        over = [other.get_text() for other, b in zip(texts[:i], boxes) if overlap(box, b)]
+        assert not over, f"{where} is over {over}"
+        assert not any(overlap(box, panel) for panel in panels), f"{where} is over a panel"
+
+
+def overlap(a, b) -> bool:
+    return min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
+
+
+def test_several_runs_are_told_apart(tmp_path):
+    runs = [plot_log.read_log(make_log(tmp_path / f"{i}", 40), f"_run{i}") for i in range(9)]
+    figure = plot_log.draw_runs(runs, "steps")
+    assert {f" _run{i}" for i in range(9)} < named(figure)
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.legends[0].legend_handles[:9]}) == 9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def test_the_picture_is_a_png_or_svg_written_whole(tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    make_log(tmp_path / "run", 80)
+    command(tmp_path / "run")
+    assert Image.open(tmp_path / "run" / "curves.png").size[0] == 1800 and "wrote" in capsys.readouterr().out
+    for copy in ("a.svg", "b.svg"):
+        command(tmp_path / "run" / "log.txt", "--x", "tokens", "--out", tmp_path / "new" / copy)
+    svg = (tmp_path / "new" / "a.svg").read_bytes()
+    assert xml.etree.ElementTree.fromstring(svg).tag.endswith("svg")
+    assert svg == (tmp_path / "new" / "b.svg").read_bytes(), "the same log, the same bytes"
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left" in failure(capsys, tmp_path / "run", "--out", tmp_path / "new" / "a.svg")
+    assert (tmp_path / "new" / "a.svg").read_bytes() == svg and len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_mistakes_cost_one_line(tmp_path, capsys):
+    make_log(tmp_path / "log" / "demo", 40)
+    assert "there is one in" in (line := failure(capsys, tmp_path / "log")) and "demo" in line
+    assert "nowhere" in failure(capsys, tmp_path / "nowhere")
+    empty, nans = write_log(tmp_path / "empty.txt", ""), write_log(tmp_path / "nans.txt", "0 train nan\n")
+    assert "nothing to draw" in failure(capsys, empty) and "(1 values)" in failure(capsys, nans)
+    assert "must end in .png" in failure(capsys, tmp_path / "log" / "demo", "--out", tmp_path / "curves.jpg")
+    bare = write_log(tmp_path / "bare.txt", BUILD_NANOGPT)
+    assert "--x steps" in failure(capsys, bare, "--x", "hours")
+    assert "no checkpoint" in failure(capsys, "--model", tmp_path / "ckpt.pt")
+    assert "not a whole checkpoint" in failure(capsys, "--model", bare)
+    assert not list(tmp_path.rglob("*.png"))
+    command(empty, bare)  # one that has not begun doesn't keep the others from being drawn
+    assert "nothing to draw in" in capsys.readouterr().out and (tmp_path / "curves.png").is_file()
+
+
+def test_watching_waits_follows_and_ends(tmp_path, capsys):
+    path, out, moments = tmp_path / "run" / "log.txt", tmp_path / "run" / "curves.png", []
+
+    def sleep(seconds):
+        moments.append(out.stat().st_mtime_ns if out.exists() else 0)
+        if len(moments) == 1:
+            write_log(path, "")
+        elif len(moments) == 2:
+            write_log(path, BUILD_NANOGPT)
+        elif len(moments) == 4:
+            write_log(path, BUILD_NANOGPT + '3 train 8\n# done {"step": 3}\n')
+        assert len(moments) < 5, "the run was done"
+
+    plot_log.watch(plot_log.find_logs([str(path.parent)]), "steps", out, sleep)
+    assert moments[:2] == [0, 0] and 0 < moments[2] == moments[3] < out.stat().st_mtime_ns
+    printed = capsys.readouterr().out
+    assert printed.count("waiting: ") == 1 and printed.count("wrote ") == 2
+
+
+def test_importing_is_silent_and_light():
+    code = "import sys, plot_log; print({'matplotlib', 'torch', 'tiktoken'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=Path(plot_log.__file__).parent)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inside a checkpoint
+
+
+def tiny_gpt2(n_layer=3, n_head=4, n_embd=32, vocab_size=50304, block_size=48):
+    """A transformers model with weights large enough for attention to be far from uniform, and its checkpoint."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    size = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": vocab_size}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=block_size, attn_implementation="eager", **size)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    matrices = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D's, transposed against Linear's
+    weights = {k: v.t().contiguous() if k.endswith(matrices) else v for k, v in model.state_dict().items()}
+    return model, {"model": weights, "model_config": {**size, "block_size": block_size}, "step": 7, "config": {}}
+
+
+def test_attention_is_that_of_transformers():
+    import torch
+
+    model, state = tiny_gpt2()
+    ids = [464, 3797, 50256, 11, 464, 7]
+    with torch.no_grad():
+        expected = torch.stack(model(torch.tensor([ids]), output_attentions=True).attentions)[:, 0]
+    attention = plot_log.attention_maps(state["model"], 4, ids)
+    assert attention.shape == (3, 4, 6, 6) and np.abs(attention - expected.numpy()).max() < 1e-4
+    halves = {name: tensor.bfloat16() for name, tensor in state["model"].items()}
+    assert plot_log.attention_maps(halves, 4, ids).dtype == np.float32
+
+
+def test_a_checkpoint_is_drawn(tmp_path, capsys):
+    import torch
+
+    _, state = tiny_gpt2()
+    for step in (3, 7):
+        torch.save({**state, "step": step}, tmp_path / f"ckpt_{step:06d}.pt")
+    command("--model", tmp_path)
+    assert (tmp_path / "ckpt_000007.png").stat().st_size > 10_000, "the newest of a run directory"
+    wpe = state["model"]["transformer.wpe.weight"].double().numpy()
+    cosines = wpe @ wpe.T / np.outer(np.linalg.norm(wpe, axis=1), np.linalg.norm(wpe, axis=1))
+    figure = plot_log.draw_model(state, "title", "Why does it cost $5 or $6, and what is $5?\n" * 9)
+    similarity, attention, heads = [ax.images[0].get_array() for ax in figure.axes if ax.images]
+    np.testing.assert_allclose(similarity, cosines, atol=1e-5)
+    assert attention.shape == (32, 32) and attention.mask[0, 1] and not attention.mask[1, 0], "the future is left white"
+    assert heads.shape == (3 * 35, 4 * 35)
+    assert_tidy(figure, "model")
+    assert "--prompt is empty" in failure(capsys, "--model", tmp_path, "--prompt", "")
+
+
+def test_the_prompt_of_a_byte_level_model_is_bytes():
+    ids, words = plot_log.tokenize_prompt("a\nb", 320, 48)
+    assert ids == [97, 10, 98] and words == ["a", "\\n", "b"]
+    assert plot_log.tokenize_prompt("a b c d", 50304, 2)[1] == ["a", " b"]
