@@ -1,8 +1,8 @@
 """
 Command lines from dataclasses, and one way to fail.
 
-Every entry point keeps its knobs on one page, a dataclass whose fields carry default, type and reason; the command line is
-derived from that page. A mistake of the user's is a `UserError`: one line on stderr, exit status 2, no traceback.
+Every entry point keeps its knobs on one page, a dataclass whose fields carry default, type and reason; the command line
+is derived from that page. A mistake of the user's is a `UserError`: one line on stderr, exit status 2, no traceback.
 """
 
 import argparse
@@ -15,16 +15,23 @@ from dataclasses import MISSING, field, fields
 
 
 class UserError(ValueError):
-    """What the user can mend. The message is one line: what is wrong, the numbers, and the next move."""
+    """What the user can mend. The message is one line: what is wrong, the numbers, and the next move.
+
+    Under torchrun it is raised by every rank alike, and rank 0 speaks for all.
+    """
+
+
+class LocalError(UserError):
+    """A UserError that perhaps only one rank meets: whoever meets it says so."""
 
 
 def knob(default, help, *, group=None, choices=None, flag=None, metavar=None):
     """A dataclass field that is also a flag.
 
-    group: heads the section of `--help` that this field and those after it stand in. flag: a short or positional spelling,
-    such as "-m" or "run_dir". A default that is a list makes the flag take several values.
+    group: heads the section of `--help` that this field and those after it stand in. flag: a short or positional
+    spelling, such as "-m" or "run_dir". A default that is a list makes the flag take several values.
     """
-    metadata = dict(help=help, group=group, choices=choices, flag=flag, metavar=metavar)
+    metadata = {"help": help, "group": group, "choices": choices, "flag": flag, "metavar": metavar}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -48,8 +55,10 @@ def run(main: Callable, config_class: type, description: str, argv: Sequence[str
     try:
         main(parse(config_class, description, argv))
     except UserError as error:
-        message = " ".join(str(error).split())
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+        rank, message = os.environ.get("RANK", "0"), " ".join(str(error).split())
+        where = f"rank {rank}: " if isinstance(error, LocalError) and rank != "0" else ""
+        if where or rank == "0":
+            print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -75,14 +84,14 @@ def underscored(word: str) -> str:
         return word
     name, equals, value = word[2:].partition("=")
     prefix = "no-" if name.startswith(("no-", "no_")) else ""
-    return f"--{prefix}{name[len(prefix):].replace('-', '_')}{equals}{value}"
+    return f"--{prefix}{name[len(prefix) :].replace('-', '_')}{equals}{value}"
 
 
 def add_flag(section, knob_field, hint) -> None:
     meta = knob_field.metadata
     options = [of for of in typing.get_args(hint) if of is not types.NoneType] or [hint]
     default = knob_field.default_factory() if knob_field.default is MISSING else knob_field.default
-    settings = dict(help=meta["help"].replace("%", "%%"), default=default)
+    settings = {"help": meta["help"].replace("%", "%%"), "default": default}
     names = [f"--{knob_field.name}"]
     if meta["flag"]:
         names = [meta["flag"]] if not meta["flag"].startswith("-") else [meta["flag"], *names]

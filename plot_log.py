@@ -401,9 +401,11 @@ def dress_x(ax, axis: str, ticks: int) -> None:
 def head(figure, runs: list[Run], axes) -> float:
     """Title, the line under it and the one legend, which has as many columns as fit; returns their height in inches."""
     from_top = write_title(figure, runs[0].name if len(runs) == 1 else f"{len(runs)} runs", describe(runs))
-    handles = {}
+    handles, names = {}, {look.name for look in looks(runs)}
     for ax in axes:
-        handles = dict(zip(*ax.get_legend_handles_labels()[::-1])) | handles
+        for handle, label in zip(*ax.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    handles = dict(sorted(handles.items(), key=lambda item: item[0] not in names))  # the runs, then what is said of them
     for columns in range(len(handles), 0, -1):
         legend = figure.legend(handles.values(), handles, ncols=columns, loc="upper left", columnspacing=1.6,
                                bbox_to_anchor=(0.15, -0.68), bbox_transform=from_top)
@@ -440,7 +442,8 @@ def describe(runs: list[Run]) -> str:
             f"{of.tokens_per_step:,} tokens a step{assumed}",
             f"step {summary(of)['step']}" if len(runs) == 1 else "",
         ])
-    return "   ·   ".join(of_all[0] for of_all in zip(*facts) if of_all[0] and len(set(of_all)) == 1)
+    shared = [of_all[0] for of_all in zip(*facts) if of_all[0] and len(set(of_all)) == 1]
+    return "   ·   ".join(shared) or "models, data and batches differ"
 
 
 def middle_out(text: str, length: int) -> str:

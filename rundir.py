@@ -1,0 +1,224 @@
+"""
+The directory of a run: log.txt, which only grows, and checkpoints, which are there whole or not at all.
+
+A checkpoint is `LOG_DIR/ckpt_{step:06d}.pt`, step = updates done: a plain dict of tensors, numbers and strings that
+`torch.load(weights_only=True)` accepts. What is not whole is never trusted, and nothing in a file is ever executed.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import torch
+
+from cli import UserError
+
+NAME = re.compile(r"ckpt_(\d{6,})\.pt")
+
+
+def path_of(log_dir: str, step: int) -> Path:
+    return Path(log_dir) / f"ckpt_{step:06d}.pt"
+
+
+def saved_steps(log_dir: str) -> list[int]:
+    """Steps of the checkpoints in a directory, newest first."""
+    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
+    return sorted((int(match[1]) for match in map(NAME.fullmatch, names) if match), reverse=True)
+
+
+def read(path: str | Path, needs: tuple[str, ...] = ()) -> dict:
+    """The checkpoint in a file, on the CPU, memory-mapped. UserError unless it is whole and has the keys it `needs`.
+
+    `torch.load` does not look at the CRC32 that the archive has of every tensor, so a flipped bit would pass: we look.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"{path} is damaged: {damaged} fails its checksum; use an older checkpoint")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
+        reason = str(error).strip().split("\n")[0][:150]
+        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {reason}); use another") from error
+    missing = [key for key in needs if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this trainer: it has no {', '.join(missing)}")
+    return state
+
+
+def read_newest(log_dir: str, needs: tuple[str, ...] = ()) -> tuple[dict | None, list[str]]:
+    """The newest whole checkpoint of a directory, None if there is none; and a line on each that was passed over."""
+    passed_over = []
+    for step in saved_steps(log_dir):
+        try:
+            return read(path_of(log_dir, step), needs), passed_over
+        except UserError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def open_run(log_dir: str, config: dict, loader: dict, needs: tuple[str, ...], fixed: tuple[str, ...], say) -> dict | None:
+    """The checkpoint that a run in `log_dir` goes on from; None for a run that begins. Writes nothing.
+
+    config and loader: what the run is to be, against what the checkpoint was; `say` tells the differences. UserError for
+    a directory that holds a run already, unless config["resume"]; and for another loader or another of the `fixed` keys,
+    unless config["force"].
+    """
+    if not config["resume"] and (saved_steps(log_dir) or os.path.exists(os.path.join(log_dir, "log.txt"))):
+        raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
+    saved, passed_over = read_newest(log_dir, needs)
+    for line in passed_over:
+        say(f"WARNING: {line}")
+    if saved is None:
+        return None
+    before, now = saved["config"] | saved["loader"], config | loader
+    changed = [key for key in now if key in before and before[key] != now[key] and key not in ("resume", "force")]
+    told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
+    if {*changed} & {*fixed, *loader} and not config["force"]:
+        raise UserError(f"{log_dir} can't go on as the same run: {told}; --force does it all the same")
+    if told:
+        say(f"resuming with other settings: {told}")
+    if config["init_from"]:
+        say(f"--init_from {config['init_from']} is not used: the run goes on from its own checkpoint")
+    return saved
+
+
+def write(path: Path, state: dict) -> None:
+    """Write atomically: a temporary name in the same directory, flush, fsync, rename, fsync of the directory."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name itself must survive a power cut
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def size_of(state) -> int:
+    """Bytes of the tensors in a nest of dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size_of, values))
+
+
+def to_host(state, copies=None):
+    """A copy of a nest of dicts and lists, tensors in host memory; those that shared memory (tied weights) still do."""
+    copies = {} if copies is None else copies
+    if isinstance(state, torch.Tensor):
+        key = (state.data_ptr(), state.shape, state.dtype)
+        if key not in copies:
+            copies[key] = state.detach().to("cpu", copy=True)
+        return copies[key]
+    if isinstance(state, dict):
+        return {key: to_host(value, copies) for key, value in state.items()}
+    return [to_host(value, copies) for value in state] if isinstance(state, (list, tuple)) else state
+
+
+def require_space(log_dir: str, needed: int) -> None:
+    """UserError if `log_dir` has no room for `needed` bytes."""
+    free = shutil.disk_usage(log_dir).free
+    if free < needed:
+        raise UserError(
+            f"{log_dir} has {free / 1e9:.2f} GB free and a checkpoint takes {needed / 1e9:.2f} GB; "
+            "free some, or choose another --log_dir"
+        )
+
+
+class Saver:
+    """Saves in the background: `save` returns as soon as the state is copied to host memory.
+
+    A save that fails warns and leaves the older checkpoints as they are. One save is under way at a time.
+    """
+
+    def __init__(self, log_dir: str, keep: int, log: "Log", writes: bool):
+        self.log_dir, self.keep, self.log, self.writes, self.thread = log_dir, keep, log, writes, None
+
+    def save(self, state: dict) -> None:
+        """Save `state` as its step's checkpoint; then keep the newest `keep`, and that of the best validation."""
+        if not self.writes:
+            return
+        self.wait()
+        self.log.flush()
+        self.thread = threading.Thread(target=self._save, args=(to_host(state),), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until what was saved is on disk, or has failed and said so."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _save(self, state: dict) -> None:
+        path = path_of(self.log_dir, state["step"])
+        try:
+            require_space(self.log_dir, size_of(state))
+            write(path, state)
+            best, steps = self.log.best_step(), saved_steps(self.log_dir)
+            for step in steps[self.keep :] if self.keep else []:
+                if step != best:
+                    path_of(self.log_dir, step).unlink()
+        except (OSError, RuntimeError, UserError) as error:
+            print(f"WARNING: {path.name} was not saved, training goes on: {error}", file=sys.stderr, flush=True)
+
+
+class Log:
+    """LOG_DIR/log.txt: `step stream value`, append-only, a step's last value wins; lines with # tell of the run."""
+
+    def __init__(self, log_dir: str, writes: bool):
+        self.path, self.file = Path(log_dir) / "log.txt", None
+        text = self.path.read_bytes() if self.path.exists() else b""
+        if writes:
+            self.file = open(self.path, "ab")  # noqa: SIM115
+            self.file.truncate(text.rfind(b"\n") + 1)  # a run that was killed may have left half a line
+        self.values: dict[str, dict[int, float]] = {}
+        for line in text[: text.rfind(b"\n") + 1].decode("utf-8").splitlines():
+            if line and not line.startswith("#"):
+                step, stream_name, value = line.split()
+                self.values.setdefault(stream_name, {})[int(step)] = float(value)
+
+    def write(self, step: int, **values: float) -> None:
+        for stream_name, value in values.items():
+            self.values.setdefault(stream_name, {})[step] = value
+            self._append(f"{step} {stream_name} {value:{'.6g' if stream_name == 'lr' else '.6f'}}")
+
+    def has(self, step: int, stream_name: str) -> bool:
+        return step in self.values.get(stream_name, {})
+
+    def comment(self, what: str, content: dict) -> None:
+        self._append(f"# {what} {json.dumps(content)}")
+
+    def _append(self, line: str) -> None:
+        if self.file:
+            self.file.write(line.encode() + b"\n")
+
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss among those that have a checkpoint's name; None before the first."""
+        steps = [step for step in saved_steps(self.path.parent) if self.has(step, "val")]
+        return min(steps, key=self.values["val"].get, default=None)
+
+    def last(self) -> dict[str, float]:
+        """The last value of each stream."""
+        return {stream_name: values[max(values)] for stream_name, values in self.values.items()}
+
+    def flush(self) -> None:
+        """Before a checkpoint is written: what it will not repeat must be on disk."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
