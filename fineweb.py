@@ -15,29 +15,20 @@ shard appears under its name only when it is whole, then the manifest that count
 moment goes on from the last shard when it is started again, and ends with the same bytes as if nothing had happened.
 """
 
-import ast
 import contextlib
-import functools
-import glob
-import gzip
 import hashlib
-import inspect
 import io
 import itertools
 import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
-import sysconfig
 import threading
-import warnings
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -47,16 +38,26 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError, knob, run
-from tokenizer import TOKENIZERS, load_tokenizer, replace_surrogates
+from sources import (
+    PYTHON_DOCS,
+    Fetcher,
+    Source,
+    SourceFile,
+    atomic_file,
+    docs_source,
+    hub_source,
+    is_compressed,
+    local_source,
+    sync_directory,
+)
+from tokenizer import TOKENIZERS, load_tokenizer
+from units import Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
 
 FORMAT = 1  # of the manifest
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
-PYTHON_DOCS = "python-docs"
-KINDS = ("parquet", "jsonl", "txt")  # of files; by suffix, before .gz or .zst
-SLICE_BYTES = 4 * 2**20  # of a text file per unit: about a million tokens, as in a row group of FineWeb-Edu
-GROUP_BYTES = 64 * 2**20  # of text in a row group, beyond which it makes several units
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
+BACKENDS = ("auto", "gigatoken", "tiktoken")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,9 +67,7 @@ COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
 @dataclass
 class Config:
     dataset: str = knob(FINEWEB_EDU, f"dataset of the Hugging Face hub, ID[:CONFIG], or {PYTHON_DOCS}", group="source")
-    input: list[str] = knob(  # noqa: RUF009
-        [], "files or globs of your own, instead of --dataset", metavar="FILE"
-    )
+    input: list[str] = knob([], "files or globs of your own, instead of --dataset", metavar="FILE")
     text_column: str = knob("text", "the column or JSON field that holds the text", metavar="NAME")
     revision: str | None = knob(None, "branch, tag or commit of the hub dataset (default: main as it is today)")
     max_tokens: int | None = knob(None, "stop after so many tokens (default: all)", metavar="N")
@@ -84,271 +83,9 @@ class Config:
     tokenizer: str = knob("gpt2", "GPT-2's byte-pair encoding, or plain bytes", choices=TOKENIZERS)
 
     workers: int | None = knob(None, "processes (default: one a core; 0: none but this one)", group="run", metavar="N")
+    backend: str = knob("auto", "who does GPT-2's encoding; auto: gigatoken if it is installed", choices=BACKENDS)
     keep_downloads: bool = knob(False, "keep what was fetched, in OUT/downloads")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Units: what one worker does at a time
-
-
-class Unit(NamedTuple):
-    """A piece of a file: rows [start, stop) of a row group, or the lines that begin in bytes [start, stop).
-
-    share: bytes of the source that it stands for. tokens: how many it will give, where the file says so. order: the
-    seed its documents are shuffled by, if they are.
-    """
-
-    path: str
-    name: str
-    kind: str
-    group: int
-    start: int
-    stop: int
-    share: float
-    tokens: int | None = None
-    order: str | None = None
-
-
-class Tokens(NamedTuple):
-    """What became of a unit: ids (n,) uint16, end-of-text before every document; documents in it, and those skipped."""
-
-    ids: np.ndarray
-    documents: int
-    skipped: int
-
-
-class Flaw(NamedTuple):
-    """Stands where a document should be."""
-
-    reason: str
-
-
-class Job(NamedTuple):
-    """What a worker has to know beside the unit."""
-
-    tokenizer: str
-    text_column: str
-    skip_bad: bool
-
-
-def units_of(file: SourceFile, path: Path, text_column: str) -> list[Unit]:
-    """The units of a file, in order, each big enough to be worth a message and small enough for any memory."""
-    if file.kind == "parquet":
-        return row_groups(file, path, text_column)
-    size = path.stat().st_size
-    starts = range(0, size, SLICE_BYTES)
-    return [
-        Unit(str(path), file.name, file.kind, 0, start, min(start + SLICE_BYTES, size), file.size / len(starts))
-        for start in starts
-    ]
-
-
-def row_groups(file: SourceFile, path: Path, text_column: str) -> list[Unit]:
-    metadata = parquet_metadata(str(path), file.name)
-    column = text_column_index(metadata, text_column, file.name)
-    counted = token_counts(path, metadata)
-    units = []
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        text_bytes = metadata.row_group(group).column(column).total_uncompressed_size
-        slices = max(1, min(rows, -(-text_bytes // GROUP_BYTES)))
-        cuts = [rows * i // slices for i in range(slices + 1)]
-        tokens = counted[group] // slices if counted else None
-        for start, stop in zip(cuts, cuts[1:]):
-            share = file.size * (stop - start) / max(1, metadata.num_rows)
-            units.append(Unit(str(path), file.name, "parquet", group, start, stop, share, tokens))
-    return units
-
-
-@functools.lru_cache(maxsize=2)
-def parquet_metadata(path: str, name: str):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{name} is not a parquet file, or a damaged one: {error}") from error
-
-
-def text_column_index(metadata, text_column: str, name: str) -> int:
-    """Where the column is in `metadata`. Raises UserError if it isn't there, or holds no text."""
-    schema = metadata.schema.to_arrow_schema()
-    if text_column not in schema.names:
-        raise UserError(f"{name} has no column {text_column!r}; --text_column takes one of: {', '.join(schema.names)}")
-    kind = str(schema.field(text_column).type)
-    if "string" not in kind and "utf8" not in kind:
-        raise UserError(f"column {text_column!r} of {name} holds {kind}, not text; choose another with --text_column")
-    return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_column)
-
-
-def token_counts(path: Path, metadata) -> list[int] | None:
-    """GPT-2 tokens of every row group, ends of text included, where FineWeb's column `token_count` gives them."""
-    import pyarrow.parquet as pq
-
-    schema = metadata.schema.to_arrow_schema()
-    if "token_count" not in schema.names or str(schema.field("token_count").type) not in ("int32", "int64"):
-        return None
-    counts = pq.read_table(path, columns=["token_count"]).column(0).to_numpy()
-    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    ends = np.cumsum([0, *rows])
-    return [int(counts[start:end].sum()) + int(end - start) for start, end in zip(ends, ends[1:])]
-
-
-def tokenize_unit(unit: Unit, job: Job, documents: slice = slice(None)) -> Tokens:
-    """All of a worker's work. documents: which of the unit's, to find one that can't be borne."""
-    texts, skipped = documents_of(unit, job)
-    texts = texts[documents]
-    ids = encode_documents(texts, job.tokenizer)
-    if unit.kind == "txt" and unit.start > 0:  # the middle of a document
-        return Tokens(ids[1:], 0, skipped)
-    return Tokens(ids, len(texts), skipped)
-
-
-def documents_of(unit: Unit, job: Job) -> tuple[list[str], int]:
-    """The texts of a unit in their order, and how many were left out.
-
-    Raises UserError, naming the file and the place, for a document that can't be read unless `job.skip_bad`.
-    """
-    found = READERS[unit.kind](unit, job.text_column)
-    texts = [text for text in found if not isinstance(text, Flaw)]
-    skipped = len(found) - len(texts)
-    if skipped and not job.skip_bad:
-        flaw = next(text for text in found if isinstance(text, Flaw))
-        raise UserError(f"{flaw.reason}; --skip_bad leaves such documents out")
-    if unit.order is not None:
-        random.Random(unit.order).shuffle(texts)
-    return texts, skipped
-
-
-def read_rows(unit: Unit, text_column: str) -> list:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    metadata = parquet_metadata(unit.path, unit.name)
-    rows = metadata.row_group(unit.group).num_rows
-    try:
-        with pq.ParquetFile(unit.path, metadata=metadata) as file:
-            if unit.stop - unit.start == rows:
-                texts = file.read_row_group(unit.group, [text_column], use_threads=False).column(0).to_pylist()
-            else:
-                batches = file.iter_batches(1024, [unit.group], [text_column], use_threads=False)
-                texts = rows_between(batches, unit.start, unit.stop)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"row group {unit.group} of {unit.name} is damaged: {error}; fetch the file again") from error
-    if None in texts:
-        first = sum(metadata.row_group(group).num_rows for group in range(unit.group)) + unit.start
-        texts = [Flaw(f"row {first + i} of {unit.name} has no text") if t is None else t for i, t in enumerate(texts)]
-    return texts
-
-
-def rows_between(batches, start: int, stop: int) -> list:
-    texts, row = [], 0
-    for batch in batches:
-        texts += batch.column(0)[max(0, start - row) : max(0, stop - row)].to_pylist()
-        row += len(batch)
-        if row >= stop:
-            break
-    return texts
-
-
-def read_lines(unit: Unit, text_column: str) -> list:
-    """The texts of the JSON lines that begin in the unit's bytes."""
-    texts = []
-    with open(unit.path, "rb") as file:
-        if unit.start > 0:
-            file.seek(unit.start - 1)
-            file.readline()
-        while (begin := file.tell()) < unit.stop and (line := file.readline()):
-            if line.isspace():
-                continue
-            text = text_of(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, text_column)
-            if isinstance(text, Flaw):
-                text = Flaw(f"line {line_number(unit.path, begin)} of {unit.name} {text.reason}")
-            texts.append(text)
-    return texts
-
-
-def text_of(line: bytes, text_column: str) -> str | Flaw:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        return Flaw(f"is not JSON ({error})")
-    if not isinstance(record, dict):
-        return Flaw(f"is no JSON object but {type(record).__name__}")
-    if text_column not in record:
-        return Flaw(f"has no field {text_column!r} (--text_column takes one of: {', '.join(record)})")
-    text = record[text_column]
-    return text if isinstance(text, str) else Flaw(f"holds {type(text).__name__} in {text_column!r}, not text")
-
-
-def line_number(path: str, offset: int) -> int:
-    with open(path, "rb") as file:
-        return sum(file.read(min(2**20, offset - at)).count(b"\n") for at in range(0, offset, 2**20)) + 1
-
-
-def read_text(unit: Unit, text_column: str) -> list:
-    """A .txt file is one document; a big one is cut where no token of GPT-2 goes across, so that nothing changes."""
-    with open(unit.path, "rb") as file:
-        start, stop = safe_cut(file, unit.start), safe_cut(file, unit.stop)
-        file.seek(start)
-        data = file.read(stop - start)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return [Flaw(f"byte {start + error.start} of {unit.name} is not UTF-8")]
-    return [text.removeprefix("\ufeff") if unit.start == 0 else text]
-
-
-def safe_cut(file, offset: int) -> int:
-    """The first place at or after `offset` between an ASCII character that is no space and one that is.
-
-    No token of GPT-2 goes across: its pattern takes whitespace only at the beginning of a token, and never looks back.
-    """
-    if offset == 0:
-        return 0
-    file.seek(offset - 1)
-    at, last = offset - 1, b""
-    while block := file.read(2**16):
-        data = last + block
-        if found := re.search(rb"[!-~](?=[ \t\n\r])", data):
-            return at + found.end()
-        at, last = at + len(data) - 1, data[-1:]
-    return at + len(last)
-
-
-READERS = {"parquet": read_rows, "jsonl": read_lines, "txt": read_text}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens
-
-
-def encode_documents(texts: list[str], tokenizer_name: str) -> np.ndarray:
-    """(n,) uint16: end-of-text before every document. Raises UserError, with its beginning, for a text that fails."""
-    tokenizer = load_tokenizer(tokenizer_name)
-    arrays = []
-    for text in texts:
-        if tokenizer.name == "bytes":
-            ids = np.frombuffer(replace_surrogates(text).encode("utf-8"), np.uint8)
-        else:
-            try:
-                ids = tokenizer.encode(text)
-            except BaseException as error:  # tiktoken's PanicException is not an Exception
-                if isinstance(error, KeyboardInterrupt | SystemExit):
-                    raise
-                raise UserError(f"the document that begins {text[:60]!r} can't be tokenized: {error}") from None
-        array = np.empty(len(ids) + 1, np.uint16)
-        array[0], array[1:] = tokenizer.eot, ids
-        arrays.append(array)
-    return np.concatenate(arrays) if arrays else np.empty(0, np.uint16)
-
-
-def token_lengths(tokenizer) -> np.ndarray:
-    """(V,) bytes of text behind every token; none behind end-of-text."""
-    lengths = np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.n_vocab)])
-    lengths[tokenizer.eot] = 0
-    return lengths
+    verify: bool = knob(False, "check the shards in OUT against their manifest and, by samples, against the source")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,7 +161,8 @@ def tokenize_with_care(unit: Unit, job: Job) -> Tokens:
         return attempt(start, middle) + attempt(middle, stop)
 
     parts = attempt(0, None)
-    return Tokens(np.concatenate([part.ids for part in parts]), sum(part.documents for part in parts), parts[0].skipped)
+    ids = np.concatenate([part.ids for part in parts])
+    return Tokens(ids, *measure(ids, job.tokenizer), parts[0].skipped)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -491,9 +229,8 @@ class ShardWriter:
 
     def __init__(self, out: Path, manifest: dict, part: tuple[int, int]):
         self.out, self.manifest, self.part = out, manifest, part
-        self.tokenizer = load_tokenizer(manifest["tokenizer"]["name"])
-        self.lengths = token_lengths(self.tokenizer)
-        self.file, self.tokens = None, 0
+        self.tokenizer = manifest["tokenizer"]["name"]
+        self.file = None
         self.total = sum(shard["tokens"] for shard in manifest["shards"])
 
     @property
@@ -514,8 +251,8 @@ class ShardWriter:
     def path(self) -> Path:
         return self.out / f"edufineweb_{self.split}_{self.index:06d}.npy"
 
-    def write(self, ids: np.ndarray, cursor: Cursor) -> bool:
-        """Append the tokens that begin at `cursor`. Whether a shard was committed."""
+    def write(self, ids: np.ndarray, cursor: Cursor, whole: Tokens) -> bool:
+        """Append the tokens that begin at `cursor`, from the unit `whole`. Whether a shard was committed."""
         done, committed = 0, len(self.manifest["shards"])
         while done < len(ids):
             if self.file and self.tokens == self.size:
@@ -523,15 +260,20 @@ class ShardWriter:
             if not self.file:
                 self.begin(cursor._replace(token=cursor.token + done))
             piece = ids[done : done + self.size - self.tokens]
-            self.file.write(piece.astype("<u2", copy=False).tobytes())
-            self.counts += np.bincount(piece, minlength=len(self.lengths))
-            self.tokens += len(piece)
+            self.file.write(piece.astype("<u2", copy=False).data)
+            known = len(piece) == len(whole.ids)
+            documents, size = (whole.documents, whole.bytes) if known else measure(piece, self.tokenizer)
+            self.tokens, self.documents, self.bytes = (
+                self.tokens + len(piece),
+                self.documents + documents,
+                self.bytes + size,
+            )
             self.total += len(piece)
             done += len(piece)
         return len(self.manifest["shards"]) > committed
 
     def begin(self, cursor: Cursor) -> None:
-        self.start, self.tokens, self.counts = cursor, 0, np.zeros(len(self.lengths), np.int64)
+        self.start, self.tokens, self.documents, self.bytes = cursor, 0, 0, 0
         self.file = open(self.path.with_name(self.path.name + ".tmp"), "wb")  # noqa: SIM115
         self.file.write(npy_header(self.size))
 
@@ -550,20 +292,22 @@ class ShardWriter:
             "name": self.path.name,
             "split": self.split,
             "tokens": self.tokens,
-            "documents": int(self.counts[self.tokenizer.eot]),
-            "bytes": int(self.counts @ self.lengths),
+            "documents": self.documents,
+            "bytes": self.bytes,
             "sha256": digest,
         }
         self.manifest["shards"].append(entry)
         self.manifest["starts"].append(list(self.start))
         self.manifest["cursor"] = list(cursor)
         write_manifest(self.out / manifest_name(self.part), self.manifest)
-        self.file, self.tokens = None, 0
+        self.file = None
 
     def finish(self, cursor: Cursor) -> None:
         """Commit what there is, and complete the manifest. Raises OnlyVal if the val split would take all."""
         if self.split == "val" and self.file:
             raise OnlyVal(self.total)
+        if not self.total and self.part[1] == 1:
+            raise UserError("the source holds no document at all")
         if self.file:
             self.commit(cursor)
         self.manifest["complete"] = True
@@ -710,24 +454,35 @@ def check_source(manifest: dict, source: Source, out: Path) -> None:
     raise UserError(f"{out} was begun before {', '.join(other[:3]) or 'the order'} changed; choose another --out")
 
 
-def clear_directory(out: Path, part: tuple[int, int], begun: bool) -> None:
-    """Make `out`, without what a killed run left. Raises UserError if shards of unknown origin lie there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} can't be made: {error.strerror}") from error
-    strange = sorted([*out.glob("edufineweb_*.npy"), *out.glob("manifest.*json")])
-    if strange and part[1] == 1 and not begun:
-        raise UserError(f"{out} holds {strange[0].name}, of which no manifest.json tells; choose another --out")
-    for path in out.glob("edufineweb_*.npy.tmp"):
-        if int(path.name.split("_")[2].split(".")[0]) % part[1] == part[0]:
+def prepare_directory(out: Path, part: tuple[int, int]) -> None:
+    """Make `out`, and remove what a killed run left. Raises UserError if shards of unknown origin lie there."""
+    out.mkdir(parents=True, exist_ok=True)
+    manifests, shards = sorted(out.glob("manifest*.json")), sorted(out.glob("edufineweb_*.npy"))
+    if shards and not manifests:
+        raise UserError(f"{out} holds {shards[0].name}, of which no manifest.json tells; choose another --out")
+    for path in [*out.glob("edufineweb_*.npy.tmp"), *out.glob(f"{manifest_name(part)}.tmp")]:
+        if path.name.startswith("manifest") or int(path.name.split("_")[2].split(".")[0]) % part[1] == part[0]:
             path.unlink(missing_ok=True)
-    (out / f"{manifest_name(part)}.tmp").unlink(missing_ok=True)
 
 
 def main(config: Config) -> None:
     check(config)
-    out, part = Path(config.out), parse_part(config.part)
+    out = Path(config.out)
+    try:
+        if config.verify:
+            verify(out, config)
+        else:
+            tokenize(out, config)
+    except OSError as error:
+        if isinstance(error, UserError) or error.errno is None:
+            raise
+        again = "what is committed is safe, and the same command goes on from there"
+        raise UserError(f"{error.filename or out}: {os.strerror(error.errno)}; once that is mended, {again}") from error
+
+
+def tokenize(out: Path, config: Config) -> None:
+    """Begin a set of shards in `out`, or go on with it, to its end."""
+    part = parse_part(config.part)
     manifest_path = out / manifest_name(part)
     manifest = read_manifest(manifest_path)
     if manifest:
@@ -738,22 +493,55 @@ def main(config: Config) -> None:
     if manifest and manifest["complete"]:
         print(f"{out} is complete: {summary(manifest)}; nothing to do")
         return
-    clear_directory(out, part, begun=manifest is not None)
+    prepare_directory(out, part)
     manifest = manifest or new_manifest(config, source)
     write_manifest(manifest_path, manifest)
+    join_parts(out, part[1])
     try:
-        tokenize_source(config, source, manifest, out)
+        write_shards(config, source, manifest, out)
     except OnlyVal as ended:
         (total,) = ended.args
         print(f"The val split was to have more than the {total:,} tokens there are: it gets a twentieth")
-        manifest["val_size"] = total // 20
+        manifest |= {"val_size": total // 20, "cursor": [0, 0, 0], "skipped": 0}
         write_manifest(manifest_path, manifest)
-        tokenize_source(config, source, manifest, out)
+        write_shards(config, source, manifest, out)
+    join_parts(out, part[1])
     print(f"{out}: {summary(manifest)}")
     if manifest["skipped"]:
         print(f"{manifest['skipped']} documents could not be read and were left out")
     if manifest["shards"] and (last := manifest["shards"][-1]["tokens"]) < config.shard_size:
         print(f"The last shard holds what was left, {last:,} of {config.shard_size:,} tokens: that is no failure.")
+
+
+def open_source(config: Config, recorded: dict | None) -> Source:
+    """recorded: the manifest's description of it, if a run is resumed."""
+    if config.input:
+        return local_source(config.input)
+    if config.dataset == PYTHON_DOCS:
+        return docs_source(recorded)
+    enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; a token of English is 4.6
+    return hub_source(config.dataset, config.revision, recorded, enough)
+
+
+def join_parts(out: Path, count: int) -> None:
+    """Make manifest.json of the parts' manifests: incomplete, until the last of them is complete.
+
+    Parts may end at the same moment: each writes its own manifest first and then looks at all, so the last one to look
+    sees them all; and what is then written is the same, whoever writes it.
+    """
+    if count == 1:
+        return
+    path = out / manifest_name((0, 1))
+    parts = [read_manifest(out / manifest_name((i, count))) for i in range(count)]
+    begun, complete = [p for p in parts if p], all(p and p["complete"] for p in parts)
+    whole = begun[0]["settings"] | {"part": f"all of {count}"}
+    if (there := read_manifest(path)) and there["settings"] != whole:
+        raise UserError(f"{path} was begun with other flags, or another number of parts; choose another --out")
+    if complete or not there:
+        shards = sorted((s for p in begun for s in p["shards"]), key=lambda shard: shard["name"].rpartition("_")[2])
+        skipped = sum(p["skipped"] for p in begun)
+        joined = {"settings": whole, "shards": shards, "starts": [], "cursor": None, "skipped": skipped}
+        write_manifest(path, begun[0] | joined | {"complete": complete})
 
 
 def summary(manifest: dict) -> str:
@@ -763,29 +551,39 @@ def summary(manifest: dict) -> str:
     return f"{documents:,} documents, {len(shards)} shards, {tokens['train']:,} train and {tokens['val']:,} val tokens"
 
 
-def tokenize_source(config: Config, source: Source, manifest: dict, out: Path) -> None:
-    """From the manifest's cursor to the end: write every shard, and complete the manifest."""
+def write_shards(config: Config, source: Source, manifest: dict, out: Path) -> None:
+    """From the manifest's cursor to the end: write every shard, and complete the manifest. Raises OnlyVal."""
     part, first = parse_part(config.part), Cursor(*manifest["cursor"])
-    blocks = plan_blocks(source.files, config.shuffle, part)
-    fetcher = Fetcher(source, blocks, out / scratch_name(part), config.keep_downloads)
+    blocks, scratch = plan_blocks(source.files, config.shuffle, part), out / scratch_name(part)
+    fetcher = Fetcher(
+        source,
+        [index for block in blocks for index in block],
+        sum(map(len, blocks[: first.block])),
+        scratch,
+        config.keep_downloads,
+    )
     writer = ShardWriter(out, manifest, part)
     progress = Progress(source.files, config, writer.total)
-    job = Job(config.tokenizer, config.text_column, config.skip_bad)
     units = planned_units(blocks, first, fetcher, source.files, config, progress)
-    stream = tokenize_all(units, job, workers_of(config))
+    stream = tokenize_all(units, job_of(config), workers_of(config))
     with contextlib.closing(stream), contextlib.closing(writer), contextlib.closing(progress):
         for (block, number, unit), tokens in stream:
             skip = first.token if (block, number) == first[:2] else 0
             ids = tokens.ids[skip:][: (config.max_tokens or sys.maxsize) - writer.total]
-            if writer.write(ids, Cursor(block, number, skip)):
-                fetcher.release(blocks[manifest["cursor"][0]][0])
+            if writer.write(ids, Cursor(block, number, skip), tokens):
+                fetcher.release(sum(map(len, blocks[: manifest["cursor"][0]])))
             manifest["skipped"] += tokens.skipped
             progress.update(unit, len(ids), tokens.documents, writer.index)
             if writer.total == config.max_tokens:
                 break
         writer.finish(Cursor(len(blocks), 0, 0))
+        progress.finish()
     if not config.keep_downloads:
-        shutil.rmtree(out / scratch_name(part), ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def job_of(config: Config) -> Job:
+    return Job(config.tokenizer, config.text_column, config.skip_bad, pick_backend(config.backend, config.tokenizer))
 
 
 def planned_units(blocks, first: Cursor, fetcher: Fetcher, files, config: Config, progress: "Progress") -> Iterator:
@@ -839,6 +637,64 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verification
+
+
+def verify(out: Path, config: Config) -> None:
+    """Every shard against its sha256, and some against the source, by tiktoken. Raises UserError for any difference."""
+    manifest = read_manifest(out / manifest_name((0, 1)))
+    if manifest is None:
+        raise UserError(f"{out} has no manifest.json to verify the shards against; choose another --out")
+    damaged = [shard["name"] for shard in manifest["shards"] if not is_whole(out / shard["name"], shard)]
+    if damaged:
+        names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        raise UserError(
+            f"{len(damaged)} of {len(manifest['shards'])} shards in {out} are missing or damaged: {names}; delete them, and "
+            "run fineweb.py again with the flags it had: it makes them anew"
+        )
+    print(f"{out}: {len(manifest['shards'])} shards have the sha256 of the manifest")
+    parts = sorted(out.glob("manifest.part-*.json")) or [out / manifest_name((0, 1))]
+    compared = sum(compare_with_source(out, read_manifest(path), config) for path in parts)
+    print(f"{out}: {compared:,} tokens are those of the source")
+    if not manifest["complete"]:
+        raise UserError(
+            f"{out} is sound as far as it goes, but not complete; run fineweb.py again with the flags it had"
+        )
+
+
+def is_whole(path: Path, shard: dict) -> bool:
+    return path.exists() and sha256_of(path) == shard["sha256"]
+
+
+def compare_with_source(out: Path, manifest: dict, config: Config, samples: int = 3) -> int:
+    """Tokenize the unit that some shards begin in again; how many tokens were compared. Raises UserError."""
+    was = Config(**manifest["settings"], out=config.out)
+    source, part = open_source(was, manifest["source"]), parse_part(was.part)
+    check_source(manifest, source, out)
+    blocks, scratch, compared = plan_blocks(source.files, was.shuffle, part), out / (scratch_name(part) + "-verify"), 0
+    scratch.mkdir(exist_ok=True)
+    try:
+        for index in sorted(
+            random.Random(0).sample(range(len(manifest["shards"])), min(samples, len(manifest["shards"])))
+        ):
+            begin, name = Cursor(*manifest["starts"][index]), manifest["shards"][index]["name"]
+            for file in blocks[begin.block]:
+                source.fetch(file, scratch)
+            paths = [source.place(file, scratch) for file in blocks[begin.block]]
+            unit = units_of_block(blocks[begin.block], paths, source.files, was)[begin.unit]
+            ids = tokenize_unit(unit, job_of(was)._replace(backend="tiktoken")).ids[begin.token :]
+            stored = np.load(out / name, mmap_mode="r")[: len(ids)]
+            if not np.array_equal(stored, ids[: len(stored)]):
+                raise UserError(
+                    f"{name} does not begin with the tokens of {unit.name}; make the set anew in another --out"
+                )
+            compared += len(stored)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return compared
 
 
 if __name__ == "__main__":

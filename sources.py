@@ -1,8 +1,8 @@
 """
 Where text comes from: files of one's own, datasets of the Hugging Face hub, and the English every Python carries.
 
-A source is a list of files, with their sizes, and a way to bring one of them to this disk in a form that can be read from
-the middle. `Fetcher` does that one file ahead of its use, and takes the file away after it.
+A source is a list of files, with their sizes, and a way to bring one of them to this disk in a form that can be read
+from the middle. `Fetcher` does that one file ahead of its use, and takes the file away after it.
 """
 
 import ast
@@ -46,7 +46,7 @@ class SourceFile(NamedTuple):
 
 @dataclass
 class Source:
-    """place: (index of a file, folder for scratch files) -> where it lies once `fetch`, of the same arguments, is done."""
+    """place: (index of a file, folder for scratch files) -> where it lies, once `fetch` of the same is done."""
 
     description: dict  # for the manifest: what it is, its revision, its files
     files: list[SourceFile]
@@ -307,9 +307,8 @@ def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -
         raise UserError(f"{repo} has several configurations; say {repo}:NAME, of: {', '.join(known)}")
     if wanted and wanted not in known:
         raise UserError(f"{repo} has no configuration {wanted!r}; it has: {', '.join(known) or 'none'}")
-    patterns = train_patterns(
-        known.get(wanted or "default") if wanted or "default" in known else [*known.values(), None][0]
-    )
+    default = "default" if "default" in known else next(iter(known), None)
+    patterns = train_patterns(known.get(wanted or default))
     found = [name for pattern in patterns for name in sorted(names) if re.fullmatch(glob_regex(pattern), name)]
     if not patterns:
         data = [name for name in sorted(names) if kind_of(name)]
@@ -356,11 +355,14 @@ def streamed_source(dataset: str, commit: str, recorded: dict, max_bytes: int | 
 
     def fetch(index, scratch):
         if not place(index, scratch).exists():
-            import datasets
+            patiently(f"dataset {repo}", lambda: spool(place(index, scratch)))
 
-            rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
-            with atomic_file(place(index, scratch)) as target:
-                write_rows(rows, target, max_bytes)
+    def spool(path):
+        import datasets
+
+        rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
+        with atomic_file(path) as target:
+            write_rows(rows, target, max_bytes)
 
     return Source(recorded, [file], place, fetch)
 
