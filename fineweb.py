@@ -633,7 +633,6 @@ class Progress:
 
     def finish(self) -> None:
         self.bar.total = self.bar.n
-        self.bar.refresh()
 
     def close(self) -> None:
         self.bar.close()
@@ -652,8 +651,8 @@ def verify(out: Path, config: Config) -> None:
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         raise UserError(
-            f"{len(damaged)} of {len(manifest['shards'])} shards in {out} are missing or damaged: {names}; delete them, and "
-            "run fineweb.py again with the flags it had: it makes them anew"
+            f"{len(damaged)} of {len(manifest['shards'])} shards in {out} are missing or damaged: {names}; delete "
+            "them, and run fineweb.py again with the flags it had: it makes them anew"
         )
     print(f"{out}: {len(manifest['shards'])} shards have the sha256 of the manifest")
     parts = sorted(out.glob("manifest.part-*.json")) or [out / manifest_name((0, 1))]

@@ -256,21 +256,24 @@ def hub():
 
 
 def download(repo: str, commit: str, file: SourceFile, scratch: Path) -> None:
-    """The file to `scratch / file.name`; what a broken attempt has brought is used by the next."""
-    arguments = {"repo_type": "dataset", "revision": commit, "local_dir": scratch}
-    broken = False
+    """The file to `scratch / file.name`; what a broken attempt has brought is used by the next, if it can be."""
 
     def attempt():
-        nonlocal broken
+        hub().hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=scratch)
+        size = (scratch / file.name).stat().st_size
+        if size != file.size:
+            (scratch / file.name).unlink()
+            raise OSError(f"{size} bytes came, {file.size} were announced")
+
+    def attempt_clean():
         try:
-            path = Path(hub().hf_hub_download(repo, file.name, force_download=broken, **arguments))
-            if path.stat().st_size != file.size:
-                raise OSError(f"{path.stat().st_size} bytes came, {file.size} were announced")
-        except OSError as error:  # a wrong length, unless it is an answer of the server
-            broken = getattr(error, "response", None) is None
+            attempt()
+        except OSError as error:
+            if type(error) is OSError:  # a wrong length, here or in the library: what is there is no good beginning
+                shutil.rmtree(scratch / ".cache", ignore_errors=True)
             raise
 
-    patiently(file.name, attempt)
+    patiently(file.name, attempt_clean)
 
 
 def patiently(what: str, action: Callable):
@@ -279,7 +282,7 @@ def patiently(what: str, action: Callable):
         try:
             return action()
         except Exception as error:
-            response = getattr(error, "response", None)
+            response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
             network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
             if not network or getattr(error, "errno", None) == errno.ENOSPC:
