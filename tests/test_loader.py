@@ -1,0 +1,134 @@
+"""The global stream of samples: nothing lost, nothing repeated, the same for any number of ranks."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import token_set
+
+from cli import LocalError, UserError
+from machine import Ranks
+from shards import Shard, open_shards, read_manifest
+from train_gpt2 import Windows, batch_of_step
+
+T = 16
+
+
+def numbered(lengths, masks=None) -> list[Shard]:
+    """Shards whose tokens are their own numbers: 0, 1, 2 ... over all of them."""
+    ends = np.cumsum([0, *lengths])
+    shards = [np.arange(a, b).astype(np.uint16) for a, b in zip(ends, ends[1:])]
+    return [Shard(str(i), tokens, None if masks is None else masks[i]) for i, tokens in enumerate(shards)]
+
+
+def rank(r, world_size) -> Ranks:
+    return Ranks(r, world_size, torch.device("cpu"))
+
+
+# 33 = 2 T + 1: a whole number of windows; 17 = T + 1: just one; 15: none
+@pytest.mark.parametrize("order", ["shuffle", "sequential"])
+@pytest.mark.parametrize("lengths", [[100, 33, 250], [17, 400], [15, 100], [1000]])
+def test_an_epoch_reads_every_token_of_a_shard_once_but_at_most_T(order, lengths):
+    windows = Windows(numbered(lengths), T, 2**16, order, seed=3)
+    for epoch in range(3):
+        x, y = windows.read(range(epoch * len(windows), (epoch + 1) * len(windows)))
+        assert (y == x + 1).all(), "a window never crosses into another shard, and targets are the next tokens"
+        seen = np.sort(y.flatten())
+        assert len(np.unique(seen)) == len(seen), "no target twice"
+        ends = np.cumsum([0, *lengths])
+        for first, end in zip(ends, ends[1:]):
+            unread = (end - first - 1) - ((seen > first) & (seen < end)).sum()
+            assert unread <= T
+
+
+def test_sequential_order_is_the_shards_from_the_start():
+    windows = Windows(numbered([100, 33, 250]), T, 2**16)
+    x, _ = windows.read(range(len(windows)))
+    starts = [*range(0, 100 - T, T), *range(100, 133 - T, T), *range(133, 383 - T, T)]
+    expected = [start + np.arange(T) for start in starts]
+    assert (x == np.array(expected)).all()
+
+
+def test_shuffling_is_by_seed_and_epoch_and_moves_the_cuts():
+    windows = Windows(numbered([1000, 1003]), T, 2**16, "shuffle", seed=3)
+    n = len(windows)
+    first, second = windows.read(range(n))[0], windows.read(range(n, 2 * n))[0]
+    assert not (first == second).all()
+    assert (first != np.sort(first, axis=0)).any(), "windows are permuted"
+    assert set(first[:, 0] % T) != set(second[:, 0] % T), "they are cut elsewhere in the next epoch"
+    again = Windows(numbered([1000, 1003]), T, 2**16, "shuffle", seed=3)
+    assert (again.read(range(n, 2 * n))[0] == second).all(), "and it needs no history"
+    other = Windows(numbered([1000, 1003]), T, 2**16, "shuffle", seed=4)
+    assert (other.read(range(n))[0] != first).any()
+
+
+@pytest.mark.parametrize("order", ["shuffle", "sequential"])
+def test_the_batch_of_a_step_is_the_same_for_any_ranks_and_micro_batch(order):
+    windows, G = Windows(numbered([300, 500]), T, 2**16, order), 16  # 16 samples a step, an epoch is 49: it wraps
+    for step in (0, 2, 3, 7):
+        expected = windows.read(range(step * G, (step + 1) * G))[0]
+        for W in (1, 2, 4, 8):
+            for B in (1, 2, G // W):
+                parts = [batch_of_step(windows, step * G, G, B, rank(r, W))[0] for r in range(W)]
+                assert all(part.shape == (G // W // B, B, T) for part in parts)
+                together = torch.stack(parts, dim=1).reshape(G, T)  # micro-batch, rank, row: the order of the samples
+                assert (together.numpy() == expected).all()
+
+
+def test_a_shard_shorter_than_a_batch_is_used():
+    windows = Windows(numbered([40]), T, 2**16)
+    x, _, _ = batch_of_step(windows, 0, 8, 8, rank(0, 1))
+    assert (x[0, :, 0].numpy() == [0, 16] * 4).all()
+
+
+def test_weights_are_shares_of_the_targets():
+    masks = [np.zeros(400, dtype=np.uint8)]
+    masks[0][5:30] = 1  # all targets in the first two windows
+    windows = Windows(numbered([400], masks), T, 2**16)
+    _, y, _ = batch_of_step(windows, 0, 8, 8, rank(0, 1))
+    assert (y >= 0).sum() == 25 and y[y >= 0].tolist() == list(range(5, 30))
+    assert batch_of_step(windows, 0, 8, 1, rank(0, 1))[2] == pytest.approx([12 / 25, 13 / 25] + [0] * 6)
+    assert batch_of_step(windows, 0, 8, 1, rank(1, 2))[2] == pytest.approx([2 * 13 / 25, 0, 0, 0])
+    plain = Windows(numbered([400]), T, 2**16)
+    assert batch_of_step(plain, 0, 8, 2, rank(1, 2))[2] == [1 / 2, 1 / 2]
+
+
+def test_no_window_fits():
+    with pytest.raises(UserError, match=r"--seq_len 16 \+ 1 tokens, only 16"):
+        Windows(numbered([16, 3]), T, 2**16)
+
+
+def test_an_id_that_is_no_token_is_named():
+    with pytest.raises(LocalError, match="holds id 99, its tokenizer has 50 ids"):
+        Windows(numbered([100]), 99, 50).read([0])
+
+
+UNFINISHED = '{"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": false}'
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda d: [p.unlink() for p in d.glob("*train*")], "lacks edufineweb_train_000001.npy"),
+        (lambda d: [p.unlink() for p in d.glob("*")], "no train shards in .* run fineweb.py first"),
+        (lambda d: np.save(d / "edufineweb_train_000001.npy", np.zeros(3000, dtype=np.int64)), "holds int64"),
+        (lambda d: np.save(d / "edufineweb_train_000001.npy", np.zeros((30, 100), dtype=np.uint16)), r"\[30, 100\]"),
+        (lambda d: np.save(d / "edufineweb_train_000001.npy", np.zeros(9, dtype=np.uint16)), "9 tokens and manifest"),
+        (lambda d: (d / "edufineweb_train_000001.npy").write_bytes(b"PK"), "not a whole .npy"),
+        (lambda d: np.save(d / "edufineweb_train_000001.npy", np.array([{}]), allow_pickle=True), "not a whole .npy"),
+        (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda d: (d / "manifest.json").write_text(UNFINISHED), "not finished"),
+        (lambda d: np.save(d / "edufineweb_train_000001.mask.npy", np.zeros(9, dtype=np.uint8)), "mask.npy 9"),
+    ],
+)  # fmt: skip
+def test_a_damaged_set_is_refused_by_name(tmp_path, damage, message):
+    token_set(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        open_shards(str(tmp_path), "train", read_manifest(str(tmp_path)))
+
+
+def test_a_set_without_a_manifest_is_gpt2_tokens(tmp_path):
+    np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(100, dtype=np.uint16))
+    manifest = read_manifest(str(tmp_path))
+    assert manifest["tokenizer"] == {"name": "gpt2", "vocab_size": 50257}
+    assert len(open_shards(str(tmp_path), "train", manifest)) == 1

@@ -1,0 +1,279 @@
+"""The trainer against references: a plain loop, other splits of the batch, and itself without the interruption."""
+
+import math
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import flags, launch, read_log, tiny_config, token_set
+
+import rundir
+import train_gpt2
+from cli import UserError, parse
+from train_gpt2 import Config, GPTConfig, lr_at, main, make_model
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return token_set(tmp_path_factory.mktemp("data"))
+
+
+def plain_loop(config: Config, targets_of=None) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of the run, as one would write it without accumulation, ranks, autocast or fusion."""
+    tokens = torch.from_numpy(np.load(shards_of(config, "train")[0]).astype(np.int64))
+    model = make_model(config, 257)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms, G, T = [], [], config.total_batch_size // config.seq_len, config.seq_len
+    for step in range(config.max_steps):
+        span = slice(step * G * T, (step + 1) * G * T + 1)
+        x, y = tokens[span][:-1].view(G, T), tokens[span][1:].view(G, T)
+        if targets_of is not None:
+            y = torch.where(targets_of[span][1:].view(G, T), y, -100)
+        logits, _ = model(x)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        norms.append(math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters())))
+        for p in model.parameters():
+            p.grad *= min(1.0, config.grad_clip / (norms[-1] + 1e-6))
+        progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+        cosine = config.min_lr + (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = config.max_lr * (step + 1) / config.warmup_steps if step < config.warmup_steps else cosine
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def shards_of(config: Config, split: str) -> list[Path]:
+    return sorted(Path(config.data_dir).glob(f"*_{split}_??????.npy"))
+
+
+def logged(log_dir) -> tuple[list[float], list[float]]:
+    log = read_log(log_dir)
+    return [log["train"][k] for k in sorted(log["train"])], [log["norm"][k] for k in sorted(log["norm"])]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """20 steps of 8 windows within the first train shard, and what a plain loop makes of them."""
+    directory = token_set(tmp_path_factory.mktemp("long"), (700, 20 * 256 + 2, 300))
+    config = tiny_config(directory, "unused", max_steps=20)
+    return config, plain_loop(config)
+
+
+@pytest.mark.parametrize("micro_batch, ranks", [(8, 1), (4, 1), (2, 1), (2, 2)])
+def test_losses_and_norms_are_those_of_a_plain_loop(reference, tmp_path, micro_batch, ranks):
+    config, expected = reference
+    config = Config(**vars(config) | {"log_dir": str(tmp_path / "log"), "micro_batch": micro_batch})
+    if ranks == 1:
+        main(config)
+    else:
+        result = launch(config, ranks)
+        assert result.returncode == 0, result.stderr
+    losses, norms = logged(config.log_dir)
+    assert losses == pytest.approx(expected[0], abs=1e-5)
+    assert norms == pytest.approx(expected[1], abs=1e-5)  # clipping would hide a wrong scale of the gradient
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("micro_batch, ranks", [(8, 1), (2, 1), (2, 2)])
+def test_the_loss_is_the_mean_over_target_tokens_however_they_fall(tmp_path, micro_batch, ranks):
+    length = 6 * 256 + 2
+    rng, mask = np.random.default_rng(1), np.zeros(length, dtype=bool)
+    mask[: 3 * 256] = rng.random(3 * 256) < 0.3
+    mask[3 * 256 + 5 : 3 * 256 + 20] = True  # in step 3 all the targets are in one window
+    mask[4 * 256 :] = rng.random(length - 4 * 256) < 0.05
+    masks = [np.ones(700), mask, np.ones(300)]
+    directory = token_set(tmp_path / "data", (700, length, 300), masks=masks)
+    config = tiny_config(directory, tmp_path / "log", max_steps=6, micro_batch=micro_batch)
+    result = launch(config, ranks) if ranks > 1 else main(config)
+    assert ranks == 1 or result.returncode == 0, result.stderr
+    expected = plain_loop(config, torch.from_numpy(mask))
+    assert logged(config.log_dir)[0] == pytest.approx(expected[0], abs=1e-5)
+    assert logged(config.log_dir)[1] == pytest.approx(expected[1], abs=1e-5)
+
+
+def test_validation_is_on_the_same_tokens_for_any_micro_batch(data, tmp_path):
+    values = []
+    for i, (micro_batch, val_tokens) in enumerate([(8, 320), (2, 320), (1, 320), (8, 10**9)]):
+        config = tiny_config(data, tmp_path / str(i), micro_batch=micro_batch, val_tokens=val_tokens, max_steps=1)
+        values.append(main(config)["val"])
+    assert values[0] == pytest.approx(values[1], abs=1e-6) == pytest.approx(values[2], abs=1e-6)
+    model = train_gpt2.GPT.from_checkpoint(tmp_path / "3" / "ckpt_000001.pt")
+    tokens = torch.from_numpy(np.load(shards_of(config, "val")[0]).astype(np.int64))
+    x, y = tokens[: 62 * 32].view(-1, 32), tokens[1 : 62 * 32 + 1].view(-1, 32)  # 2000 tokens are 62 windows
+    assert values[3] == pytest.approx(F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item(), abs=1e-5)
+
+
+def interrupt(straight, log_dir, step: int) -> None:
+    """A copy of a finished run, as it would be had it been killed a little after the checkpoint of `step`."""
+    shutil.copytree(straight, log_dir)
+    for path in log_dir.glob("ckpt_*.pt"):
+        if path != rundir.path_of(log_dir, step):
+            path.unlink()
+    lines = (log_dir / "log.txt").read_text().splitlines(keepends=True)
+    kept = next(i for i, line in enumerate(lines) if line.startswith(f"{step + 2} train"))
+    (log_dir / "log.txt").write_text("".join(lines[:kept]) + f"{step + 2} tra")
+
+
+def same_weights(a, b) -> bool:
+    a, b = rundir.read(a), rundir.read(b)
+    moments = [state["optimizer"]["state"] for state in (a, b)]
+    return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
+        torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i]
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_resumed_run_is_bit_for_bit_the_run(data, tmp_path, ranks):
+    go = (lambda config: launch(config, ranks)) if ranks > 1 else main
+    straight = tiny_config(data, tmp_path / "straight", order="shuffle", micro_batch=2)
+    go(straight)
+    interrupt(tmp_path / "straight", tmp_path / "resumed", 5)
+    go(Config(**vars(straight) | {"log_dir": str(tmp_path / "resumed"), "resume": True}))
+    logs = [read_log(tmp_path / name) for name in ("straight", "resumed")]
+    for name in ("train", "val", "bpb", "norm", "lr"):
+        assert logs[0][name] == logs[1][name] and max(logs[1][name]) >= 9
+    assert "# restart" in (tmp_path / "resumed" / "log.txt").read_text()
+    assert same_weights(tmp_path / "straight" / "ckpt_000010.pt", tmp_path / "resumed" / "ckpt_000010.pt")
+
+
+def test_one_rank_goes_on_from_two_and_two_from_one(data, tmp_path):
+    straight = tiny_config(data, tmp_path / "straight", order="shuffle", micro_batch=4)
+    main(straight)
+    expected = read_log(tmp_path / "straight")["train"]
+    interrupt(tmp_path / "straight", tmp_path / "other", 5)
+    other = Config(**vars(straight) | {"log_dir": str(tmp_path / "other"), "resume": True, "micro_batch": 2})
+    result = launch(other, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "micro_batch was 4, is 2" in result.stdout
+    resumed = read_log(tmp_path / "other")["train"]
+    assert list(resumed.values()) == pytest.approx(list(expected.values()), abs=1e-5)
+
+
+def test_a_checkpoint_is_plain_and_knows_nothing_of_wrapping(data, tmp_path, monkeypatch):
+    main(tiny_config(data, tmp_path / "eager", max_steps=2))
+    assert launch(tiny_config(data, tmp_path / "ddp", max_steps=2, micro_batch=4), 2).returncode == 0
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
+    main(tiny_config(data, tmp_path / "compiled", max_steps=2, compile=True))
+    read = "import sys, torch; c = torch.load(sys.argv[1], weights_only=True); print(sorted(c), *sorted(c['model']))"
+    shown = []
+    for name in ("eager", "ddp", "compiled"):
+        command = [sys.executable, "-c", read, str(tmp_path / name / "ckpt_000002.pt")]
+        shown.append(subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout)
+    assert shown[0] == shown[1] == shown[2]
+    assert " transformer.h.0.attn.c_attn.weight " in shown[0] and "_orig_mod" not in shown[0]
+    for key in ("model", "model_config", "optimizer", "loader", "step", "config", "versions"):
+        assert f"'{key}'" in shown[0]
+
+
+def test_compiled_losses_are_the_eager_ones(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    logs = []
+    for name, compiled in (("eager", False), ("compiled", True)):
+        config = tiny_config(data, tmp_path / name, compile=compiled, micro_batch=4, sample_every=5)
+        main(config)
+        logs.append(read_log(tmp_path / name))
+    assert list(logs[0]["train"].values()) == pytest.approx(list(logs[1]["train"].values()), abs=1e-5)
+    assert list(logs[0]["val"].values()) == pytest.approx(list(logs[1]["val"].values()), abs=1e-5)
+
+
+def test_the_learning_rate_is_the_papers():
+    config = Config()
+    assert lr_at(0, config) == pytest.approx(6e-4 / 715)
+    assert lr_at(714, config) == lr_at(715, config) == pytest.approx(6e-4)
+    assert lr_at(715 + (19073 - 715) // 2, config) == pytest.approx((6e-4 + 6e-5) / 2)
+    assert lr_at(19073, config) == pytest.approx(6e-5)
+    assert lr_at(0, Config(warmup_steps=0, max_steps=1)) == pytest.approx(6e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def broken_weights(tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "ckpt_000007.pt").write_bytes(b"not a zip")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data_dir": "nowhere"}, "no train shards in 'nowhere'; run fineweb.py first"),
+        ({"total_batch_size": 250}, r"--total_batch_size 250 is not a multiple of --seq_len 32; try 256"),
+        ({"micro_batch": 3}, r"micro_batch \* seq_len \* ranks = 3 \* 32 \* 1 = 96; try 192"),
+        ({"n_embd": 33}, "n_embd 33 is not a multiple of n_head 2"),
+        ({"seq_len": 4096, "total_batch_size": 4096}, "only 3000; lower it"),
+        ({"max_steps": 0}, "--max_steps is 0"),
+        ({"max_lr": -1.0}, "--max_lr is -1"),
+        ({"min_lr": 1.0}, "--min_lr 1 is above --max_lr 0.003"),
+        ({"init_from": "nowhere/nothing"}, "nowhere/nothing"),
+        ({"init_from": "other.pt"}, "other.pt"),
+        ({"device": "tpu9"}, "--device tpu9 is no device"),
+        ({"device": "cuda"}, "CUDA devices"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(data, tmp_path, monkeypatch, changes, message):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match=message):
+        main(tiny_config(data, tmp_path / "log", **changes))
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_used_directory_is_refused_and_left_alone(data, tmp_path):
+    config = tiny_config(data, tmp_path / "log", max_steps=2)
+    main(config)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "log").iterdir()}
+    with pytest.raises(UserError, match="already holds a run: --resume goes on"):
+        main(config)
+    for changes in ({"seed": 5}, {"total_batch_size": 512}, {"n_layer": 3}):
+        with pytest.raises(UserError, match=f"{next(iter(changes))} was .*--force"):
+            main(Config(**vars(config) | {"resume": True} | changes))
+    other = token_set(tmp_path / "other", (2000, 3100))
+    with pytest.raises(UserError, match="data was"):
+        main(Config(**vars(config) | {"resume": True, "data_dir": str(other)}))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "log").iterdir()}
+
+
+def test_windows_longer_than_the_pretrained_positions(data, tmp_path):
+    model = train_gpt2.GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    model.save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="--seq_len 32 is over the 16 positions"):
+        main(tiny_config(data, tmp_path / "log", init_from=str(tmp_path / "small")))
+    with pytest.raises(UserError, match="257 tokens"):
+        main(tiny_config(token_set(tmp_path / "gpt2", tokenizer="gpt2", vocab_size=50257), tmp_path / "log",
+                         init_from=str(tmp_path / "small"), seq_len=16))  # fmt: skip
+
+
+def test_one_line_and_exit_status_2(tmp_path):
+    result = launch(tiny_config("nowhere", tmp_path / "log"), cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("train_gpt2.py: error: no train shards in 'nowhere'; run fineweb.py first")
+    assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", [["--max_steps", "ten"], ["--model", "gpt5"], ["--nonsense"], ["--max_steps"]])
+def test_a_flag_that_does_not_fit(line):
+    with pytest.raises(UserError, match=line[0]):
+        parse(Config, "", line)
+
+
+def test_flags_are_the_fields():
+    config = tiny_config("a", "b", compile=False, resume=True)
+    assert parse(Config, "", flags(config)) == config
+    assert parse(Config, "", ["--max-steps=3", "--no-compile"]) == Config(max_steps=3, compile=False)
+    assert parse(Config, "", []) == Config()
