@@ -133,6 +133,7 @@ def read_log(path: Path, name: str) -> Run:
             if kind == "restart":
                 step = int(payload.get("step", 0))
                 result.restarts.append(step)
+                result.comments.pop("done", None)
                 values = {stream: {s: v for s, v in of.items() if s <= step} for stream, of in values.items()}
             elif kind:
                 result.comments[kind] = payload
@@ -228,12 +229,21 @@ def tokens_per_second(of: Run, ms: np.ndarray) -> np.ndarray:
     return of.tokens_per_step / (np.maximum(ms, 1e-6) / 1000)
 
 
+def source_name(of: Run) -> str:
+    """Of the text: a data set, or "file " and the first of the user's own files; "" if the log doesn't say."""
+    source = of.comments.get("data", {}).get("source") or ""
+    if not isinstance(source, dict):
+        return str(source)
+    return str(source.get("dataset") or "".join(f"file {name}" for name, *_ in source.get("files", [])[:1]))
+
+
 def on_fineweb_edu(of: Run) -> bool:
     """Is the validation loss comparable with GPT-2's? It is on FineWeb-Edu's shard 0, in GPT-2's tokens."""
     if "config" not in of.comments:
         return True  # build-nanogpt
-    data = of.comments.get("data", {})
-    return "fineweb-edu" in str(data.get("source", "")).lower() and data.get("tokenizer") == "gpt2"
+    name = source_name(of).lower()
+    own = name.startswith("file ")  # perhaps the same text, but not the same validation tokens
+    return "fineweb-edu" in name and not own and of.comments["data"].get("tokenizer") == "gpt2"
 
 
 def follows_recipe(of: Run) -> bool:
@@ -433,12 +443,12 @@ def describe(runs: list[Run]) -> str:
     """The line under the title: what all runs share of model, data and batch; and how far a single one is."""
     facts = []
     for of in runs:
-        model, data = {**of.config, **of.comments.get("model", {})}, of.comments.get("data", {})
+        model = {**of.config, **of.comments.get("model", {})}
         whole = all(model.get(key) for key in ("n_layer", "n_head", "n_embd"))
         assumed = "" if "total_batch_size" in of.config else " (assumed)"
         facts.append([
             f"{model['n_layer']} layers, {model['n_head']} heads, {model['n_embd']} channels" if whole else "",
-            middle_out(str(data.get("source", "")), 38),
+            middle_out(source_name(of), 38),
             f"{of.tokens_per_step:,} tokens a step{assumed}",
             f"step {summary(of)['step']}" if len(runs) == 1 else "",
         ])

@@ -73,12 +73,13 @@ def test_a_log_says_what_its_lines_say(tmp_path):
 
 
 def test_the_last_value_of_a_step_wins_and_a_restart_takes_back_what_came_after(tmp_path):
-    lines = ["0 train 9", "1 train 8", "2 train 7", "2 val 6.5", "3 train 6", "4 train 5.5", "4 val 5",
+    lines = ["0 train 9", "1 train 8", "2 train 7", "2 val 6.5", "3 train 6", "4 train 5.5", "4 val 5", "# done {}",
              '# config {"total_batch_size": 64}', '# restart {"step": 2}', "2 train 7.5", "3 train 6.25"]
     run = plot_log.read_log(write_log(tmp_path / "log.txt", "\n".join(lines) + "\n"), "r")
     assert values_of(run, "train") == {0: 9, 1: 8, 2: 7.5, 3: 6.25}
     assert values_of(run, "val") == {2: 6.5}, "what was measured at the step of the checkpoint stands"
-    assert run.restarts == [2] and run.tokens_per_step == 64 and "resumed at step 2" in plot_log.table([run])
+    assert run.restarts == [2] and run.tokens_per_step == 64 and "done" not in run.comments
+    assert "resumed at step 2" in plot_log.table([run])
     run = plot_log.read_log(write_log(tmp_path / "log.txt", "0 train 9\n1 train 8\n0 train 7\n"), "r")
     assert values_of(run, "train") == {0: 7, 1: 8}, "without the comment too"
 
@@ -192,12 +193,15 @@ def named(figure) -> set[str]:
     ({"total_batch_size": 2**18}, FINEWEB, True, False),
     ({"n_layer": 24}, FINEWEB, True, True),  # what the model is says `# model`, not the flag
     ({"init_from": "gpt2"}, FINEWEB, True, False),
-    ({}, "python-docs", False, False),
+    ({}, {"dataset": FINEWEB, "revision": "1", "files": [["000_00000.parquet", 3]]}, True, True),
+    ({}, {"input": ["*"], "revision": None, "files": [["fineweb-edu.parquet", 3]]}, False, False),
+    ({}, None, False, False),
 ])
 def test_what_others_reached_is_drawn_only_where_it_compares(tmp_path, config, source, lines, curve):
     path = make_log(tmp_path, 80, {"max_steps": 19073, **config}, source)
     run = plot_log.read_log(path, "r")
     names = named(plot_log.draw_runs([run], "steps"))
+    assert plot_log.source_name(run) in (FINEWEB, "python-docs", "file fineweb-edu.parquet", "")
     assert {"GPT-2 124M 3.2924" in names, "GPT-2 124M 0.2955" in names, "GPT-3 124M 0.337" in names} == {lines}
     assert any("reference" in name for name in names) == curve
     assert "chance 0.25" in names and "NaN or infinite" not in names and "resumed" not in names
