@@ -206,6 +206,8 @@ def test_what_others_reached_is_drawn_only_where_it_compares(tmp_path, config, s
     assert any("reference" in name for name in names) == curve
     assert "chance 0.25" in names and "NaN or infinite" not in names and "resumed" not in names
     assert not any("reference" in name for name in named(plot_log.draw_runs([run], "hours"))), "it has no hours"
+    run.comments["data"]["tokenizer"] = "bytes"
+    assert not plot_log.on_fineweb_edu(run)
 
 
 def test_build_nanogpts_logs_are_compared_and_the_batch_is_assumed_aloud(tmp_path):
