@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,10 @@ class Ranks:
 
 
 def join_ranks(kind: str) -> Ranks:
-    """Read what torchrun set, choose the device (`kind`: auto, cuda, mps, cpu, cuda:N), form the process group."""
+    """Read what torchrun set, choose the device (`kind`: auto, cuda, mps, cpu, cuda:N), form the process group.
+
+    Until `shorten_timeout` the ranks wait 30 minutes for each other: downloads and compilation may take some.
+    """
     rank, local_rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
@@ -55,8 +59,14 @@ def join_ranks(kind: str) -> Ranks:
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return Ranks(rank, world_size, device)
+
+
+def shorten_timeout(minutes: float) -> None:
+    """From now on a rank that hangs ends the run after `minutes`."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
 
 
 def leave_ranks() -> None:

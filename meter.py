@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 
 from cli import UserError
-from machine import sum_over_ranks
+from machine import shorten_timeout, sum_over_ranks
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
     "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
@@ -39,6 +39,7 @@ class Meter:
         self.every, self.bad_steps, self.first = 1, 0, run.start  # at first every step: how slow they are is not known
         self.flops, self.peak = flops_per_token(run.raw_model.config, run.config.seq_len), peak_flops(run.ranks.device)
         self.seconds, self.steps, self.clock = 0.0, 0, time.perf_counter()
+        self.saved_at, self.minutes_unsaved = time.perf_counter(), 0.0
 
     def tell_begin(self, run) -> None:
         """What was found and decided, on the screen and at the head of the log."""
@@ -49,8 +50,8 @@ class Meter:
         total, dtype = config.max_steps * config.total_batch_size, str(run.dtype).removeprefix("torch.")
         lines = {
             "device": f"{device.type} ({card}), {'compiled' if run.compiled else 'eager'}, {dtype}",
-            "model": f"{parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels, "
-            f"{shape.n_tokens} tokens padded to {shape.vocab_size}, windows up to {shape.block_size}",
+            "model": f"{parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd},"
+            f" {shape.n_tokens} ids padded to {shape.vocab_size}, windows up to {shape.block_size}",
             "data": f"{config.data_dir}: {tokens:,} train tokens ({run.tokenizer.name})",
             "step": f"{config.total_batch_size:,} tokens: {run.micro_batch} windows x {config.seq_len} tokens x "
             f"{ranks.world_size} ranks x {accumulation} micro-batches",
@@ -87,6 +88,10 @@ class Meter:
         """After what is not training."""
         self.clock = time.perf_counter()
 
+    def saved(self) -> None:
+        self.saved_at, self.minutes_unsaved = time.perf_counter(), 0.0
+        self.restart_clock()
+
     def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Note a step: this rank's loss, the norm of the averaged gradient. True if the run is to stop."""
         self.pending.append((step, lr, loss, norm))
@@ -99,13 +104,17 @@ class Meter:
         steps, lrs, losses, norms = zip(*self.pending)
         values = torch.stack([*losses, *norms]).double().cpu()  # the one wait for the device
         elapsed = time.perf_counter() - self.clock
-        mine = torch.cat([values[: len(steps)], torch.tensor([elapsed, self.stop.asked], dtype=torch.float64)])
-        *losses, elapsed, stopping = (sum_over_ranks(mine, self.ranks) / self.ranks.world_size).tolist()
+        unsaved = (time.perf_counter() - self.saved_at) / 60
+        mine = torch.cat([values[: len(steps)], torch.tensor([elapsed, unsaved, self.stop.asked], dtype=torch.float64)])
+        mean = sum_over_ranks(mine, self.ranks) / self.ranks.world_size
+        *losses, elapsed, self.minutes_unsaved, stopping = mean.tolist()
         norms, self.pending = values[len(steps) :].tolist(), []
         ms = 1000 * elapsed / len(steps)
         for step, lr, loss, norm in zip(steps, lrs, losses, norms):
             self.log.write(step, train=loss, lr=lr, norm=norm, ms=ms)
-        if steps[0] > self.first:  # the first step's time has the compilation in it
+        if steps[0] == self.first:  # its time has the compilation in it
+            shorten_timeout(self.config.timeout_minutes)
+        else:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
         self.show(steps[-1], losses[-1], lrs[-1], norms[-1], ms)
         self.count_bad(steps, losses, norms)
@@ -131,8 +140,8 @@ class Meter:
                 self.log.write(step, skipped=1)
             if self.bad_steps >= self.config.max_bad_steps:
                 raise UserError(
-                    f"{self.bad_steps} steps in a row without a finite gradient, the last {step}; --resume goes back to "
-                    "the last checkpoint, with a lower --max_lr or --dtype float32"
+                    f"{self.bad_steps} steps in a row without a finite gradient, up to {step}; --resume returns to the "
+                    "last checkpoint: try a lower --max_lr or --dtype float32"
                 )
 
     def evaluate(self, step: int, name: str, function, run, stop) -> bool:

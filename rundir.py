@@ -47,7 +47,7 @@ def read(path: str | Path, needs: tuple[str, ...] = ()) -> dict:
     except UserError:
         raise
     except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
-        reason = str(error).strip().split("\n")[0][:150]
+        reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
         raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {reason}); use another") from error
     missing = [key for key in needs if not isinstance(state, dict) or key not in state]
     if missing:
@@ -66,12 +66,12 @@ def read_newest(log_dir: str, needs: tuple[str, ...] = ()) -> tuple[dict | None,
     return None, passed_over
 
 
-def open_run(log_dir: str, config: dict, loader: dict, needs: tuple[str, ...], fixed: tuple[str, ...], say) -> dict | None:
+def open_run(log_dir: str, config: dict, loader: dict, needs: tuple, fixed: tuple, say) -> dict | None:
     """The checkpoint that a run in `log_dir` goes on from; None for a run that begins. Writes nothing.
 
-    config and loader: what the run is to be, against what the checkpoint was; `say` tells the differences. UserError for
-    a directory that holds a run already, unless config["resume"]; and for another loader or another of the `fixed` keys,
-    unless config["force"].
+    config and loader: what the run is to be, against what the checkpoint was; `say` tells the differences. UserError
+    for a directory that holds a run already, unless config["resume"]; and for another loader or another of the `fixed`
+    keys, unless config["force"].
     """
     if not config["resume"] and (saved_steps(log_dir) or os.path.exists(os.path.join(log_dir, "log.txt"))):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
@@ -149,6 +149,8 @@ class Saver:
 
     def __init__(self, log_dir: str, keep: int, log: "Log", writes: bool):
         self.log_dir, self.keep, self.log, self.writes, self.thread = log_dir, keep, log, writes, None
+        for half in Path(log_dir).glob("ckpt_*.tmp") if writes else ():
+            half.unlink()  # a run that was killed may have left it
 
     def save(self, state: dict) -> None:
         """Save `state` as its step's checkpoint; then keep the newest `keep`, and that of the best validation."""
@@ -211,7 +213,7 @@ class Log:
     def best_step(self) -> int | None:
         """The step of the lowest validation loss among those that have a checkpoint's name; None before the first."""
         steps = [step for step in saved_steps(self.path.parent) if self.has(step, "val")]
-        return min(steps, key=self.values["val"].get, default=None)
+        return min(steps, key=lambda step: self.values["val"][step], default=None)
 
     def last(self) -> dict[str, float]:
         """The last value of each stream."""

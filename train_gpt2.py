@@ -87,11 +87,13 @@ class Config:
 
     save_every: int = knob(1000, "steps between checkpoints; the last step is saved, too", group="checkpoints")
     keep_checkpoints: int = knob(2, "how many of the newest to keep; 0 = all; that of the best validation is kept, too")
+    save_minutes: float = knob(0.0, "save after so many minutes without a checkpoint, too; 0 = don't")
     max_bad_steps: int = knob(10, "end the run after so many updates in a row without a finite gradient")
     force: bool = knob(False, "resume though the data, the model or the batch are others")
 
     device: str = knob("auto", "cuda, mps, cpu, or one device such as cuda:1", group="machine")
     dtype: str = knob("auto", "autocast dtype", choices=["auto", "bfloat16", "float16", "float32"])
+    timeout_minutes: float = knob(10.0, "end the run if the ranks wait for one of them as long as this")
     compile: bool | None = knob(None, "torch.compile the training step; default: on CUDA")
 
 
@@ -596,7 +598,7 @@ class Run:
         return batch_of_step(self.train, first, end - first, self.micro_batch, self.ranks)
 
     def versions(self) -> dict[str, str]:
-        return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+        return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
 
     def state(self, step: int) -> dict:
         """All that there is to save after `step` updates: no dropout, and the data is a function of the step."""
@@ -626,6 +628,8 @@ def set_up(config: Config, ranks: Ranks) -> Run:
         scaler.load_state_dict(saved["scaler"])
         start = saved["step"]
         origin = saved["loader"]["sample"] - start * (config.total_batch_size // config.seq_len)
+    if sum_over_ranks(torch.tensor(float(start)), ranks) != start * ranks.world_size:
+        raise UserError(f"the ranks find different checkpoints in {config.log_dir}; all nodes must share it")
     use_compile = ranks.device.type == "cuda" if config.compile is None else config.compile
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     if ranks.world_size > 1:
@@ -641,6 +645,7 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping = run.config, run.start, False
     os.makedirs(config.log_dir, exist_ok=True)
+    rundir.require_space(config.log_dir, 3 * rundir.size_of(run.raw_model.state_dict()))  # with AdamW's two moments
     log = rundir.Log(config.log_dir, writes=run.ranks.rank == 0)
     saver = rundir.Saver(config.log_dir, config.keep_checkpoints, log, run.ranks.rank == 0)
     meter = Meter(run, log, stop)
@@ -655,10 +660,12 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
                 known = step == run.start and log.has(step, name)  # a resumed run was evaluated before it was saved
                 if every and (last or step % every == 0) and not known and not stopping:
                     stopping = meter.read() or not meter.evaluate(step, name, evaluate, run, stop)
-            if step > run.start and (last or stopping or (config.save_every and step % config.save_every == 0)):
+            timely = 0 < config.save_minutes <= meter.minutes_unsaved
+            timely |= config.save_every > 0 and step % config.save_every == 0
+            if step > run.start and (last or stopping or timely):
                 stopping |= meter.read()
                 saver.save(run.state(step))
-                meter.restart_clock()
+                meter.saved()
             if last or stopping:
                 break
             lr = lr_at(step, config)

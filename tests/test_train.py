@@ -24,7 +24,7 @@ def data(tmp_path_factory):
     return token_set(tmp_path_factory.mktemp("data"))
 
 
-def plain_loop(config: Config, targets_of=None) -> tuple[list[float], list[float]]:
+def plain_loop(config: Config, targets_of=None, skip=()) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of the run, as one would write it without accumulation, ranks, autocast or fusion."""
     tokens = torch.from_numpy(np.load(shards_of(config, "train")[0]).astype(np.int64))
     model = make_model(config, 257)
@@ -48,7 +48,8 @@ def plain_loop(config: Config, targets_of=None) -> tuple[list[float], list[float
         cosine = config.min_lr + (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
         for group in optimizer.param_groups:
             group["lr"] = config.max_lr * (step + 1) / config.warmup_steps if step < config.warmup_steps else cosine
-        optimizer.step()
+        if step not in skip:
+            optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, norms

@@ -1,0 +1,203 @@
+"""Runs that are killed, stopped, poisoned or crashed end where they would have ended."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_train import plain_loop, same_weights
+from tiny import ROOT, flags, launch, read_log, tiny_config, token_set
+
+import rundir
+import train_gpt2
+from cli import UserError
+from train_gpt2 import Config, main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return token_set(tmp_path_factory.mktemp("data"))
+
+
+def command(config: Config, ranks: int, *options: str) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
+    return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / "train_gpt2.py"), *flags(config)]
+
+
+def start(config: Config, ranks: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(config, ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(process: subprocess.Popen, words: str) -> bool:
+    """Read the output up to a line with `words`; False if the process ends before."""
+    return any(words in line for line in process.stdout)
+
+
+def wreck(config: Config, ranks: int, rng: random.Random) -> None:
+    """Start the run, kill or stop it at a random moment, and take care that it is gone."""
+    process = start(config, ranks)
+    if rng.random() < 0.8 and not wait_for(process, f"step {rng.randint(0, 70):5d} |"):
+        process.wait()
+        return  # it was past that step, and has finished
+    time.sleep(rng.uniform(0, 0.1 if process.poll() is None else 0))
+    kill_group = rng.random() < 0.5
+    if kill_group:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: everybody is told
+    process.stdout.read()
+    process.wait(timeout=60)
+
+
+def unharmed(data, tmp_path, ranks: int, kills: int, seed: int) -> None:
+    settings = {"order": "shuffle", "micro_batch": 2, "max_steps": 80, "val_every": 8, "save_every": 7, "log_every": 1}
+    settings |= {"sample_every": 16, "n_layer": 4, "n_embd": 64}
+    straight = tiny_config(data, tmp_path / "straight", **settings)
+    assert launch(straight, ranks).returncode == 0
+    wrecked = Config(**vars(straight) | {"log_dir": str(tmp_path / "wrecked"), "resume": True})
+    rng = random.Random(seed)
+    for _ in range(kills):
+        wreck(wrecked, ranks, rng)
+    result = launch(wrecked, ranks)
+    assert result.returncode == 0, result.stderr
+    logs = [read_log(tmp_path / name) for name in ("straight", "wrecked")]
+    for stream in ("train", "val", "bpb", "norm", "lr"):
+        assert logs[0][stream] == logs[1][stream], stream
+    lines = [line.split() for line in (tmp_path / "wrecked" / "log.txt").read_text().splitlines() if line[0] != "#"]
+    repeated = [(int(step), name, float(value)) for step, name, value in lines if name in ("train", "val", "norm")]
+    assert all(logs[0][name][step] == value for step, name, value in repeated), "what was logged twice is the same"
+    last = rundir.path_of(tmp_path / "straight", 80), rundir.path_of(tmp_path / "wrecked", 80)
+    assert same_weights(*last)
+    names = {path.name for path in (tmp_path / "wrecked").iterdir()} - {"log.txt"}
+    assert all(rundir.NAME.fullmatch(name) for name in names), "no half file is left"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills process groups")
+@pytest.mark.parametrize("ranks, kills", [(1, 3), (2, 1)])
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(data, tmp_path, ranks, kills):
+    unharmed(data, tmp_path, ranks, kills, seed=ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks, seed", [(1, 10), (1, 11), (2, 12)])
+def test_a_run_killed_at_many_random_moments(data, tmp_path, ranks, seed):
+    unharmed(data, tmp_path, ranks, 10, seed)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(data, tmp_path):
+    config = tiny_config(data, tmp_path / "log", max_steps=100_000, save_every=0, val_every=0, log_every=1)
+    process = start(config, 1)
+    assert wait_for(process, "step     3 |")
+    process.send_signal(signal.SIGUSR1)
+    output = process.stdout.read()
+    assert process.wait(timeout=30) == 0
+    (step,) = rundir.saved_steps(tmp_path / "log")
+    assert f"stopped after {step} of 100000 steps; --resume goes on" in output
+    assert max(read_log(tmp_path / "log")["train"]) == step - 1
+
+
+def test_a_stop_inside_an_evaluation_breaks_it_off(data, tmp_path, monkeypatch):
+    straight = tiny_config(data, tmp_path / "straight", max_steps=6, save_every=0, val_every=3)
+    main(straight)
+    config = Config(**vars(straight) | {"log_dir": str(tmp_path / "log")})
+    asked = []
+
+    def agreed(self):
+        asked.append(self.since)
+        return len(asked) > 7  # once before and 5 times in the first validation, and then in the second
+
+    monkeypatch.setattr(config, "val_tokens", 5 * 8 * 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt2.StopSignal, "agreed", agreed)
+        main(config)
+    assert rundir.saved_steps(tmp_path / "log") == [3] and 3 not in read_log(tmp_path / "log")["val"]
+    main(Config(**vars(config) | {"resume": True, "val_tokens": straight.val_tokens}))
+    assert same_weights(rundir.path_of(tmp_path / "straight", 6), rundir.path_of(tmp_path / "log", 6))
+    assert sorted(read_log(tmp_path / "log")["val"]) == [0, 3, 6]
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(data, tmp_path):
+    config = tiny_config(data, tmp_path / "straight")
+    main(config)
+    shutil.copytree(tmp_path / "straight", tmp_path / "log")
+    newest = rundir.path_of(tmp_path / "log", 10)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    main(Config(**vars(config) | {"log_dir": str(tmp_path / "log"), "resume": True}))
+    assert same_weights(rundir.path_of(tmp_path / "straight", 10), newest)
+
+
+POISONED = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch, train_gpt2
+from cli import run
+whole = train_gpt2.batch_of_step
+bad_rank, bad_steps = int(sys.argv.pop(1)), eval(sys.argv.pop(1))
+def poisoned(windows, first, count, micro_batch, ranks):
+    x, y, weights = whole(windows, first, count, micro_batch, ranks)
+    if ranks.rank == bad_rank and first // count in bad_steps:
+        weights = [float("nan"), *weights[1:]]
+    return x, y, weights
+train_gpt2.batch_of_step = poisoned
+run(train_gpt2.main, train_gpt2.Config, "")
+"""
+
+
+@pytest.mark.parametrize("ranks, bad_rank", [(1, 0), (2, 1)])
+def test_an_update_with_a_bad_gradient_is_skipped_on_all_ranks(tmp_path, ranks, bad_rank):
+    directory = token_set(tmp_path / "data", (700, 20 * 256 + 2, 300))
+    config = tiny_config(directory, tmp_path / "log", max_steps=8, micro_batch=2, log_every=4)
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    line = command(config, ranks)
+    at = line.index(str(ROOT / "train_gpt2.py"))
+    line[at : at + 1] = [str(tmp_path / "poisoned.py"), str(ROOT), str(bad_rank), "[4]"]
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "step 4: loss nan, gradient norm nan; the update is skipped" in result.stdout
+    expected, _ = plain_loop(config, skip={4})
+    log = read_log(config.log_dir)
+    assert log["skipped"] == {4: 1}
+    losses = [log["train"][step] for step in range(8) if step != 4]
+    assert losses == pytest.approx([loss for step, loss in enumerate(expected) if step != 4], abs=1e-5)
+
+
+def test_bad_gradients_in_a_row_end_the_run(data, tmp_path, monkeypatch):
+    whole = train_gpt2.batch_of_step
+
+    def poisoned(windows, first, count, *rest):
+        x, y, weights = whole(windows, first, count, *rest)
+        return x, y, [float("inf")] * len(weights) if first // count >= 6 else weights
+
+    monkeypatch.setattr(train_gpt2, "batch_of_step", poisoned)
+    with pytest.raises(UserError, match="3 steps in a row without a finite gradient, up to 8"):
+        main(tiny_config(data, tmp_path / "log", max_bad_steps=3, max_steps=50, log_every=1))
+    assert rundir.saved_steps(tmp_path / "log") == [5]
+    state = rundir.read(rundir.path_of(tmp_path / "log", 5))
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_torchrun_restarts_after_a_rank_was_killed(data, tmp_path):
+    straight = tiny_config(data, tmp_path / "straight", max_steps=60, micro_batch=2)
+    main(Config(**vars(straight) | {"micro_batch": 4}))
+    config = Config(**vars(straight) | {"log_dir": str(tmp_path / "log"), "resume": True, "log_every": 1})
+    line = command(config, 2, "--max-restarts=3")
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert wait_for(process, "step    20 |")
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.stdout.read()
+    assert process.wait(timeout=120) == 0
+    logs = [read_log(tmp_path / name)["train"] for name in ("straight", "log")]
+    assert list(logs[0].values()) == pytest.approx([logs[1][step] for step in logs[0]], abs=1e-5)
+    assert "# restart" in (tmp_path / "log" / "log.txt").read_text()

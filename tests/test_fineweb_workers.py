@@ -1,0 +1,156 @@
+"""fineweb.py's processes: started in any way, killed at any moment, they change nothing and never hang."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import fineweb
+
+ROOT = Path(__file__).parent.parent
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs signals and fork")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(parquet file, directory of its shards): the run that nobody disturbed."""
+    folder, rng = tmp_path_factory.mktemp("whole"), random.Random(0)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    texts = [f"document {i}: {' '.join(rng.choices(words, k=rng.randrange(1500)))}" for i in range(600)]
+    pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", row_group_size=10)
+    fineweb.main(fineweb.Config(**flags(folder), out=str(folder / "out"), workers=0))
+    return folder / "texts.parquet", folder / "out"
+
+
+def flags(folder: Path) -> dict:
+    return {"input": [str(folder / "texts.parquet")], "shard_size": 20_000, "backend": "tiktoken"}
+
+
+def contents(out: Path) -> dict:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def start(folder: Path, out: Path, before: str = "", workers: int = 2) -> subprocess.Popen:
+    """fineweb.py in a process group of its own. before: what to do first, in the parent and in every spawned worker."""
+    script = out.parent / "go.py"
+    config = {**flags(folder), "out": str(out), "workers": workers}
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport multiprocessing, os\nimport fineweb, units\n{before}\n"
+        f"if __name__ == '__main__':\n    fineweb.run(lambda _: fineweb.main(fineweb.Config(**{config!r})), fineweb.Config, '', [])\n"
+    )
+    return subprocess.Popen([sys.executable, str(script)], stdout=-1, stderr=-1, text=True, start_new_session=True)
+
+
+def children(pid: int) -> list[int]:
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()]
+    return [int(row[0]) for row in rows if int(row[1]) == pid and "spawn_main" in row[2]]
+
+
+def group_is_gone(group: int, seconds: float = 20) -> bool:
+    for _ in range(int(seconds * 20)):
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    "method", ["spawn", pytest.param("fork", marks=POSIX), pytest.param("forkserver", marks=POSIX)]
+)
+def test_every_start_method(whole, tmp_path, method):
+    go = f"if __name__ == '__main__':\n    multiprocessing.set_start_method({method!r})"
+    process = start(whole[0].parent, tmp_path / "out", go)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert contents(tmp_path / "out") == contents(whole[1])
+
+
+@POSIX
+def test_a_worker_that_is_killed(whole, tmp_path):
+    """Its units are done again, by others, and the rest goes on."""
+    process, killed = start(whole[0].parent, tmp_path / "out"), 0
+    while process.poll() is None and killed < 2:
+        if list((tmp_path / "out").glob("*.npy*")) and (victims := children(process.pid)):
+            os.kill(victims[0], signal.SIGKILL)
+            killed += 1
+        time.sleep(0.1)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and killed > 0, stderr
+    assert contents(tmp_path / "out") == contents(whole[1])
+    assert group_is_gone(process.pid)
+
+
+KILLER = """
+encode = units.encode_documents
+def deadly(texts, tokenizer, backend):
+    if any(text.startswith("document 237:") for text in texts):
+        os._exit(9)
+    return encode(texts, tokenizer, backend)
+units.encode_documents = deadly
+"""
+
+
+def test_a_document_that_kills_is_named(whole, tmp_path):
+    process = start(whole[0].parent, tmp_path / "out", KILLER)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2, stderr
+    line = stderr.splitlines()[-1]
+    assert "document 7 of row group 23, rows 0 to 10 of" in line and "kills the process that tokenizes it" in line
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["shards"] and not manifest["complete"]  # what came before it is kept
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def run_through_kills(whole, out: Path, kills: int, rng: random.Random) -> None:
+    """Start, kill the parent or a worker with SIGKILL, start again; the last is left to end."""
+    for _ in range(kills):
+        process = start(whole[0].parent, out)
+        deadline = time.monotonic() + 20
+        while not list(out.glob("*.tmp")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.random() * 0.5)
+        victim = rng.choice([process.pid, *children(process.pid)])
+        os.kill(victim, signal.SIGKILL)
+        if victim != process.pid and rng.random() < 0.5:
+            time.sleep(rng.random() * 0.2)
+            process.kill()
+        elif victim == process.pid:
+            assert group_is_gone(process.pid)  # no worker outlives its parent
+        process.communicate(timeout=120)
+    process = start(whole[0].parent, out)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert contents(out) == contents(whole[1])
+
+
+@POSIX
+def test_killed_and_started_again(whole, tmp_path):
+    run_through_kills(whole, tmp_path / "out", 3, random.Random(1))
+
+
+@POSIX
+@pytest.mark.slow
+def test_killed_twenty_times_and_started_again(whole, tmp_path):
+    run_through_kills(whole, tmp_path / "out", 20, random.Random(2))
+
+
+@POSIX
+def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
+    process = start(whole[0].parent, tmp_path / "out")
+    while not list((tmp_path / "out").glob("*.tmp")) and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (0, 130) and "Traceback" not in stderr
+    assert not list((tmp_path / "out").glob("*.tmp")) and group_is_gone(process.pid)
