@@ -201,3 +201,63 @@ def test_torchrun_restarts_after_a_rank_was_killed(data, tmp_path):
     logs = [read_log(tmp_path / name)["train"] for name in ("straight", "log")]
     assert list(logs[0].values()) == pytest.approx([logs[1][step] for step in logs[0]], abs=1e-5)
     assert "# restart" in (tmp_path / "log" / "log.txt").read_text()
+
+
+DRIVER = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import hashlib, train_gpt2
+from cli import run
+what, where = sys.argv.pop(1), sys.argv.pop(1)
+whole = train_gpt2.batch_of_step
+def watched(windows, first, count, micro_batch, ranks):
+    batch = whole(windows, first, count, micro_batch, ranks)
+    if what == "hash":
+        with open(f"{where}/{ranks.world_size}-{ranks.rank}", "a") as file:
+            for row in batch[0].flatten(0, 1).numpy():
+                print(first // count, hashlib.sha256(row.tobytes()).hexdigest(), file=file)
+    elif ranks.rank == 1 and first // count == 4:
+        time.sleep(600)
+    return batch
+train_gpt2.batch_of_step = watched
+run(train_gpt2.main, train_gpt2.Config, "")
+"""
+
+
+def drive(tmp_path, what: str, where, config: Config, ranks: int) -> subprocess.CompletedProcess:
+    """A run whose batches are watched: "hash" writes the hash of each row under `where`, "hang" halts a rank."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    line = command(config, ranks)
+    at = line.index(str(ROOT / "train_gpt2.py"))
+    line[at : at + 1] = [str(tmp_path / "driver.py"), str(ROOT), what, str(where)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=200)
+
+
+def test_from_one_rank_to_four_to_two_the_batches_are_the_same(data, tmp_path):
+    straight = tiny_config(data, tmp_path / "straight", order="shuffle", max_steps=9, micro_batch=2, save_every=3)
+    (tmp_path / "one").mkdir()
+    assert drive(tmp_path, "hash", tmp_path / "one", straight, 1).returncode == 0
+    (tmp_path / "many").mkdir()
+    for ranks, end in ((1, 3), (4, 6), (2, 9)):
+        config = Config(**vars(straight) | {"log_dir": str(tmp_path / "log"), "resume": True})
+        result = drive(tmp_path, "hash", tmp_path / "many", config, ranks)
+        assert result.returncode == 0, result.stderr
+        for step in rundir.saved_steps(tmp_path / "log"):
+            if end < 9 and step > end:
+                rundir.path_of(tmp_path / "log", step).unlink()  # as if it had been stopped after `end` steps
+    expected = sorted((tmp_path / "one" / "1-0").read_text().splitlines())
+    seen = {name.name: name.read_text().splitlines() for name in (tmp_path / "many").iterdir()}
+    for world_size, steps in (("1", range(0, 3)), ("4", range(3, 6)), ("2", range(6, 9))):
+        rows = sorted(row for name, rows in seen.items() if name.startswith(world_size) for row in rows)
+        for step in steps:
+            assert [row for row in rows if row[:2] == f"{step} "] == [row for row in expected if row[:2] == f"{step} "]
+    logs = [read_log(tmp_path / name)["train"] for name in ("straight", "log")]
+    assert [logs[1][step] for step in range(9)] == pytest.approx([logs[0][step] for step in range(9)], abs=1e-5)
+
+
+def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
+    config = tiny_config(data, tmp_path / "log", micro_batch=4, timeout_minutes=0.05)
+    began = time.monotonic()
+    result = drive(tmp_path, "hang", "nowhere", config, 2)
+    assert result.returncode != 0 and time.monotonic() - began < 120
+    assert "imed out" in result.stderr
