@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -183,8 +184,8 @@ class Saver:
 class Log:
     """LOG_DIR/log.txt: `step stream value`, append-only, a step's last value wins; lines with # tell of the run."""
 
-    def __init__(self, log_dir: str, writes: bool):
-        self.path, self.file = Path(log_dir) / "log.txt", None
+    def __init__(self, log_dir: str, writes: bool, track: Callable[[int, dict], None] | None = None):
+        self.path, self.file, self.track = Path(log_dir) / "log.txt", None, track
         text = self.path.read_bytes() if self.path.exists() else b""
         if writes:
             self.file = open(self.path, "ab")  # noqa: SIM115
@@ -199,6 +200,8 @@ class Log:
         for stream_name, value in values.items():
             self.values.setdefault(stream_name, {})[step] = value
             self._append(f"{step} {stream_name} {value:{'.6g' if stream_name == 'lr' else '.6f'}}")
+        if self.track:
+            self.track(step, values)
 
     def has(self, step: int, stream_name: str) -> bool:
         return step in self.values.get(stream_name, {})

@@ -32,10 +32,12 @@ import pretrained
 import rundir
 from cli import LocalError, UserError, knob, run
 from generate import stream
+from headloss import HeadLoss
 from machine import Ranks, StopSignal, join_ranks, leave_ranks, pick_dtype, pick_micro_batch, sum_over_ranks
 from meter import Meter
 from shards import Shard, bytes_per_token, fingerprint, open_shards, read_manifest
 from tokenizer import load_tokenizer
+from track import TRACKERS, open_tracker, require_tracker
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -84,6 +86,7 @@ class Config:
     sample_every: int = knob(250, "steps between samples; 0 = never")
     sample_prompt: str = knob("Hello, I'm a language model,", "how the samples begin")
     log_every: int = knob(10, "steps between lines on the screen; log.txt has every step")
+    track: str = knob("none", "tell a tracker, too", choices=list(TRACKERS))
 
     save_every: int = knob(1000, "steps between checkpoints; the last step is saved, too", group="checkpoints")
     keep_checkpoints: int = knob(2, "how many of the newest to keep; 0 = all; that of the best validation is kept, too")
@@ -102,6 +105,7 @@ def check(config: Config) -> None:
     for name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} is {getattr(config, name)}; it must be more than 0")
+    require_tracker(config.track)
     for name, value in asdict(config).items():
         if isinstance(value, (int, float)) and not value >= 0:
             raise UserError(f"--{name} is {value}; it must not be negative")
@@ -247,62 +251,27 @@ class GPT(nn.Module):
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str) -> "GPT":
-        """A GPT-2 from the hub ("gpt2" ... "gpt2-xl") or from a directory of `transformers`; every weight must fit."""
-        shape, state = pretrained.load(name_or_dir)
-        model = cls(GPTConfig(**shape))
-        model.load_state_dict(state, strict=True)
-        return model
-
-    def save_pretrained(self, directory: str) -> None:
-        """Write a directory that `transformers` and lm-eval load: the tokens that exist, without padding."""
-        pretrained.save(directory, asdict(self.config), self.state_dict())
+    def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
+        """A GPT-2 of the hub ("gpt2" ... "gpt2-xl") or a directory, cropped to `block_size`; every weight must fit."""
+        return cls.of(*pretrained.load(name_or_dir, block_size))
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "GPT":
-        """The model of a checkpoint that this trainer wrote."""
-        return model_of(rundir.read(path, CHECKPOINT_KEYS))
+        """The model of a checkpoint: of this trainer, of build-nanogpt or of nanoGPT."""
+        return cls.of(*pretrained.load_checkpoint(path))
 
+    @classmethod
+    def of(cls, shape: dict, state: dict) -> "GPT":
+        """A model that takes these tensors over as its weights: none are drawn, none are copied."""
+        with torch.device("meta"):
+            model = cls(GPTConfig(**shape))
+        model.load_state_dict(state, strict=True, assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model
 
-class HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of the tied head, a few rows at a time: (B*T, V) logits or gradients never exist.
-
-    The gradients are made together with the loss, while a slice of logits is in the cache, and wait for `backward`.
-    x (N, C), weight (V, C), targets (N,) with -100 for none, n_tokens <= V -> scalar.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, n_tokens, rows, needs_grad):
-        on = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
-        x_low, w_low = x.to(dtype), weight.to(dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x_low) if needs_grad else None
-        grad_w = torch.zeros_like(weight) if needs_grad else None
-        for first in range(0, len(x), rows):
-            part = slice(first, first + rows)
-            target, valid = targets[part, None].clamp(min=0), targets[part, None] >= 0
-            logits = torch.mm(x_low[part], w_low.t()).float()  # (rows, V)
-            logits[:, n_tokens:] = -math.inf
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((log_z - logits.gather(1, target)) * valid).sum()
-            if needs_grad:  # d loss / d logits = softmax - one_hot
-                grad = logits.sub_(log_z).exp_()
-                grad.scatter_add_(1, target, -torch.ones_like(log_z))
-                grad = grad.mul_(valid).to(dtype)
-                torch.mm(grad, w_low, out=grad_x[part])
-                if dtype == weight.dtype:
-                    grad_w.addmm_(grad.t(), x_low[part])
-                else:
-                    grad_w += grad.t() @ x_low[part]
-        if needs_grad:
-            ctx.save_for_backward(grad_x.to(x.dtype), grad_w)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_w * grad_loss, None, None, None, None
+    def save_pretrained(self, directory: str) -> None:
+        """Write a new directory for `transformers`, lm-eval and llama.cpp: the tokens that exist, without padding."""
+        pretrained.save(directory, asdict(self.config), self.state_dict())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,9 +479,7 @@ def draw_samples(run: "Run", stop: StopSignal, n: int = 4, length: int = 32) -> 
 
 
 def model_of(saved: dict) -> GPT:
-    model = GPT(GPTConfig(**saved["model_config"]))
-    model.load_state_dict(saved["model"], strict=True)
-    return model
+    return GPT.of(saved["model_config"], rundir.to_host(saved["model"]))  # a copy: the file may have to go
 
 
 def load_model(source: str) -> tuple[GPT, str]:
@@ -646,7 +613,8 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     config, step, stopping = run.config, run.start, False
     os.makedirs(config.log_dir, exist_ok=True)
     rundir.require_space(config.log_dir, 3 * rundir.size_of(run.raw_model.state_dict()))  # with AdamW's two moments
-    log = rundir.Log(config.log_dir, writes=run.ranks.rank == 0)
+    tracker = open_tracker(config.track, config.log_dir, asdict(config), step) if run.ranks.rank == 0 else None
+    log = rundir.Log(config.log_dir, run.ranks.rank == 0, tracker)
     saver = rundir.Saver(config.log_dir, config.keep_checkpoints, log, run.ranks.rank == 0)
     meter = Meter(run, log, stop)
     meter.tell_begin(run)

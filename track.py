@@ -1,0 +1,89 @@
+"""
+The values of a run, sent to TensorBoard, Weights & Biases or MLflow as well, if you ask for it and have it installed.
+
+A tracker is a function of (step, {stream: value}). A resumed run goes on as the same run there: its id is kept in
+LOG_DIR/track.json. Offline modes are the trackers' own: WANDB_MODE=offline, MLFLOW_TRACKING_URI=file:...
+"""
+
+import importlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from cli import UserError
+
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+
+
+def require_tracker(name: str) -> None:
+    """UserError if the tracker's package is not installed."""
+    try:
+        if name != "none":
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--track {name} needs a package: pip install {name}") from error
+
+
+def open_tracker(name: str, log_dir: str, config: dict, start: int) -> Callable[[int, dict], None] | None:
+    """A tracker that goes on at step `start`; None for "none"."""
+    if name == "none":
+        return None
+    return {"tensorboard": to_tensorboard, "wandb": to_wandb, "mlflow": to_mlflow}[name](log_dir, config, start)
+
+
+def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
+    """The id under which the tracker knows the run of this directory, made by `new` the first time."""
+    path = Path(log_dir) / "track.json"
+    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if name not in ids:
+        ids[name] = new()
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(ids), encoding="utf-8")
+        os.replace(temporary, path)
+    return ids[name]
+
+
+def to_tensorboard(log_dir: str, config: dict, start: int) -> Callable[[int, dict], None]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(os.path.join(log_dir, "tensorboard"), purge_step=start)
+    if start == 0:
+        writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
+
+    def track(step: int, values: dict) -> None:
+        for stream, value in values.items():
+            writer.add_scalar(stream, value, step)
+        writer.flush()
+
+    return track
+
+
+def to_wandb(log_dir: str, config: dict, start: int) -> Callable[[int, dict], None]:
+    import wandb
+
+    name, run_id = os.path.basename(log_dir), kept_id(log_dir, "wandb", lambda: uuid.uuid4().hex[:8])
+    run = wandb.init(project="gpt2", name=name, id=run_id, resume="allow", dir=log_dir, config=config)
+    run.define_metric("*", step_metric="step")
+    return lambda step, values: run.log(values | {"step": step})
+
+
+def to_mlflow(log_dir: str, config: dict, start: int) -> Callable[[int, dict], None]:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    experiment = mlflow.set_experiment("gpt2").experiment_id
+    name = os.path.basename(log_dir)
+    run_id = kept_id(log_dir, "mlflow", lambda: client.create_run(experiment, run_name=name).info.run_id)
+    if start == 0:
+        for key, value in config.items():
+            client.log_param(run_id, key, value)
+
+    def track(step: int, values: dict) -> None:
+        for stream, value in values.items():
+            if math.isfinite(value):  # MLflow's stores take no NaN
+                client.log_metric(run_id, stream, value, step=step)
+
+    return track
