@@ -13,6 +13,7 @@ import torch
 
 from cli import UserError
 from machine import shorten_timeout, sum_over_ranks
+from reference import GPT2_HELLASWAG, GPT2_LOSS, follows_recipe, on_fineweb_edu, reference_loss
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
     "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
@@ -38,6 +39,9 @@ class Meter:
         self.config, self.ranks, self.log, self.stop, self.pending = run.config, run.ranks, log, stop, []
         self.every, self.bad_steps, self.first = 1, 0, run.start  # at first every step: how slow they are is not known
         self.flops, self.peak = flops_per_token(run.raw_model.config, run.config.seq_len), peak_flops(run.ranks.device)
+        settings = asdict(run.config) | asdict(run.raw_model.config)
+        self.comparable = on_fineweb_edu(run.source, run.tokenizer.name)
+        self.on_recipe = self.comparable and follows_recipe(settings)
         self.seconds, self.steps, self.clock = 0.0, 0, time.perf_counter()
         self.saved_at, self.minutes_unsaved = time.perf_counter(), 0.0
 
@@ -150,7 +154,20 @@ class Meter:
         values = function(run, stop)
         if values is not None:
             self.log.write(step, **values)
-            shown = " | ".join(f"{stream} {value:.4f}" for stream, value in values.items()) or name
-            self.ranks.say(f"step {step:5d} | {shown} | {time.perf_counter() - began:.1f} s")
+            shown = [f"{stream} {value:.4f}" for stream, value in values.items()] + self.remarks(step, values)
+            self.ranks.say(f"step {step:5d} | {' | '.join(shown) or name} | {time.perf_counter() - began:.1f} s")
         self.restart_clock()
         return values is not None
+
+    def remarks(self, step: int, values: dict[str, float]) -> list[str]:
+        """How this compares with what is known of GPT-2 124M; nothing where the setup is another."""
+        said = []
+        if "val" in values and self.on_recipe:
+            ahead = float(reference_loss(step)) - values["val"]
+            side = "ahead" if ahead >= 0 else "behind"
+            said.append(f"reference {values['val'] + ahead:.2f}: {side} by {abs(ahead):.2f}")
+        if "val" in values and self.comparable and values["val"] < GPT2_LOSS:
+            said.append(f"below GPT-2 124M's {GPT2_LOSS}")
+        if values.get("hella", 0) > GPT2_HELLASWAG:
+            said.append(f"above GPT-2 124M's {GPT2_HELLASWAG}")
+        return said

@@ -24,7 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+import reference
 from cli import UserError, knob, run
+from reference import GPT2_HELLASWAG, GPT2_LOSS, GPT3_HELLASWAG, REFERENCE_CURVE, TOKENS_PER_STEP, reference_loss
 
 
 @dataclass
@@ -42,19 +44,7 @@ class Config:
 
 FORMATS = ("png", "svg", "pdf")
 WATCH_SECONDS = 3
-TOKENS_PER_STEP = 524_288  # of GPT-2's recipe, and of build-nanogpt, whose logs don't say
 HELLASWAG_EXAMPLES = 10_042
-
-# The recipe of GPT-2 124M, and validation losses on the way reported of it on FineWeb-Edu. OpenAI's GPT-2 124M scores
-# GPT2_LOSS on the same validation tokens; HellaSwag is acc_norm, each ending alone, mean loss a token (build-nanogpt).
-RECIPE = {
-    "total_batch_size": TOKENS_PER_STEP, "max_steps": 19_073, "warmup_steps": 715, "max_lr": 6e-4, "min_lr": 6e-5,
-    "seq_len": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768,
-}
-REFERENCE_CURVE = {
-    0: 10.93, 250: 6.13, 1_000: 4.16, 2_000: 3.66, 5_000: 3.36, 6_750: 3.28, 10_000: 3.20, 15_000: 3.11, 19_073: 3.07,
-}
-GPT2_LOSS, GPT2_HELLASWAG, GPT3_HELLASWAG = 3.2924, 0.2955, 0.337
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,24 +228,14 @@ def source_name(of: Run) -> str:
 
 
 def on_fineweb_edu(of: Run) -> bool:
-    """Is the validation loss comparable with GPT-2's? It is on FineWeb-Edu's shard 0, in GPT-2's tokens."""
-    if "config" not in of.comments:
-        return True  # build-nanogpt
-    name = source_name(of).lower()
-    own = name.startswith("file ")  # perhaps the same text, but not the same validation tokens
-    return "fineweb-edu" in name and not own and of.comments["data"].get("tokenizer") == "gpt2"
+    """Is the validation loss comparable with GPT-2's? A log without configuration is build-nanogpt's: yes."""
+    data = of.comments.get("data", {})
+    return "config" not in of.comments or reference.on_fineweb_edu(data.get("source"), data.get("tokenizer"))
 
 
 def follows_recipe(of: Run) -> bool:
     """Is the run the one that REFERENCE_CURVE belongs to?"""
-    told = {**of.config, **of.comments.get("model", {})}
-    differs = [key for key, value in RECIPE.items() if told.get(key) not in (None, 0, value)]
-    return on_fineweb_edu(of) and not differs and not told.get("init_from") and told.get("model") in (None, "gpt2")
-
-
-def reference_loss(step: np.ndarray) -> np.ndarray:
-    """REFERENCE_CURVE between its points, on a logarithmic axis of steps, where it is nearly straight."""
-    return np.interp(np.log(step + 50), np.log(np.array([*REFERENCE_CURVE]) + 50), [*REFERENCE_CURVE.values()])
+    return on_fineweb_edu(of) and reference.follows_recipe({**of.config, **of.comments.get("model", {})})
 
 
 def short(number: float) -> str:

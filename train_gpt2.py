@@ -18,7 +18,7 @@ import platform
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -72,6 +72,7 @@ class Config:
     seq_len: int = knob(1024, "tokens per window")
 
     max_steps: int = knob(19073, "updates; 19,073 are 10B tokens at the default batch", group="optimization")
+    epochs: float = knob(0.0, "instead of --max_steps: how often to read the train split", metavar="N")
     warmup_steps: int = knob(715, "linear warm-up: 375M tokens, as GPT-3")
     max_lr: float = knob(6e-4, "learning rate after the warm-up")
     min_lr: float = knob(6e-5, "learning rate at the end of the cosine")
@@ -583,6 +584,9 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     shards = {split: open_shards(config.data_dir, split, manifest) for split in ("train", "val")}
     windows = Windows(shards["train"], config.seq_len, tokenizer.n_vocab, config.order, config.seed)
     val_windows = Windows(shards["val"], config.seq_len, tokenizer.n_vocab)
+    if config.epochs:
+        steps = math.ceil(config.epochs * len(windows) * config.seq_len / config.total_batch_size)
+        config = replace(config, max_steps=steps)
     loader = {"tokenizer": tokenizer.name, "data": fingerprint(shards["train"], manifest)}
     saved = rundir.open_run(config.log_dir, asdict(config), loader, CHECKPOINT_KEYS, FIXED, ranks.say)
     raw_model = (make_model(config, tokenizer.n_vocab) if saved is None else model_of(saved)).to(ranks.device)

@@ -13,9 +13,18 @@ import pytest
 
 import cli
 import plot_log
+import reference
 
 FINEWEB = "HuggingFaceFW/fineweb-edu:sample-10BT"
-RECIPE = {**plot_log.RECIPE, "model": "gpt2", "init_from": "", "grad_clip": 1.0, "n_layer": 0, "n_head": 0, "n_embd": 0}
+RECIPE = {
+    **reference.RECIPE,
+    "model": "gpt2",
+    "init_from": "",
+    "grad_clip": 1.0,
+    "n_layer": 0,
+    "n_head": 0,
+    "n_embd": 0,
+}
 GPT2 = {"block_size": 1024, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768}
 BUILD_NANOGPT = (
     "0 val 10.9504\n0 hella 0.2463\n0 train 10.955029\n1 train 9.632\n2 train 9.1\n2 val 9.2500\n2 hella 0.2500\n"
@@ -30,8 +39,11 @@ def write_log(path: Path, text: str) -> Path:
 
 def make_log(folder: Path, steps: int, config=None, source=FINEWEB, skip=(), restart=None) -> Path:
     """A log as the trainer writes it: loss 3 + 8 exp(-s / tau), wavering."""
-    comments = {"config": {**RECIPE, "max_steps": steps, **(config or {})}, "model": GPT2,
-                "data": {"source": source, "tokenizer": "gpt2"}}
+    comments = {
+        "config": {**RECIPE, "max_steps": steps, **(config or {})},
+        "model": GPT2,
+        "data": {"source": source, "tokenizer": "gpt2"},
+    }
     lines = [f"# {kind} {json.dumps(value)}" for kind, value in comments.items()]
     for step in range(steps + 1):
         loss = 3 + 8 * math.exp(-step / (0.04 * steps)) + 0.02 * math.sin(step)
@@ -73,8 +85,20 @@ def test_a_log_says_what_its_lines_say(tmp_path):
 
 
 def test_the_last_value_of_a_step_wins_and_a_restart_takes_back_what_came_after(tmp_path):
-    lines = ["0 train 9", "1 train 8", "2 train 7", "2 val 6.5", "3 train 6", "4 train 5.5", "4 val 5", "# done {}",
-             '# config {"total_batch_size": 64}', '# restart {"step": 2}', "2 train 7.5", "3 train 6.25"]
+    lines = [
+        "0 train 9",
+        "1 train 8",
+        "2 train 7",
+        "2 val 6.5",
+        "3 train 6",
+        "4 train 5.5",
+        "4 val 5",
+        "# done {}",
+        '# config {"total_batch_size": 64}',
+        '# restart {"step": 2}',
+        "2 train 7.5",
+        "3 train 6.25",
+    ]
     run = plot_log.read_log(write_log(tmp_path / "log.txt", "\n".join(lines) + "\n"), "r")
     assert values_of(run, "train") == {0: 9, 1: 8, 2: 7.5, 3: 6.25}
     assert values_of(run, "val") == {2: 6.5}, "what was measured at the step of the checkpoint stands"
@@ -101,7 +125,7 @@ def test_what_is_not_finite_is_counted_marked_and_left_out(tmp_path):
     assert run.finite("train")[0].tolist() == [0, 1, 5, 6]
     assert "train is NaN or infinite at 3 steps, first at 2" in plot_log.table([run])
     figure = plot_log.draw_runs([run], "steps")
-    marks, = [line for line in figure.axes[0].lines if line.get_label() == "NaN or infinite"]
+    (marks,) = [line for line in figure.axes[0].lines if line.get_label() == "NaN or infinite"]
     assert marks.get_xdata().tolist() == [2, 3, 4]
     assert np.isfinite(figure.axes[0].get_ylim()).all()
 
@@ -163,8 +187,17 @@ def test_error_bars_are_the_logs_or_those_of_a_share(tmp_path):
 
 
 def test_short_numbers():
-    texts = {0: "0", 0.25: "0.25", 1760: "1.76k", 99_960: "100k", 524_288: "524k", 999_999: "1M", 1.5e6: "1.5M",
-             9.96e9: "9.96B", 1e10: "10B"}
+    texts = {
+        0: "0",
+        0.25: "0.25",
+        1760: "1.76k",
+        99_960: "100k",
+        524_288: "524k",
+        999_999: "1M",
+        1.5e6: "1.5M",
+        9.96e9: "9.96B",
+        1e10: "10B",
+    }
     assert {number: plot_log.short(number) for number in texts} == texts
 
 
@@ -187,16 +220,19 @@ def named(figure) -> set[str]:
     return legend | {text.get_text().replace("\n", " ") for ax in figure.axes for text in ax.texts}
 
 
-@pytest.mark.parametrize("config, source, lines, curve", [
-    ({}, FINEWEB, True, True),
-    ({"max_lr": 18e-4}, FINEWEB, True, False),
-    ({"total_batch_size": 2**18}, FINEWEB, True, False),
-    ({"n_layer": 24}, FINEWEB, True, True),  # what the model is says `# model`, not the flag
-    ({"init_from": "gpt2"}, FINEWEB, True, False),
-    ({}, {"dataset": FINEWEB, "revision": "1", "files": [["000_00000.parquet", 3]]}, True, True),
-    ({}, {"input": ["*"], "revision": None, "files": [["fineweb-edu.parquet", 3]]}, False, False),
-    ({}, None, False, False),
-])
+@pytest.mark.parametrize(
+    "config, source, lines, curve",
+    [
+        ({}, FINEWEB, True, True),
+        ({"max_lr": 18e-4}, FINEWEB, True, False),
+        ({"total_batch_size": 2**18}, FINEWEB, True, False),
+        ({"n_layer": 24}, FINEWEB, True, True),  # what the model is says `# model`, not the flag
+        ({"init_from": "gpt2"}, FINEWEB, True, False),
+        ({}, {"dataset": FINEWEB, "revision": "1", "files": [["000_00000.parquet", 3]]}, True, True),
+        ({}, {"input": ["*"], "revision": None, "files": [["fineweb-edu.parquet", 3]]}, False, False),
+        ({}, None, False, False),
+    ],
+)
 def test_what_others_reached_is_drawn_only_where_it_compares(tmp_path, config, source, lines, curve):
     path = make_log(tmp_path, 80, {"max_steps": 19073, **config}, source)
     run = plot_log.read_log(path, "r")
@@ -216,7 +252,7 @@ def test_build_nanogpts_logs_are_compared_and_the_batch_is_assumed_aloud(tmp_pat
     assert any("reference" in name for name in named(figure)) and len(figure.axes) == 2
     assert "524,288 tokens a step (assumed)" in figure.texts[1].get_text()
     assert "524,288 tokens a step are assumed" in plot_log.table([run])
-    validation, = [line for line in figure.axes[0].lines if line.get_label() == "validation"]
+    (validation,) = [line for line in figure.axes[0].lines if line.get_label() == "validation"]
     assert validation.get_xdata().tolist() == [0, 2 * 524288] and validation.get_ydata().tolist() == [10.9504, 9.25]
 
 
@@ -237,6 +273,7 @@ def test_a_long_run_is_shown_where_it_matters_and_a_short_one_whole(tmp_path):
 
 def scenes(folder: Path) -> dict:
     """Pictures as different as users', the hardest for the layout among them."""
+
     def read(name, *args, **kwargs):
         return plot_log.read_log(make_log(folder / name, *args, **kwargs), name)
 
@@ -249,8 +286,16 @@ def scenes(folder: Path) -> dict:
         run.name = long % i
     large = read("large", 200)
     large["hella"][1][:] *= 2
-    return {"large": [large], "demo": [no_hella], "no_time": [no_time], "recipe": [recipe], "bare": [bare],
-            "many": many, "mixed": [recipe, bare, no_hella], "_long": [read(long % 9, 200, source="some/data" * 20)]}
+    return {
+        "large": [large],
+        "demo": [no_hella],
+        "no_time": [no_time],
+        "recipe": [recipe],
+        "bare": [bare],
+        "many": many,
+        "mixed": [recipe, bare, no_hella],
+        "_long": [read(long % 9, 200, source="some/data" * 20)],
+    }
 
 
 @pytest.mark.parametrize("axis", ["steps", "tokens", "hours"])
@@ -358,8 +403,9 @@ def test_watching_waits_follows_and_ends(tmp_path, capsys):
 
 def test_importing_is_silent_and_light():
     code = "import sys, plot_log; print({'matplotlib', 'torch', 'tiktoken'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(plot_log.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(plot_log.__file__).parent
+    )
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 

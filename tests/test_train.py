@@ -1,5 +1,6 @@
 """The trainer against references: a plain loop, other splits of the batch, and itself without the interruption."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -271,6 +272,28 @@ def test_one_line_and_exit_status_2(tmp_path):
 def test_a_flag_that_does_not_fit(line):
     with pytest.raises(UserError, match=line[0]):
         parse(Config, "", line)
+
+
+def test_epochs_instead_of_steps(data, tmp_path):
+    last = main(tiny_config(data, tmp_path / "log", epochs=0.5, order="shuffle"))
+    assert last["val"] and max(read_log(tmp_path / "log")["train"]) == 10  # 5472 tokens are 21.4 steps of 256
+
+
+def test_only_the_recipe_on_fineweb_edu_is_held_against_the_reference(data, tmp_path, capsys):
+    main(tiny_config(data, tmp_path / "other", max_steps=1))
+    assert "reference" not in capsys.readouterr().out and "GPT-2 124M" not in capsys.readouterr().out
+    manifest = json.loads((data / "manifest.json").read_text())
+    mine = token_set(tmp_path / "mine", vocab_size=50257, tokenizer="gpt2")
+    manifest |= {"source": {"dataset": "HuggingFaceFW/fineweb-edu:sample-10BT"}}
+    manifest["tokenizer"] = {"name": "gpt2", "vocab_size": 50257}
+    (mine / "manifest.json").write_text(json.dumps(manifest))
+    main(tiny_config(mine, tmp_path / "small", max_steps=1, val_tokens=32))
+    assert "reference" not in capsys.readouterr().out
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("meter.follows_recipe", lambda settings: True)
+    main(tiny_config(mine, tmp_path / "recipe", max_steps=1, val_tokens=32))
+    monkey.undo()
+    assert "reference 10.93: ahead by 0.1" in capsys.readouterr().out
 
 
 def test_flags_are_the_fields():
