@@ -57,6 +57,7 @@ FORMAT = 1  # of the manifest
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
+START_METHOD = "spawn"  # of the workers: safe beside threads, and the same everywhere; fork and forkserver work too
 BACKENDS = ("auto", "gigatoken", "tiktoken")
 
 
@@ -130,9 +131,7 @@ def submit(pool: ProcessPoolExecutor, unit: Unit, job: Job) -> Future:
 
 
 def start_workers(workers: int) -> ProcessPoolExecutor:
-    """By spawn, which is safe beside threads and the same everywhere, unless the program has chosen for itself."""
-    method = multiprocessing.get_start_method(allow_none=True) or "spawn"
-    return ProcessPoolExecutor(workers, multiprocessing.get_context(method), initializer=begin_worker)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context(START_METHOD), initializer=begin_worker)
 
 
 def begin_worker() -> None:
@@ -490,10 +489,11 @@ def tokenize(out: Path, config: Config) -> None:
     source = open_source(config, manifest and manifest["source"])
     if manifest:
         check_source(manifest, source, out)
+    prepare_directory(out, part)
     if manifest and manifest["complete"]:
+        remove_scratch(out, part, config.keep_downloads)
         print(f"{out} is complete: {summary(manifest)}; nothing to do")
         return
-    prepare_directory(out, part)
     manifest = manifest or new_manifest(config, source)
     write_manifest(manifest_path, manifest)
     join_parts(out, part[1])
@@ -554,14 +554,9 @@ def summary(manifest: dict) -> str:
 def write_shards(config: Config, source: Source, manifest: dict, out: Path) -> None:
     """From the manifest's cursor to the end: write every shard, and complete the manifest. Raises OnlyVal."""
     part, first = parse_part(config.part), Cursor(*manifest["cursor"])
-    blocks, scratch = plan_blocks(source.files, config.shuffle, part), out / scratch_name(part)
-    fetcher = Fetcher(
-        source,
-        [index for block in blocks for index in block],
-        sum(map(len, blocks[: first.block])),
-        scratch,
-        config.keep_downloads,
-    )
+    blocks = plan_blocks(source.files, config.shuffle, part)
+    order, used = [index for block in blocks for index in block], sum(map(len, blocks[: first.block]))
+    fetcher = Fetcher(source, order, used, out / scratch_name(part), config.keep_downloads)
     writer = ShardWriter(out, manifest, part)
     progress = Progress(source.files, config, writer.total)
     units = planned_units(blocks, first, fetcher, source.files, config, progress)
@@ -578,8 +573,12 @@ def write_shards(config: Config, source: Source, manifest: dict, out: Path) -> N
                 break
         writer.finish(Cursor(len(blocks), 0, 0))
         progress.finish()
-    if not config.keep_downloads:
-        shutil.rmtree(scratch, ignore_errors=True)
+    remove_scratch(out, part, config.keep_downloads)
+
+
+def remove_scratch(out: Path, part: tuple[int, int], keep: bool) -> None:
+    if not keep:
+        shutil.rmtree(out / scratch_name(part), ignore_errors=True)
 
 
 def job_of(config: Config) -> Job:
