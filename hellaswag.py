@@ -91,10 +91,8 @@ def main(config: Config) -> None:
     model, tokenizer = load_model(config.model, device)
     rows = render(examples, tokenizer, model.config.n_positions, config.style)
     features, head = callables(model, tokenizer.n_vocab)
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
-    print(
-        f"{len(rows)} examples of {config.task}, {config.style} style; {config.model}: {size}, {config.dtype}, {device}"
-    )
+    how = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, {device}"
+    print(f"{len(rows)} examples of {config.task}, {config.style} style; {config.model}: {how}")
     autocast = nullcontext if config.dtype == "float32" else partial(torch.autocast, device.type, torch.bfloat16)
     method = score_plainly if config.reference else score
     scores = method(features, head, rows, device, autocast=autocast, progress=True)
@@ -198,10 +196,12 @@ def read_hellaswag(record: dict) -> dict:
     if not isinstance(endings, list) or len(endings) != 4:
         raise ValueError(f"'endings' must be a list of 4 texts, not {json.dumps(endings)[:60]}")
     query = choices = None
-    if "activity_label" in record:
-        ctx_a = record.get("ctx_a", ctx)  # a file that only has the two joined: all of it counts as ctx_a
-        prompt = f"{record['activity_label']}: {ctx_a} {record.get('ctx_b', '').capitalize()}"
-        query, choices = without_brackets(prompt), [without_brackets(ending) for ending in checked(endings)]
+    if "activity_label" in record:  # a file may have ctx_a and ctx_b only joined: all of that counts as ctx_a
+        activity, a, b = (
+            text_of({"ctx_a": ctx, "ctx_b": "", **record}, f) for f in ("activity_label", "ctx_a", "ctx_b")
+        )
+        query = without_brackets(f"{activity}: {a} {b.capitalize()}")
+        choices = [without_brackets(ending) for ending in checked(endings)]
     return question(ctx, endings, record.get("label"), query, choices)
 
 
@@ -248,7 +248,7 @@ def checked(endings: list) -> list[str]:
 
 def text_of(record: dict, name: str) -> str:
     if not isinstance(record.get(name), str):
-        raise ValueError(f"has no text {name!r}, only {', '.join(sorted(record))}")
+        raise ValueError(f"{name!r} must be a text, not {json.dumps(record.get(name, 'missing'))[:60]}")
     return record[name]
 
 
@@ -289,8 +289,8 @@ def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpa
         sizes = [len(ending) for ending in endings]
         if len(context) > longest:
             raise UserError(f"{example['where']}: a context of {len(context)} tokens; at most {longest} are allowed")
-        if min(sizes) == 0:
-            raise UserError(f"{example['where']}: ending {sizes.index(0)} is empty in {style} style")
+        if min(lengths) == 0:
+            raise UserError(f"{example['where']}: ending {lengths.index(0)} is empty in {style} style")
         if max(sizes) > block_size:
             raise Unavailable(
                 f"{example['where']}: an ending of {max(sizes)} tokens is over the block size {block_size}"
@@ -357,13 +357,13 @@ class Score(NamedTuple):
     greedy: np.ndarray
 
 
-def evaluate(features: Callable, head: Callable, rows: list[Row], device, **options) -> torch.Tensor | None:
+def evaluate(features: Callable, head: Callable, rows: list[Row], device, *args, **kwargs) -> torch.Tensor | None:
     """Counts over this rank's part of `rows`, to be summed over ranks and given to `summarize`; None if told to stop.
 
     Arguments are those of `score`. The counts are 4 float64 numbers on the CPU: examples, correct, correct by acc_norm,
     nats of the right endings.
     """
-    scores = score(features, head, rows, device, **options)
+    scores = score(features, head, rows, device, *args, **kwargs)
     return None if scores is None else tally(rows, scores)
 
 
@@ -377,14 +377,14 @@ def score(features, head, rows, device, rank=0, world_size=1, should_stop=None, 
     rank calls should_stop equally often, before each of its batches, so that it may be a collective.
     """
     device = torch.device(device)
-    max_tokens, max_logits = (2048, 128) if device.type == "cpu" else (16384, 2048)
+    max_tokens, max_logits = (1024, 128) if device.type == "cpu" else (16384, 2048)  # on a CPU, what a cache can hold
     batches, found = plan_batches(rows, max_tokens), []
-    for first in with_progress(range(0, len(batches), world_size), progress):
-        if should_stop is not None and should_stop():
-            return None
-        for batch in batches[first : first + world_size][rank : rank + 1]:
-            tensors = collate([rows[i] for i in batch], device)
-            with autocast():
+    with autocast():  # once around it all: it keeps the weights that it has cast until it ends
+        for first in with_progress(range(0, len(batches), world_size), progress):
+            if should_stop is not None and should_stop():
+                return None
+            for batch in batches[first : first + world_size][rank : rank + 1]:
+                tensors = collate([rows[i] for i in batch], device)
                 found.append((batch, *batch_nats(features, head, *tensors, max_logits)))
     scores = [None] * len(rows)
     for batch, nats, greedy in found:  # only now does the host wait for the device
@@ -447,15 +447,15 @@ def batch_nats(features, head, batch, sources, targets, max_logits) -> tuple[tor
 
 @torch.no_grad()
 def score_plainly(features, head, rows, device, autocast=nullcontext, progress=False) -> list[Score]:
-    """The reference: an example a forward, each ending behind its own context, every logit, one cross-entropy."""
+    """The reference: an example a forward, each ending behind its own context, all logits, and their cross-entropy."""
     scores = []
     for row in with_progress(rows, progress):
         K, T = len(row.paths), max(map(len, row.paths))
-        tokens, scored = torch.zeros(K, T, dtype=torch.int64), torch.zeros(K, T - 1, dtype=torch.bool)
+        tokens, scored = torch.zeros(K, T, dtype=torch.int64), torch.zeros(K, T, dtype=torch.bool)
         for i, (path, size) in enumerate(zip(row.paths, row.n_scored)):
             tokens[i, : len(path)] = torch.from_numpy(path)
-            scored[i, len(path) - 1 - size : len(path) - 1] = True
-        tokens, scored = tokens.to(device), scored.to(device)
+            scored[i, len(path) - size : len(path)] = True
+        tokens, scored = tokens.to(device), scored[:, 1:].to(device)
         with autocast():
             logits = head(features(tokens[:, :-1])).float()  # (K, T - 1, V)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(K, T - 1)
@@ -587,15 +587,16 @@ def load_model(name_or_dir: str, device: torch.device):
             f"{name_or_dir} is a file; export a checkpoint first: GPT.from_checkpoint(path).save_pretrained(directory)"
         )
     try:
-        kind = AutoConfig.from_pretrained(name_or_dir)
-        if kind.model_type != "gpt2":
-            raise UserError(f"{name_or_dir} is a {kind.model_type} model; only GPT-2s are scored here")
         model = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"can't load {name_or_dir} (a hub name needs a network once): {error}") from error
-    tokenizer = load_tokenizer("gpt2" if kind.vocab_size >= 50257 else "bytes")
-    if not tokenizer.n_vocab <= kind.vocab_size < 51000:
-        raise UserError(f"{name_or_dir} has a vocabulary of {kind.vocab_size}: neither GPT-2's 50257 nor 257 bytes")
+        kind = AutoConfig.from_pretrained(name_or_dir).model_type
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"can't load {name_or_dir} as a GPT-2 (a hub name needs a network once): {error}") from error
+    size = model.config.vocab_size
+    if kind != "gpt2" or not (size == 257 or 50257 <= size < 51000):
+        raise UserError(
+            f"{name_or_dir}: a {kind} with {size} tokens; only GPT-2s are scored, of 50257 tokens or 257 bytes"
+        )
+    tokenizer = load_tokenizer("bytes" if size == 257 else "gpt2")
     return model.eval().to(device), tokenizer
 
 
@@ -606,7 +607,7 @@ def callables(model, n_vocab: int) -> tuple[Callable, Callable]:
         return model.transformer(tokens, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
 
     def head(x):
-        return F.linear(x, model.lm_head.weight[:n_vocab])
+        return model.lm_head(x)[..., :n_vocab]
 
     return features, head
 
