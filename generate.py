@@ -1,6 +1,10 @@
 """
 Ids from a model, one after the other: a KV cache, and the ways to draw the next id.
 
+    ids = model.generate(idx, 100, temperature=0.8, top_k=50, stop=eot)              # (B, T) -> (B, T + 100) at most
+    idx, padding = pad_left([[15496], [818, 262, 3726]])                             # prompts of unequal length
+    for token in stream(model, idx, 100, padding=padding, repetition_penalty=1.2):   # (B, 1), as it is drawn
+
 Knows nothing of training: a model is something with `features(idx, positions, mask, cache, start)`, `head(x)` and a
 `config`, as train_gpt2.GPT has them. Shapes: B batch, T prompt, Q new columns, S columns seen, n tokens that exist.
 """
@@ -9,6 +13,8 @@ import math
 from collections.abc import Iterator
 
 import torch
+
+from cli import UserError
 
 
 @torch.no_grad()
@@ -21,25 +27,26 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, r
     last block_size ids are seen and the cache is filled anew for each, since every position has moved.
     """
     (B, T), block_size = idx.shape, model.config.block_size
-    total = T + max_new_tokens
-    seen = torch.zeros(B, total, dtype=torch.long, device=idx.device)
+    if T == 0 or (padding is not None and int(padding.max()) >= T):
+        raise UserError("a prompt is empty; it needs a token: end-of-text, with which documents begin, would do")
+    padded, total = padding is not None and bool(padding.any()), T + max_new_tokens
+    seen = torch.empty(B, total, dtype=torch.long, device=idx.device)
     seen[:, :T] = idx
-    padding = torch.zeros(B, dtype=torch.long, device=idx.device) if padding is None else padding
-    padded, ended = bool(padding.any()), torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+    ended = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
     cache = new_cache(model, B, min(total, block_size), idx.device)
     first, start = max(0, T - block_size), 0  # the window's first column, and how many of its columns the cache holds
     for end in range(T, total):
         if start == block_size:
             first, start = end - block_size, 0
-        queries = torch.arange(first + start, end, device=idx.device)
-        positions, mask = padded_view(queries, first, padding) if padded else (None, None)
+        positions, mask = padded_view(first, start, end, padding) if padded else (None, None)
         x = model.features(seen[:, first + start : end], positions, mask, cache, start)
         logits = model.head(x[:, -1]).float()  # (B, n)
-        text = torch.arange(end, device=idx.device) >= padding[:, None]  # (B, S)
-        logits = filter_logits(logits, seen[:, :end], text, temperature, top_k, top_p, repetition_penalty)
+        if repetition_penalty != 1.0:
+            penalize(logits, seen[:, :end], padding if padded else None, repetition_penalty)
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)
         else:
+            logits = filter_logits(logits / temperature, top_k, top_p)
             token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (B, 1)
         if stop is not None:
             token = token.masked_fill(ended, stop)
@@ -50,6 +57,14 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, r
             return
 
 
+def pad_left(prompts: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of unequal length as a batch: ids (B, T), and (B,) how many at the left of each row are padding."""
+    T = max(map(len, prompts))
+    padding = [T - len(prompt) for prompt in prompts]
+    rows = [[0] * missing + prompt for missing, prompt in zip(padding, prompts)]
+    return torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(padding, device=device)
+
+
 def new_cache(model, batch: int, size: int, device: torch.device) -> torch.Tensor:
     """Room for the keys and values of `size` positions: (L, 2, B, nh, size, hs), in the dtype that attention sees."""
     c, dtype = model.config, model.lm_head.weight.dtype
@@ -58,35 +73,42 @@ def new_cache(model, batch: int, size: int, device: torch.device) -> torch.Tenso
     return torch.empty(c.n_layer, 2, batch, c.n_head, size, c.n_embd // c.n_head, dtype=dtype, device=device)
 
 
-def padded_view(queries, first: int, padding):
-    """Positions (B, Q) and mask (B, 1, Q, S) of rows with padding at their left, when columns before `first` are gone.
+def padded_view(first: int, start: int, end: int, padding):
+    """Positions (B, Q) and mask (B, 1, Q, S) of the columns first + start .. end, for rows with padding at their left.
 
-    A padding column may look at all before it: no row of attention is empty then, and nobody looks at what it gives.
+    The window begins with column `first`. A padding column may look at all before it: no row of attention is empty
+    then, and nobody looks at what it gives.
     """
-    keys = torch.arange(first, int(queries[-1]) + 1, device=queries.device)  # (S,)
+    keys = torch.arange(first, end, device=padding.device)  # (S,)
+    queries = keys[start:]  # (Q,)
     begin = padding.clamp(min=first)[:, None]  # (B, 1) the first column that is text
     positions = (queries - begin).clamp(min=0)
     visible = (keys >= begin)[:, None] | (queries < begin)[:, :, None]  # (B, Q, S)
     return positions, (visible & (keys <= queries[:, None]))[:, None]
 
 
-def filter_logits(logits, seen, text, temperature, top_k, top_p, repetition_penalty):
-    """(B, n) logits -> (B, n) with -inf for what must not be drawn. Order and meaning are those of `transformers`.
+def penalize(logits, seen, padding, penalty: float) -> None:
+    """Make ids that were there less likely, in place: divide what is positive, multiply the rest (Keskar et al. 2019).
 
-    seen (B, S) ids so far, text (B, S) True where they count for the repetition penalty.
+    logits (B, n), seen (B, S) ids so far, padding (B,) of which so many at the left don't count, or None.
     """
-    if repetition_penalty != 1.0:  # Keskar et al. 2019: divide what is positive, multiply what is negative
-        repeated = torch.zeros_like(logits).scatter_add_(1, seen, text.to(logits.dtype)) > 0
-        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(repeated, penalized, logits)
-    if temperature > 0:
-        logits = logits / temperature
+    if padding is not None:  # the last id is text: name it once more
+        text = torch.arange(seen.shape[1], device=seen.device) >= padding[:, None]
+        seen = torch.where(text, seen, seen[:, -1:])
+    there = logits.gather(1, seen)
+    logits.scatter_(1, seen, torch.where(there > 0, there / penalty, there * penalty))
+
+
+def filter_logits(logits, top_k: int, top_p: float):
+    """(B, n) logits -> (B, n) with -inf for what must not be drawn; `transformers` draws from the same ids."""
     if top_k > 0:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1.0:  # Holtzman et al. 2020: the smallest set that holds top_p of the probability, never empty
-        ordered, order = logits.sort(dim=-1)
+    if top_p < 1.0:  # Holtzman et al. 2020: the fewest likeliest ids that have top_p of the probability, never none
+        most = int((logits > -math.inf).sum(dim=-1).max()) if top_k > 0 else logits.shape[-1]  # few to sort, with top_k
+        ordered, order = (column.flip(-1) for column in logits.topk(most, dim=-1))  # from the least likely on
         dropped = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
         dropped[:, -1] = False
-        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
+        nucleus = ordered.masked_fill(dropped, -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter_(1, order, nucleus)
     return logits

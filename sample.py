@@ -3,12 +3,16 @@ Text from a checkpoint of ours, or from pretrained GPT-2 weights.
 
     python sample.py --model log --prompt "Once upon a time"        # the newest checkpoint of a run
     python sample.py --model gpt2 --num_samples 3 --stream          # no prompt: asks for one, again and again
+    python sample.py --model gpt2 --prompt_file prompts.txt         # one prompt, or several between lines of ---
     python sample.py --model log --export exported                  # a directory for transformers, lm-eval, llama.cpp
 
-Left alone, sampling is at temperature 1.0 from the 50 likeliest tokens, and ends at <|endoftext|>.
+Left alone, sampling is at temperature 1.0 from the 50 likeliest tokens, and ends at <|endoftext|>. All samples of all
+prompts are drawn side by side, in one batch; with --stream one after the other.
 """
 
 import codecs
+import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +21,8 @@ from pathlib import Path
 import torch
 
 from cli import UserError, knob, run
-from generate import stream
+from generate import pad_left, stream
+from machine import keep_freed_memory
 from tokenizer import load_tokenizer
 from train_gpt2 import GPT, load_model
 
@@ -26,9 +31,9 @@ from train_gpt2 import GPT, load_model
 class Config:
     model: str = knob("log", "a checkpoint, a run directory, a hub name or a GPT-2 directory", group="model")
     device: str = knob("auto", "cuda, mps or cpu")
-    export: str = knob("", "write the model to this directory, in transformers' form, instead of sampling", metavar="DIR")
+    export: str = knob("", "don't sample: write the model to this directory in transformers' form", metavar="DIR")
     prompt: str | None = knob(None, "how the text begins; without it you are asked", group="text", metavar="TEXT")
-    prompt_file: str = knob("", "a file with the prompt", metavar="FILE")
+    prompt_file: str = knob("", "a file with a prompt, or with several between lines of ---", metavar="FILE")
     num_samples: int = knob(1, "continuations of each prompt")
     max_new_tokens: int = knob(100, "tokens to add, at most")
     stream: bool = knob(False, "print as it is drawn, one sample after the other")
@@ -42,22 +47,34 @@ class Config:
 def main(config: Config) -> None:
     check(config)
     model, tokenizer_name = load_model(config.model)
-    tokenizer = load_tokenizer(tokenizer_name)
     if config.export:
         model.save_pretrained(config.export)
         print(f"wrote {config.export}: transformers' AutoModelForCausalLM and AutoTokenizer load it")
         return
-    model.to(choose_device(config.device)).eval()
-    for prompt in prompts(config):
-        for text in (spoken if config.stream else written)(model, tokenizer, prompt, config):
-            print(text, end="", flush=True)
-            if not config.stream:
-                print("\n" + "-" * 80)
+    tokenizer = load_tokenizer(tokenizer_name)
+    if tokenizer.n_vocab != model.config.n_tokens:
+        raise UserError(
+            f"{config.model} has {model.config.n_tokens} tokens, and it is not known which: GPT-2's are 50257, bytes "
+            "257; with another tokenizer use GPT.generate in Python"
+        )
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    model.to(device).eval()
+    for prompts in batches_of_prompts(config):
         if config.stream:
-            print()
+            for text in spoken(model, tokenizer, prompts, config):
+                print(text, end="", flush=True)
+        else:
+            for text in written(model, tokenizer, prompts, config):
+                print(f"{text}\n{'-' * 80}", flush=True)
 
 
 def check(config: Config) -> None:
+    if not os.path.exists(config.model) and config.model == Config.model:
+        raise UserError("no run in log/; name a checkpoint, a run directory or pretrained weights with --model")
+    if config.prompt is not None and config.prompt_file:
+        raise UserError("--prompt and --prompt_file are two ways to say the same; give one of them")
     if config.prompt == "":
         raise UserError("--prompt is empty; give it some text, or leave it out and be asked")
     if not 0 < config.top_p <= 1:
@@ -77,23 +94,26 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name} is not here; use auto, cuda, mps or cpu") from error
 
 
-def prompts(config: Config) -> Iterator[str]:
-    """The prompt of the command line or the file; else what is typed, until the end of input."""
+def batches_of_prompts(config: Config) -> Iterator[list[str]]:
+    """The prompts of the command line or the file, at once; else what is typed, one by one, until the end of input."""
     if config.prompt is not None:
-        yield config.prompt
+        yield [config.prompt]
     elif config.prompt_file:
         try:
             text = Path(config.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"can't read --prompt_file {config.prompt_file}: {error}") from error
-        if not text:
-            raise UserError(f"--prompt_file {config.prompt_file} is empty; give it some text")
-        yield text
+        prompts = re.split(r"^---\n", text.removesuffix("\n") + "\n", flags=re.MULTILINE)
+        prompts = [prompt.removesuffix("\n") for prompt in prompts]  # those before ---, and the end of the file
+        if not all(prompts):
+            where = f"its prompt {prompts.index('') + 1} is empty" if len(prompts) > 1 else "it is empty"
+            raise UserError(f"--prompt_file {config.prompt_file}: {where}; give it some text")
+        yield prompts
     else:
         print("A prompt, then Enter; an empty line ends.", file=sys.stderr)
         try:
             while line := input("> "):
-                yield line
+                yield [line]
         except EOFError:
             return
 
@@ -105,20 +125,22 @@ def options(model: GPT, tokenizer, config: Config) -> dict:
     return {name: getattr(config, name) for name in names} | {"stop": tokenizer.eot, "generator": generator}
 
 
-def written(model: GPT, tokenizer, prompt: str, config: Config) -> Iterator[str]:
+def written(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterator[str]:
     """Whole samples, drawn side by side: prompt and continuation, up to end-of-text."""
-    ids = tokenizer.encode(prompt)
-    idx = torch.tensor([ids] * config.num_samples, device=model.lm_head.weight.device)
-    for row in model.generate(idx, config.max_new_tokens, **options(model, tokenizer, config)).tolist():
-        new = row[len(ids) :]
-        yield tokenizer.decode(ids + new[: new.index(tokenizer.eot) if tokenizer.eot in new else len(new)])
+    ids = [tokenizer.encode(prompt) for prompt in prompts for _ in range(config.num_samples)]
+    idx, padding = pad_left(ids, model.lm_head.weight.device)
+    settings = options(model, tokenizer, config) | {"padding": padding}
+    for begin, row in zip(padding.tolist(), model.generate(idx, config.max_new_tokens, **settings).tolist()):
+        new = row[idx.shape[1] :]
+        new = new[: new.index(tokenizer.eot) if tokenizer.eot in new else len(new)]
+        yield tokenizer.decode(row[begin : idx.shape[1]] + new)
 
 
-def spoken(model: GPT, tokenizer, prompt: str, config: Config) -> Iterator[str]:
+def spoken(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterator[str]:
     """Text as it comes, the samples one after the other; a character is shown when all its bytes are there."""
-    idx = torch.tensor([tokenizer.encode(prompt)], device=model.lm_head.weight.device)
     settings = options(model, tokenizer, config)
-    for _ in range(config.num_samples):
+    for prompt in (prompt for prompt in prompts for _ in range(config.num_samples)):
+        idx = torch.tensor([tokenizer.encode(prompt)], device=model.lm_head.weight.device)
         characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         yield prompt
         for token in stream(model, idx, config.max_new_tokens, **settings):
