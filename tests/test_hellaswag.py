@@ -48,7 +48,7 @@ def read_lines(path):
 @pytest.fixture(scope="module")
 def records():
     rng = random.Random(1)
-    records = [record(rng) for _ in range(40)]
+    records = [record(rng) for _ in range(26)]
     records[3]["endings"][1] = "[substeps] looks [title] up  and [ad] away."
     records[4]["ctx_a"] = "How to sit [title] Buy a chair. [step] Sit  down."
     records[6]["ctx_b"] = "the [ad]"  # leaves a space at the end of the prompt

@@ -1,0 +1,115 @@
+"""
+HellaSwag, in tree rows and the plain way: examples per second, alternating in one run, in float32 and in bfloat16.
+
+    python bench/hellaswag.py --data hellaswag_val.jsonl.gz                          # 124M, random weights, CPU
+    python bench/hellaswag.py --data hellaswag_val.jsonl.gz -d cuda --limit 1000     # and how long the whole set takes
+
+Both sides score the same examples with the same model, and must choose the same endings in float32. The plain way is
+the field's: an example a forward, four endings behind four copies of the context, every position's logits. Prints the
+medians, the median of the rounds' ratios, and how much less there is to multiply: where arithmetic is all that costs,
+that is the most there can be to win.
+"""
+
+import sys
+
+sys.path[0] += "/.."  # the modules beside this folder, not its files of the same names
+
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import hellaswag
+from cli import knob, run
+from tokenizer import load_tokenizer
+from train_gpt2 import GPT, GPTConfig
+
+
+@dataclass
+class Config:
+    data: str = knob("", "a HellaSwag .jsonl or .jsonl.gz file; by default the validation set, downloaded once")
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps", flag="-d")
+    limit: int = knob(32, "examples in each measurement, drawn at random")
+    rounds: int = knob(5, "how often every variant runs")
+    n_layer: int = knob(12, "of the model; with n_head and n_embd as in GPT-2 124M")
+    n_head: int = knob(12, "of the model")
+    n_embd: int = knob(768, "of the model")
+    style: str = knob("karpathy", "whose convention to follow", choices=hellaswag.STYLES)
+
+
+def main(config: Config) -> None:
+    device = hellaswag.choose_device(config.device)
+    torch.manual_seed(0)
+    shape = GPTConfig(vocab_size=50304, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
+    model = GPT(shape).eval().to(device)
+    examples = hellaswag.load_examples(config.data, config.limit)
+    rows = hellaswag.render(examples, load_tokenizer("gpt2"), shape.block_size, config.style)
+    lowp = partial(torch.autocast, device.type, torch.bfloat16)
+    methods = {
+        (name, dtype): partial(method, model.features, model.head, rows, device, autocast=autocast)
+        for dtype, autocast in (("float32", nullcontext), ("bfloat16", lowp))
+        for name, method in (("plain", hellaswag.score_plainly), ("tree", hellaswag.score))
+    }
+    seconds, scores = {name: [] for name in methods}, {}
+    for round in range(config.rounds + 1):  # the first is a warm-up
+        for name, method in methods.items():
+            start = time.perf_counter()
+            scores[name] = method()  # ends with a copy to the host, so the device has done its work
+            if round:
+                seconds[name].append(time.perf_counter() - start)
+    print(
+        f"{where(device)}, torch {torch.__version__}, {len(rows)} examples, {config.style} style, {config.rounds} times"
+    )
+    print(f"multiplications, plain / tree: {work(rows, model, plainly=True) / work(rows, model, plainly=False):.2f}")
+    for (name, dtype), times in seconds.items():
+        spread = f"{len(rows) / max(times):.2f} to {len(rows) / min(times):.2f}"
+        print(f"  {name:5s} {dtype:8s} {len(rows) / statistics.median(times):8.2f} examples/s ({spread})")
+    for fast, slow in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
+        ratios = [b / a for a, b in zip(seconds["tree", fast], seconds["plain", slow])]
+        print(f"  tree {fast} / plain {slow}: {statistics.median(ratios):.2f}x")
+    same = [
+        hellaswag.answers(row, a) == hellaswag.answers(row, b)
+        for row, a, b in zip(rows, scores["tree", "float32"], scores["plain", "float32"])
+    ]
+    print(f"  the same choices in float32 on {sum(same)} of {len(same)} examples")
+    if device.type == "cuda":
+        time_the_whole_set(config, model, device, lowp)
+    if not all(same):
+        sys.exit(1)
+
+
+def where(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    )
+
+
+def work(rows, model, plainly: bool) -> float:
+    """Multiplications of the matrix products, without attention's: 12 L C^2 a token, V C a position with logits."""
+    c = model.config
+    if plainly:
+        tokens = logits = sum(len(row.paths) * (max(map(len, row.paths)) - 1) for row in rows)
+    else:
+        tokens = sum(tree.shape[1] for row in rows for tree in row.trees)
+        logits = sum(len(row.sources) for row in rows)
+    return tokens * 12 * c.n_layer * c.n_embd**2 + logits * c.n_tokens * c.n_embd
+
+
+def time_the_whole_set(config: Config, model, device: torch.device, lowp) -> None:
+    """As in training: the rows are made once, and scored at every evaluation."""
+    start = time.perf_counter()
+    rows = hellaswag.render(hellaswag.load_examples(config.data), load_tokenizer("gpt2"), 1024, config.style)
+    print(f"  all {len(rows)} examples: {time.perf_counter() - start:.2f} s to read and tokenize, once;", end=" ")
+    times = []
+    for _ in range(config.rounds):
+        start = time.perf_counter()
+        hellaswag.evaluate(model.features, model.head, rows, device, autocast=lowp)
+        times.append(time.perf_counter() - start)
+    print(f"{statistics.median(times):.2f} s to score in bfloat16 ({min(times):.2f} to {max(times):.2f})")
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
