@@ -192,7 +192,10 @@ class PickledConfig:
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
-    """Shape and state dict of the model in a checkpoint of train_gpt2.py, of build-nanogpt or of nanoGPT."""
+    """Shape and state dict of the model in a checkpoint of train_gpt2.py, of build-nanogpt or of nanoGPT.
+
+    nanoGPT's GELU is the exact one, ours is GPT-2's with tanh: its models' logits come out some 1e-3 different.
+    """
     with torch.serialization.safe_globals([(PickledConfig, "__main__.GPTConfig")]):
         saved = rundir.read(path, ("model",))
     config = saved.get("model_config") or saved.get("model_args") or saved.get("config")

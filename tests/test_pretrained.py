@@ -1,0 +1,353 @@
+"""Weights in and out: transformers' directories of every form, other trainers' checkpoints, and what does not fit."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_model import SHAPES, reference
+
+import pretrained
+import rundir
+from cli import UserError
+from tokenizer import load_tokenizer
+from train_gpt2 import GPT, GPTConfig, load_model
+
+IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return reference(SHAPES["gpt2"]).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(theirs, tmp_path_factory):
+    """What transformers' save_pretrained writes."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def copied(folder, tmp_path, **changes):
+    """A copy of the directory with other values in its config.json."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def save_tensors(path, tensors: dict) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def tensors_of(folder) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_what_transformers_wrote_is_read(size, tmp_path):
+    theirs = reference(SHAPES[size], seed=3).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS)[0], theirs(IDS).logits, atol=1e-5, rtol=0)
+    assert ours.config == GPTConfig(32, 300, **SHAPES[size])
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in ours.parameters())
+
+
+def test_every_form_of_weights_gives_the_same_model(theirs, folder, tmp_path):
+    expected = GPT.from_pretrained(str(folder)).state_dict()
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 32, 32).tril(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    forms = {name: tmp_path / name for name in ("sharded", "bin", "sharded bin", "old bin", "as released", "half")}
+    for form in forms.values():
+        form.mkdir()
+        (form / "config.json").write_bytes((folder / "config.json").read_bytes())
+    theirs.save_pretrained(forms["sharded"], max_shard_size="40KB")
+    assert len(list(forms["sharded"].glob("model-*.safetensors"))) > 2
+    torch.save(theirs.state_dict(), forms["bin"] / "pytorch_model.bin")
+    torch.save(state, forms["old bin"] / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    save_tensors(forms["as released"] / "model.safetensors", bare | mask)
+    names = list(state)
+    index = {name: f"pytorch_model-{i % 3}.bin" for i, name in enumerate(names)}
+    for file in set(index.values()):
+        torch.save({name: state[name] for name in names if index[name] == file}, forms["sharded bin"] / file)
+    (forms["sharded bin"] / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    save_tensors(forms["half"] / "model.safetensors", {name: tensor.bfloat16() for name, tensor in bare.items()})
+    for name, form in forms.items():
+        found = GPT.from_pretrained(str(form)).state_dict()
+        for key, tensor in found.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, expected[key].bfloat16().float() if name == "half" else expected[key]), (
+                name,
+                key,
+            )
+
+
+def test_the_block_is_cropped_on_request(folder):
+    whole, short = GPT.from_pretrained(str(folder)), GPT.from_pretrained(str(folder), block_size=20)
+    assert short.config.block_size == 20 and short.transformer.wpe.weight.shape == (20, 32)
+    assert torch.equal(short(IDS[:, :20])[0], whole(IDS[:, :20])[0])
+    with pytest.raises(UserError, match=r"block_size 33 .* 32"):
+        GPT.from_pretrained(str(folder), block_size=33)
+
+
+def test_a_hub_name_is_read_from_the_cache(folder, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    copied(folder, snapshot)
+    (tmp_path / "models--someone--tiny" / "refs").mkdir()
+    (tmp_path / "models--someone--tiny" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(GPT.from_pretrained("someone/tiny")(IDS)[0], GPT.from_pretrained(str(folder))(IDS)[0])
+    with pytest.raises(UserError, match="someone/other is not here, and the hub can't be reached"):
+        GPT.from_pretrained("someone/other")
+    with pytest.raises(UserError, match="no name for one on the hub"):
+        GPT.from_pretrained("some/where/else")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def spoil(folder, how: str) -> None:
+    """Make a good directory a bad one."""
+    weights = folder / "model.safetensors"
+    tensors = tensors_of(folder)
+    if how == "missing":
+        del tensors["transformer.h.1.mlp.c_fc.bias"]
+    elif how == "shape":
+        tensors["transformer.wpe.weight"] = torch.zeros(31, 32)
+    elif how == "extra":
+        tensors["transformer.h.3.ln_1.bias"] = torch.zeros(32)
+    elif how == "head":
+        tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+    save_tensors(weights, tensors)
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "garbage":
+        weights.write_bytes(b"\xff" * 1000)
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "no shard":
+        weights.unlink()
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "../model-2.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "pickle":
+        weights.unlink()
+        bomb = Bomb()
+        bomb.path = folder / "exploded"
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"transformer.wte.weight": bomb}, protocol=2))
+    elif how == "no json":
+        (folder / "config.json").write_text("{")
+    elif how == "no config":
+        (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "how, changes, words",
+    [
+        ("missing", {}, "transformer.h.1.mlp.c_fc.bias is missing"),
+        ("shape", {}, r"transformer.wpe.weight is \(31, 32\), not \(32, 32\)"),
+        ("extra", {}, "transformer.h.3.ln_1.bias is not GPT-2's"),
+        ("head", {}, "lm_head.weight differs from wte.weight"),
+        ("truncated", {}, "model.safetensors is damaged"),
+        ("garbage", {}, "model.safetensors is damaged"),
+        ("no weights", {}, "no weights"),
+        ("no shard", {}, "not there: .*model-2.safetensors, model-1.safetensors"),
+        ("pickle", {}, "pytorch_model.bin is damaged, or holds no weights"),
+        ("no json", {}, "can't read .*config.json"),
+        ("no config", {}, "has no config.json"),
+        ("", {"model_type": "llama"}, "is a llama, not a GPT-2"),
+        ("", {"activation_function": "relu"}, "not a plain GPT-2: .*relu"),
+        ("", {"layer_norm_epsilon": 1e-6}, "not a plain GPT-2: .*1e-06"),
+        ("", {"n_inner": 96}, "not a plain GPT-2: .*96"),
+        ("", {"n_embd": None}, "no number for n_embd"),
+        ("", {"n_layer": 2}, "transformer.h.2.* is not GPT-2's.*more"),
+        ("", {"vocab_size": 299}, r"wte.weight is \(300, 32\), not \(299, 32\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(folder, tmp_path, how, changes, words):
+    copied(folder, tmp_path, **changes)
+    spoil(tmp_path, how)
+    with pytest.raises(UserError, match=words) as raised:
+        GPT.from_pretrained(str(tmp_path))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints of other trainers
+
+
+@dataclass
+class TheirConfig:  # as build-nanogpt pickles it, by the name of its script's class
+    block_size: int = 32
+    vocab_size: int = 50304
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 16
+
+
+TheirConfig.__module__, TheirConfig.__qualname__ = "__main__", "GPTConfig"
+
+
+def test_a_checkpoint_of_build_nanogpt_is_read(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 50304, 2, 2, 16))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = tmp_path / "model_19072.pt"
+    with monkeypatch.context() as patch:  # pickle looks for the class when it writes; later there is none of that name
+        patch.setattr(sys.modules["__main__"], "GPTConfig", TheirConfig, raising=False)
+        torch.save({"model": state, "config": TheirConfig(), "step": 19072, "val_loss": 3.07}, path)
+    loaded, tokenizer_name = load_model(str(path))
+    assert loaded.config == model.config and loaded.config.n_tokens == 50257 and tokenizer_name == "gpt2"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+    with pytest.raises(UserError, match="GPTConfig"):  # it was allowed for that one file
+        rundir.read(path)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt_is_read(tmp_path, bias):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(32, 65, 2, 2, 16))
+    args = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "bias": bias, "vocab_size": 65, "dropout": 0.1}
+    state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items() if bias or "bias" not in name}
+    saved = {"model": state, "optimizer": {}, "model_args": args, "iter_num": 5, "best_val_loss": torch.tensor(3.0)}
+    torch.save(saved | {"config": {"batch_size": 12}}, tmp_path / "ckpt.pt")
+    loaded = GPT.from_checkpoint(tmp_path / "ckpt.pt")
+    assert loaded.config == model.config
+    assert torch.equal(loaded(IDS % 65)[0], model(IDS % 65)[0])
+
+
+def test_a_checkpoint_that_would_execute_something_is_refused(tmp_path):
+    bomb = Bomb()
+    bomb.path = tmp_path / "exploded"
+    torch.save({"model": {}, "config": bomb}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        GPT.from_checkpoint(tmp_path / "a.pt")
+    assert not bomb.path.exists()
+
+
+@pytest.mark.parametrize("saved", [{"model": {}}, {"model": 3, "model_args": {"n_layer": 2}}, {"weights": {}}, [1, 2]])
+def test_a_foreign_checkpoint_is_refused(tmp_path, saved):
+    torch.save(saved, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="checkpoint"):
+        GPT.from_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_checkpoint_with_a_missing_weight_is_refused(tmp_path):
+    model = GPT(GPTConfig(32, 65, 2, 2, 16))
+    state = model.state_dict()
+    del state["transformer.ln_f.bias"]
+    torch.save({"model": state, "model_config": vars(model.config)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"transformer.ln_f.bias is missing"):
+        GPT.from_checkpoint(tmp_path / "a.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Out
+
+ROUND_TRIP = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, text = sys.argv[1], sys.argv[2]
+model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+x = tokenizer(text, return_tensors="pt")
+with torch.no_grad():
+    logits = model(x["input_ids"]).logits
+greedy = model.generate(**x, max_new_tokens=100, do_sample=False)[0].tolist()
+said = pipeline("text-generation", model=folder)(text, max_new_tokens=5, do_sample=False)[0]["generated_text"]
+torch.save({"ids": x["input_ids"], "logits": logits, "greedy": greedy, "said": said,
+            "problems": {k: list(v) for k, v in info.items() if v}, "n": len(tokenizer), "type": type(model).__name__},
+           folder + "/result.pt")
+assert "train_gpt2" not in sys.modules
+"""
+TEXT = "It's 12 o'clock,  naïve  café — 東京!\n\n\tdef f(x):  return x\r\n 🦙 don't"
+
+
+@pytest.mark.parametrize("n_tokens, vocab_size, name", [(50257, 50304, "gpt2"), (257, 384, "bytes")])
+def test_a_round_trip_through_transformers_in_a_fresh_process(tmp_path, n_tokens, vocab_size, name):
+    torch.manual_seed(5)
+    model = GPT(GPTConfig(256, vocab_size, 2, 4, 32, n_tokens=n_tokens)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() == 2 else 1)
+        model.transformer.wte.weight[n_tokens:] = 50.0
+    folder = tmp_path / "deep" / "exported"
+    model.save_pretrained(str(folder))
+    assert [path.name for path in folder.parent.iterdir()] == ["exported"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ROUND_TRIP, str(folder), TEXT]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result, tokenizer = torch.load(folder / "result.pt"), load_tokenizer(name)
+    assert result["problems"] == {} and result["n"] == n_tokens and result["type"] == "GPT2LMHeadModel"
+    assert result["ids"][0].tolist() == tokenizer.encode(TEXT)
+    with torch.no_grad():
+        ours = model(result["ids"])[0]
+    torch.testing.assert_close(result["logits"], ours[..., :n_tokens], atol=1e-4, rtol=1e-5)
+    greedy = model.generate(result["ids"], 100, temperature=0, stop=tokenizer.eot)[0].tolist()
+    assert len(greedy) == result["ids"].shape[1] + 100 and result["greedy"] == greedy
+    assert result["said"] == tokenizer.decode(greedy[: len(result["ids"][0]) + 5])
+    back = GPT.from_pretrained(str(folder))
+    assert back.config.vocab_size == n_tokens and back.config.block_size == 256
+    assert torch.equal(back(result["ids"])[0], ours[..., :n_tokens])
+
+
+@pytest.fixture(scope="module")
+def small() -> GPT:
+    return GPT(GPTConfig(32, 65, 2, 2, 16))
+
+
+def test_config_names_what_readers_ask_for(small, tmp_path):
+    small.save_pretrained(str(tmp_path / "a"))
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 32  # llama.cpp's converter reads n_ctx
+    assert config["layer_norm_epsilon"] == 1e-5 and config["eos_token_id"] == 64
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # 65 tokens: nobody knows which  # fmt: skip
+
+
+def test_nothing_is_overwritten(small, tmp_path):
+    (tmp_path / "a").mkdir()
+    small.save_pretrained(str(tmp_path / "a"))  # empty: fine
+    before = (tmp_path / "a" / "config.json").stat().st_mtime_ns
+    for name in ("a", "a/config.json"):
+        with pytest.raises(UserError, match="is there already"):
+            small.save_pretrained(str(tmp_path / name))
+    assert (tmp_path / "a" / "config.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="can't write"):
+        small.save_pretrained(str(tmp_path / "a" / "config.json" / "b"))
+
+
+def test_a_save_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pretrained, "write_tokenizer", fail)
+    with pytest.raises(UserError, match="disk full"):
+        small.save_pretrained(str(tmp_path / "a"))
+    assert list(tmp_path.iterdir()) == []

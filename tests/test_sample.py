@@ -1,0 +1,139 @@
+"""sample.py as it is called: what it prints, what it exports, and one line for a mistake."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import ROOT
+
+import sample
+from cli import UserError, parse
+from tokenizer import load_tokenizer
+from train_gpt2 import GPT, GPTConfig
+
+LINE = "-" * 80
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run directory with two checkpoints of a model of bytes; the newer one is the one to sample from."""
+    folder = tmp_path_factory.mktemp("log")
+    for step in (5, 10):
+        torch.manual_seed(step)
+        model = GPT(GPTConfig(64, 384, 2, 2, 32, n_tokens=257))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(6 if parameter.dim() == 2 else 1)
+        saved = {"model": model.state_dict(), "model_config": vars(model.config), "step": step}
+        torch.save(saved, folder / f"ckpt_{step:06d}.pt")
+    return folder
+
+
+def call(run_dir, *argv: str) -> None:
+    sample.main(parse(sample.Config, "", ["--model", str(run_dir), "--device", "cpu", *argv]))
+
+
+def test_samples_are_those_of_the_newest_checkpoint(run_dir, capsys):
+    call(run_dir, "--prompt", "abc", "--temperature", "0", "--max_new_tokens", "20")
+    model, tokenizer = GPT.from_checkpoint(run_dir / "ckpt_000010.pt"), load_tokenizer("bytes")
+    ids = model.generate(torch.tensor([list(b"abc")]), 20, temperature=0, stop=256)[0].tolist()
+    ids = ids[: ids.index(256)] if 256 in ids else ids
+    assert capsys.readouterr().out == f"{tokenizer.decode(ids)}\n{LINE}\n"
+
+
+def test_several_prompts_of_a_file_are_each_as_alone(run_dir, tmp_path, capsys):
+    prompts = ["one", "number two,\nof two lines", "3"]
+    (tmp_path / "prompts.txt").write_text("\n---\n".join(prompts) + "\n")
+    options = ["--temperature", "0", "--max_new_tokens", "12"]
+    call(run_dir, "--prompt_file", str(tmp_path / "prompts.txt"), "--num_samples", "2", *options)
+    together = capsys.readouterr().out
+    alone = ""
+    for prompt in prompts:
+        call(run_dir, "--prompt", prompt, *options)
+        alone += 2 * capsys.readouterr().out
+    assert together == alone and together.startswith("one")
+
+
+def test_a_stream_prints_what_is_printed_at_once(run_dir, capsys):
+    options = ["--prompt", "né", "--max_new_tokens", "40", "--top_k", "0", "--temperature", "1.5"]
+    call(run_dir, *options, "--seed", "3")
+    at_once = capsys.readouterr().out.removesuffix(f"\n{LINE}\n")
+    call(run_dir, *options, "--seed", "3", "--stream")
+    assert capsys.readouterr().out == at_once + "\n"
+    call(run_dir, *options, "--seed", "4")
+    assert not capsys.readouterr().out.startswith(at_once)
+
+
+def test_a_character_of_many_tokens_is_streamed_whole(run_dir, monkeypatch):
+    text = "naïve 🦙 東京 \x00"
+    drawn = [*text.encode(), 0xF0, 0x9F, 256]  # the end comes in the middle of a character
+    monkeypatch.setattr(sample, "stream", lambda *_, **__: (torch.tensor([[i]]) for i in drawn))
+    model, config = GPT.from_checkpoint(run_dir / "ckpt_000005.pt"), sample.Config(prompt="p")
+    pieces = list(sample.spoken(model, load_tokenizer("bytes"), ["p"], config))
+    assert "".join(pieces) == f"p{text}\N{REPLACEMENT CHARACTER}\n"
+    assert pieces[1:4] == ["n", "a", ""] and "🦙" in pieces
+
+
+def test_samples_end_at_end_of_text(run_dir, capsys, monkeypatch):
+    def ending(model, idx, n, **options):
+        assert options["stop"] == 256
+        return iter(torch.tensor([[[104]], [[105]], [[256]], [[256]]]))
+
+    monkeypatch.setattr("train_gpt2.stream", ending)
+    call(run_dir, "--prompt", "o")
+    assert capsys.readouterr().out == f"ohi\n{LINE}\n"
+
+
+def test_without_a_prompt_it_asks(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\ncd\n\nnever\n"))
+    call(run_dir, "--temperature", "0", "--max_new_tokens", "3")
+    samples = capsys.readouterr().out.replace("> ", "").split(f"\n{LINE}\n")
+    assert [text[:2] for text in samples] == ["ab", "cd", ""]
+
+
+def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys):
+    call(run_dir, "--export", str(tmp_path / "exported"))
+    assert "exported" in capsys.readouterr().out
+    call(tmp_path / "exported", "--prompt", "abc", "--temperature", "0")
+    exported = capsys.readouterr().out
+    call(run_dir, "--prompt", "abc", "--temperature", "0")
+    assert exported == capsys.readouterr().out
+    with pytest.raises(UserError, match="is there already"):
+        call(run_dir, "--export", str(tmp_path / "exported"))
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "a", "--prompt_file", "b"], "give one of them"),
+        (["--prompt_file", "nowhere.txt"], "can't read --prompt_file nowhere.txt"),
+        (["--prompt_file", "EMPTY"], "it is empty"),
+        (["--prompt_file", "HOLE"], "its prompt 2 is empty"),
+        (["--prompt", "a", "--top_p", "0"], "--top_p is 0"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature"),
+        (["--prompt", "a", "--num_samples", "0"], "--num_samples"),
+        (["--prompt", "a", "--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_mistakes_are_named(run_dir, tmp_path, argv, words):
+    for name, text in (("EMPTY", "\n"), ("HOLE", "a\n---\n---\nb")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        call(run_dir, *[str(tmp_path / word) if word in ("EMPTY", "HOLE") else word for word in argv])
+
+
+def test_a_model_of_unknown_tokens_is_not_sampled(tmp_path):
+    GPT(GPTConfig(32, 65, 1, 1, 8)).save_pretrained(str(tmp_path / "a"))
+    with pytest.raises(UserError, match="has 65 tokens"):
+        call(tmp_path / "a", "--prompt", "a")
+
+
+def test_a_mistake_is_one_line_and_status_2(tmp_path):
+    """In a process of its own, in a directory without a run: the default, log, isn't there."""
+    command = [sys.executable, str(ROOT / "sample.py"), "--prompt", "a"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("sample.py: error: no run in log/") and done.stderr.count("\n") == 1
