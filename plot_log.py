@@ -26,6 +26,7 @@ import numpy as np
 
 import reference
 from cli import UserError, knob, run
+from files import atomic_file
 from reference import GPT2_HELLASWAG, GPT2_LOSS, GPT3_HELLASWAG, REFERENCE_CURVE, TOKENS_PER_STEP, reference_loss
 
 
@@ -445,19 +446,13 @@ def save(figure, path: Path) -> None:
     import matplotlib
 
     kind = path.suffix[1:].lower()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file, matplotlib.rc_context(STYLE):
+        with atomic_file(path) as file, matplotlib.rc_context(STYLE):
             # No date in it: the same log gives the same bytes.
             figure.savefig(file, format=kind, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}; choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

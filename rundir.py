@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from cli import UserError
+from files import atomic_file
 
 NAME = re.compile(r"ckpt_(\d{6,})\.pt")
 
@@ -94,21 +95,9 @@ def open_run(log_dir: str, config: dict, loader: dict, needs: tuple, fixed: tupl
 
 
 def write(path: Path, state: dict) -> None:
-    """Write atomically: a temporary name in the same directory, flush, fsync, rename, fsync of the directory."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name itself must survive a power cut
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+    """Write a checkpoint, atomically."""
+    with atomic_file(path) as file:
+        torch.save(state, file)
 
 
 def size_of(state) -> int:
@@ -150,7 +139,7 @@ class Saver:
 
     def __init__(self, log_dir: str, keep: int, log: "Log", writes: bool):
         self.log_dir, self.keep, self.log, self.writes, self.thread = log_dir, keep, log, writes, None
-        for half in Path(log_dir).glob("ckpt_*.tmp") if writes else ():
+        for half in Path(log_dir).glob("ckpt_*.pt.tmp") if writes else ():
             half.unlink()  # a run that was killed may have left it
 
     def save(self, state: dict) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cli import UserError
+from files import atomic_file
 
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 
@@ -40,9 +41,8 @@ def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
     ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if name not in ids:
         ids[name] = new()
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(ids), encoding="utf-8")
-        os.replace(temporary, path)
+        with atomic_file(path) as file:
+            file.write(json.dumps(ids).encode())
     return ids[name]
 
 

@@ -535,7 +535,7 @@ class Run:
     config: Config
     ranks: Ranks
     tokenizer: object
-    source: str | None  # of the text
+    source: dict | None  # of the text
     dtype: torch.dtype
     compiled: bool
     raw_model: GPT  # is scored, sampled and saved; never rebound

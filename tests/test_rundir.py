@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 
+import files
 import rundir
 from cli import UserError
 from rundir import Log, Saver, path_of, read, read_newest, saved_steps, write
@@ -108,7 +109,7 @@ def fill_disk(monkeypatch, allowed: int) -> None:
         file = builtins.open(path, mode, **kwargs)  # noqa: SIM115
         return FullDisk(file, allowed) if str(path).endswith(".tmp") else file
 
-    monkeypatch.setattr(rundir, "open", opened, raising=False)
+    monkeypatch.setattr(files, "open", opened, raising=False)
 
 
 def test_a_disk_that_is_full_at_any_write(tmp_path, log, monkeypatch, capfd):
@@ -136,7 +137,7 @@ def test_a_disk_that_fails_at_the_end(tmp_path, log, monkeypatch, capfd, call):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(rundir.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail)
     saver.save(state(10))
     saver.wait()
     assert "was not saved" in capfd.readouterr().err
@@ -167,9 +168,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path, log):
 
 
 def test_half_a_file_of_a_killed_run_is_removed(tmp_path, log):
-    (tmp_path / "ckpt_000010.tmp").write_bytes(b"half")
+    (tmp_path / "ckpt_000010.pt.tmp").write_bytes(b"half")
     Saver(tmp_path, 2, log, True)
-    assert not (tmp_path / "ckpt_000010.tmp").exists()
+    assert not (tmp_path / "ckpt_000010.pt.tmp").exists()
 
 
 def test_the_log_grows_and_the_last_value_of_a_step_wins(tmp_path):
