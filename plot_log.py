@@ -15,7 +15,6 @@ Contents: Config · Logs · Summary · Picture · Panels · Inside a checkpoint 
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable
