@@ -50,7 +50,7 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, r
             token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (B, 1)
         if stop is not None:
             token = token.masked_fill(ended, stop)
-            ended |= token == stop
+            ended = token == stop
         seen[:, end : end + 1], start = token, end - first
         yield token
         if stop is not None and bool(ended.all()):

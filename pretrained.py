@@ -40,6 +40,8 @@ def load(name_or_dir: str, block_size: int | None = None) -> tuple[dict, dict]:
 
     Safetensors are taken before pickles, in one file or in many. UserError unless it is a GPT-2 and every weight fits.
     """
+    if os.path.isfile(name_or_dir):
+        raise UserError(f"{name_or_dir} is a file; GPT.from_checkpoint reads checkpoints, this reads a directory")
     path = find(name_or_dir, "config.json")
     if path is None:
         raise UserError(f"{name_or_dir} has no config.json; a GPT-2 directory has one, and a run ckpt_*.pt")

@@ -123,6 +123,8 @@ def test_a_hub_name_is_read_from_the_cache(folder, tmp_path, monkeypatch):
         GPT.from_pretrained("someone/other")
     with pytest.raises(UserError, match="no name for one on the hub"):
         GPT.from_pretrained("some/where/else")
+    with pytest.raises(UserError, match=r"config.json is a file"):
+        GPT.from_pretrained(str(folder / "config.json"))
 
 
 class Bomb:
