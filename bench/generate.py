@@ -5,9 +5,10 @@ How fast is generation? GPT-2 124M with random weights, the same prompts and gre
     python bench/generate.py --device cuda --dtype bfloat16
     python bench/generate.py --sample                 # draws from the 50 likeliest instead of the likeliest
 
-Three ways to the same tokens, alternating: `cached`, ours; `hf`, transformers' `generate` with its cache; `plain`, ours without a
-cache, the whole text again for each token. Prints the median of the rounds, and what `cached` gains over the others.
-In float32 they must agree on every token, which is checked. `plain` is for one prompt only: it takes minutes.
+Three ways to the same tokens, alternating: `cached`, ours; `hf`, transformers' `generate` with its cache; `plain`,
+ours without a cache, the whole text again for each token. Prints the median of the rounds, and what `cached` gains over
+the others. In float32 they must agree on every token, which is checked. `plain` is for one prompt only: it takes
+minutes.
 """
 
 import os
