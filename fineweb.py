@@ -96,29 +96,37 @@ class Config:
 def tokenize_all(units: Iterable, job: Job, workers: int) -> Iterator[tuple[tuple, Tokens]]:
     """(key, tokens) of every (key, unit), in order, few of them in memory at a time.
 
-    A worker that dies takes what it was doing along; those units are done again with care, and the rest goes on.
+    A worker that dies takes the work of the others along: all of it is done again; and a unit that was next in line
+    twice when that happened is done with care.
     """
     if workers == 0:
         yield from ((key, tokenize_unit(unit, job)) for key, unit in units)
         return
-    units, pending, pool = iter(units), deque(), None
+    units, pending, suspect, pool = iter(units), deque(), None, start_workers(workers)
     try:
         while True:
-            pool = pool or start_workers(workers)
-            for key, unit in itertools.islice(units, 2 * workers + 2 - len(pending)):
+            for key, unit in itertools.islice(units, 3 * workers + 4 - len(pending)):
                 pending.append((key, unit, submit(pool, unit, job)))
             if not pending:
                 return
-            key, unit, future = pending.popleft()
+            key, unit, future = pending[0]
             try:
                 tokens = future.result()
             except BrokenProcessPool:
                 pool.shutdown(wait=False)
-                pool, tokens = None, tokenize_with_care(unit, job)
-            yield key, tokens
+                pool = start_workers(workers)
+                tokens = tokenize_with_care(unit, job) if key == suspect else None
+                redone = [(k, u, f if succeeded(f) else submit(pool, u, job)) for k, u, f in pending]
+                suspect, pending = key, deque(redone)
+            if tokens is not None:
+                pending.popleft()
+                yield key, tokens
     finally:
-        if pool:
-            pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def succeeded(future: Future) -> bool:
+    return future.done() and future.exception() is None
 
 
 def submit(pool: ProcessPoolExecutor, unit: Unit, job: Job) -> Future:
@@ -259,14 +267,14 @@ class ShardWriter:
             if not self.file:
                 self.begin(cursor._replace(token=cursor.token + done))
             piece = ids[done : done + self.size - self.tokens]
-            self.file.write(piece.astype("<u2", copy=False).data)
+            data = piece.astype("<u2", copy=False).data
+            self.file.write(data)
+            self.digest.update(data)
             known = len(piece) == len(whole.ids)
             documents, size = (whole.documents, whole.bytes) if known else measure(piece, self.tokenizer)
-            self.tokens, self.documents, self.bytes = (
-                self.tokens + len(piece),
-                self.documents + documents,
-                self.bytes + size,
-            )
+            self.documents += documents
+            self.bytes += size
+            self.tokens += len(piece)
             self.total += len(piece)
             done += len(piece)
         return len(self.manifest["shards"]) > committed
@@ -275,16 +283,18 @@ class ShardWriter:
         self.start, self.tokens, self.documents, self.bytes = cursor, 0, 0, 0
         self.file = open(self.path.with_name(self.path.name + ".tmp"), "wb")  # noqa: SIM115
         self.file.write(npy_header(self.size))
+        self.digest = hashlib.sha256(npy_header(self.size))
 
     def commit(self, cursor: Cursor) -> None:
         """Give the shard its name and enter it. cursor: where the next one begins."""
-        header = npy_header(self.tokens)
-        self.file.seek(0)
-        self.file.write(header)
+        short = self.tokens < self.size
+        if short:
+            self.file.seek(0)
+            self.file.write(npy_header(self.tokens))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        digest = sha256_of(Path(self.file.name))
+        digest = sha256_of(Path(self.file.name)) if short else self.digest.hexdigest()
         os.replace(self.file.name, self.path)
         sync_directory(self.out)
         entry = {

@@ -223,7 +223,7 @@ def hub_source(dataset: str, revision: str | None, recorded: dict | None, max_by
     """
     repo, _, config = dataset.partition(":")
     if recorded is None:
-        info = patiently(f"dataset {repo}", lambda: hub().dataset_info(repo, revision=revision, files_metadata=True))
+        info = patiently(f"dataset {repo}", lambda: hub().dataset_info(repo, revision=revision, files_metadata=True), 4)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
         names = train_files(list(sizes), card_configs(info), config, repo)
         recorded = {"dataset": dataset, "revision": info.sha, "files": [[name, sizes[name]] for name in names]}
@@ -259,26 +259,23 @@ def download(repo: str, commit: str, file: SourceFile, scratch: Path) -> None:
     """The file to `scratch / file.name`; what a broken attempt has brought is used by the next, if it can be."""
 
     def attempt():
-        hub().hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=scratch)
-        size = (scratch / file.name).stat().st_size
-        if size != file.size:
-            (scratch / file.name).unlink()
-            raise OSError(f"{size} bytes came, {file.size} were announced")
-
-    def attempt_clean():
         try:
-            attempt()
+            hub().hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=scratch)
+            size = (scratch / file.name).stat().st_size
+            if size != file.size:
+                (scratch / file.name).unlink()
+                raise OSError(f"{size} bytes came, {file.size} were announced")
         except OSError as error:
             if type(error) is OSError:  # a wrong length, here or in the library: what is there is no good beginning
                 shutil.rmtree(scratch / ".cache", ignore_errors=True)
             raise
 
-    patiently(file.name, attempt_clean)
+    patiently(file.name, attempt)
 
 
-def patiently(what: str, action: Callable):
+def patiently(what: str, action: Callable, tries: int = TRIES):
     """`action()`, again and again while the hub is busy or the line is down. Raises UserError when it is of no use."""
-    for attempt in range(TRIES):
+    for attempt in range(tries):
         try:
             return action()
         except Exception as error:
@@ -288,9 +285,11 @@ def patiently(what: str, action: Callable):
             if not network or getattr(error, "errno", None) == errno.ENOSPC:
                 raise
             last, reason = error, " ".join(str(error).split())[:200]
+            if type(error).__name__ == "OfflineModeIsEnabled":
+                raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input") from error
             if status in (401, 403, 404):
                 raise UserError(f"the hub has no {what} for you ({reason}); check the name, or set HF_TOKEN") from error
-            if attempt < TRIES - 1:
+            if attempt < tries - 1:
                 asked = getattr(response, "headers", {}).get("Retry-After", "")
                 time.sleep(min(LONGEST_WAIT, int(asked) if asked.isdecimal() else 2**attempt))
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"

@@ -131,6 +131,8 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when the library was imported
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # nobody waits for a test to be patient
     yield server
     server.shutdown()
@@ -259,6 +261,13 @@ def test_what_the_hub_lacks(hub, tmp_path, dataset, words):
     with pytest.raises(UserError, match=re.escape(words)):
         build(tmp_path / "out", dataset=dataset)
     assert not (tmp_path / "out").exists()
+
+
+def test_offline_is_said_at_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(time, "sleep", None)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set; unset it, or use --input"):
+        build(tmp_path / "out")
 
 
 def test_which_files_to_train_on():
