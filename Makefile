@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/python plot_log.py $(DEMO) --out $(DEMO)/curves.png
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m slow
