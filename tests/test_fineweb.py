@@ -429,6 +429,20 @@ def test_any_documents_any_sizes_any_deaths_at_length(job):
     check_job(job)
 
 
+def test_killed_in_the_middle_of_decompressing(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "texts.jsonl.gz", ["some text"] * 30)
+
+    def die(source, target, size):
+        target.write(source.read(100))
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(sources.shutil, "copyfileobj", die)
+        build(tmp_path / "out", path)
+    build(tmp_path / "out", path)
+    np.testing.assert_array_equal(stored(tmp_path / "out"), reference(["some text"] * 30))
+
+
 def test_a_finished_set_is_left_alone(tmp_path, capsys):
     path = write_parquet(tmp_path / "texts.parquet", ["some text"] * 30)
     build(tmp_path / "out", path)
