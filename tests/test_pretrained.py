@@ -153,7 +153,8 @@ def spoil(folder, how: str) -> None:
         weights.unlink()
     elif how == "no shard":
         weights.unlink()
-        index = {"weight_map": {"a": "model-1.safetensors", "b": "../model-2.safetensors"}}
+        save_tensors(folder.parent / "outside.safetensors", tensors)  # it is there, but not in the directory
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "../outside.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     elif how == "pickle":
         weights.unlink()
@@ -176,7 +177,7 @@ def spoil(folder, how: str) -> None:
         ("truncated", {}, "model.safetensors is damaged"),
         ("garbage", {}, "model.safetensors is damaged"),
         ("no weights", {}, "no weights"),
-        ("no shard", {}, "not there: .*model-2.safetensors, model-1.safetensors"),
+        ("no shard", {}, "not there: .*outside.safetensors, model-1.safetensors"),
         ("pickle", {}, "pytorch_model.bin is damaged, or holds no weights"),
         ("no json", {}, "can't read .*config.json"),
         ("no config", {}, "has no config.json"),
@@ -313,6 +314,8 @@ def test_a_round_trip_through_transformers_in_a_fresh_process(tmp_path, n_tokens
     greedy = model.generate(result["ids"], 100, temperature=0, stop=tokenizer.eot)[0].tolist()
     assert len(greedy) == result["ids"].shape[1] + 100 and result["greedy"] == greedy
     assert result["said"] == tokenizer.decode(greedy[: len(result["ids"][0]) + 5])
+    # transformers 4 would by default take spaces out of what it decodes
+    assert json.loads((folder / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
     back = GPT.from_pretrained(str(folder))
     assert back.config.vocab_size == n_tokens and back.config.block_size == 256
     assert torch.equal(back(result["ids"])[0], ours[..., :n_tokens])
