@@ -1,8 +1,8 @@
 """
 How fast is the data step? From parquet files to committed shards, against the way build-nanogpt goes.
 
-    python bench/tokenizing.py                       # on docstrings of everything installed here, about 10M tokens
-    python bench/tokenizing.py FILE.parquet ...      # on files of your own with a column `text`
+    python bench/tokenize.py                       # on docstrings of everything installed here, about 10M tokens
+    python bench/tokenize.py FILE.parquet ...      # on files of your own with a column `text`
 
 Variants, alternating within one run, each in a process of its own that starts cold:
 
@@ -16,11 +16,14 @@ Variants, alternating within one run, each in a process of its own that starts c
 Printed: the median of tokens per second, the ratio to (a) and (b), and the largest memory of the whole process tree.
 """
 
-import multiprocessing
 import os
+import sys
+
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this file would hide Python's tokenize
+
+import multiprocessing
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
