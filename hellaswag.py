@@ -24,7 +24,7 @@ that each of them sees what it would see alone:
     The last token of an ending predicts nothing: never fed.      2 x x x . . x x
 
 Only positions with something to predict go through the head, the last one of the context once for all endings. Rows
-are sorted by length and batched by tokens. That is 1.6M tokens and 1.1M logit rows for the validation set, where the
+are sorted by length and batched by tokens. That is 1.6M tokens and 1.15M logit rows for the validation set, where the
 usual way takes 3.3M of both.
 
 Two conventions that can't be compared; every number says its style:
@@ -114,7 +114,7 @@ class Unavailable(UserError):
 
 def load_examples(path: str = "", limit: int = 0, seed: int = 0, task: str = "hellaswag") -> list[dict]:
     """The examples of a .jsonl or .jsonl.gz file, every one checked: ctx, endings, label (an index), line, where, and
-    what lm-eval makes of them, query and choices (None if the file lacks HellaSwag's activity_label).
+    what lm-eval makes of them, query and choices (empty if the file lacks HellaSwag's activity_label).
 
     Without a path, HellaSwag's validation set, downloaded on first use: let one process call this, and hand the list to
     the others. limit draws that many, the same for the same seed, in the file's order. Raises Unavailable if the set
@@ -148,7 +148,7 @@ def cached_validation_set() -> Path:
             with urlopen(URL, timeout=30) as reply:
                 status, length, data = reply.status, reply.headers.get("Content-Length"), reply.read()
         except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
-            raise Unavailable(f"no HellaSwag: it is not at {CACHE}, and {URL} can't be had ({error})") from error
+            raise Unavailable(f"no {CACHE}, and {URL} can't be had ({error}); put the file there") from error
         if status != 200 or (length and len(data) != int(length)) or hashlib.sha256(data).hexdigest() != SHA256:
             raise Unavailable(f"{URL} gave {len(data)} bytes, status {status}, that are not HellaSwag's validation set")
         write_atomically(CACHE, data)
@@ -195,7 +195,7 @@ def read_hellaswag(record: dict) -> dict:
     ctx, endings = text_of(record, "ctx"), record.get("endings")
     if not isinstance(endings, list) or len(endings) != 4:
         raise ValueError(f"'endings' must be a list of 4 texts, not {json.dumps(endings)[:60]}")
-    query = choices = None
+    query, choices = "", []
     if "activity_label" in record:  # a file may have ctx_a and ctx_b only joined: all of that counts as ctx_a
         activity, a, b = (
             text_of({"ctx_a": ctx, "ctx_b": "", **record}, f) for f in ("activity_label", "ctx_a", "ctx_b")
@@ -229,13 +229,14 @@ READERS = {"hellaswag": read_hellaswag, "piqa": read_piqa, "arc": read_arc, "lam
 
 
 def question(ctx, endings, label, query=None, choices=None) -> dict:
-    """One checked example. Raises ValueError with what is wrong."""
+    """One checked example, with one prompt for both styles unless told. Raises ValueError with what is wrong."""
     if not ctx.strip():
         raise ValueError("the context is empty")
     if isinstance(label, str) and label.isdecimal():  # as the hub has it
         label = int(label)
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(checked(endings)):
         raise ValueError(f"'label' must be one of 0 to {len(endings) - 1}, not {json.dumps(label)}")
+    query, choices = (ctx, endings) if query is None else (query, choices)
     return {"ctx": ctx, "endings": endings, "label": label, "query": query, "choices": choices}
 
 
@@ -313,8 +314,8 @@ def encode(example: dict, tokenizer, style: str) -> tuple[list[int], list[list[i
         endings = [tokenizer.encode(" " + ending) for ending in example["endings"]]
         return tokenizer.encode(example["ctx"]), endings, [len(ending) for ending in endings]
     query, choices = example["query"], example["choices"]
-    if query is None:  # tasks with one prompt for both styles
-        query, choices = example["ctx"], example["endings"]
+    if not query:
+        raise UserError(f"{example['where']}: 'activity_label' is missing, which lm-eval's prompt begins with")
     # spaces at the end of the context go to the ending; an ending is what the context leaves of both encoded together
     context = query.rstrip()
     head = tokenizer.encode(context)
@@ -413,8 +414,6 @@ def collate(rows: list[Row], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Rows -> tokens, positions, segments (3, B, T), sources (n,) into B * T, targets (n, K), on the device."""
     trees = [tree for row in rows for tree in row.trees]
     T, K = max(tree.shape[1] for tree in trees), max(len(row.paths) for row in rows)
-    if device.type == "cuda":
-        T = -(-T // 8) * 8  # fused attention wants a mask whose rows are aligned
     batch = np.zeros((3, len(trees), T), np.int64)  # padding looks like more context, and no token sees it
     for b, tree in enumerate(trees):
         batch[:, b, : tree.shape[1]] = tree

@@ -48,7 +48,7 @@ def read_lines(path):
 @pytest.fixture(scope="module")
 def records():
     rng = random.Random(1)
-    records = [record(rng) for _ in range(26)]
+    records = [record(rng) for _ in range(20)]
     records[3]["endings"][1] = "[substeps] looks [title] up  and [ad] away."
     records[4]["ctx_a"] = "How to sit [title] Buy a chair. [step] Sit  down."
     records[6]["ctx_b"] = "the [ad]"  # leaves a space at the end of the prompt
@@ -86,7 +86,7 @@ def plain_nats(model, context, ending):
     """One ending behind its context, from the model's own logits, truncated as lm-evaluation-harness does it."""
     tokens = (context + ending)[-(model.config.n_positions + 1) :]
     with torch.no_grad():
-        logits = model(torch.tensor([tokens[:-1]])).logits[0, -len(ending) :]
+        logits = model(torch.tensor([tokens[:-1]]), logits_to_keep=len(ending)).logits[0]
     return F.cross_entropy(logits, torch.tensor(ending), reduction="sum").item()
 
 
@@ -149,11 +149,11 @@ def test_the_trainers_model_is_scored_alike(examples):
 def test_any_number_of_ranks_gives_the_same_counts_and_as_many_polls(examples, scorer, monkeypatch):
     rows = hellaswag.render(examples, load_tokenizer("gpt2"), 128)
     plan = hellaswag.plan_batches
-    monkeypatch.setattr(hellaswag, "plan_batches", lambda rows, max_tokens: plan(rows, 320))
+    monkeypatch.setattr(hellaswag, "plan_batches", lambda rows, max_tokens: plan(rows, 160))
     alone = hellaswag.score(*scorer, rows, "cpu")
     whole = hellaswag.evaluate(*scorer, rows, "cpu")
     assert whole[0] == len(rows)
-    for world_size in (2, 3, 7):
+    for world_size in (2, 3, 5):
         polls, counts, seen = [], torch.zeros(4, dtype=torch.float64), [0] * len(rows)
         for rank in range(world_size):
             calls = []
@@ -164,7 +164,7 @@ def test_any_number_of_ranks_gives_the_same_counts_and_as_many_polls(examples, s
                 if found is not None:
                     seen[i] += 1
                     assert (found.nats == alone[i].nats).all()
-        assert seen == [1] * len(rows) and len(set(polls)) == 1 and 2 <= polls[0] <= 5
+        assert seen == [1] * len(rows) and len(set(polls)) == 1 and polls[0] >= 2
         assert torch.equal(counts[:3], whole[:3]) and counts[3] == pytest.approx(whole[3].item(), rel=1e-12)
 
 
@@ -195,7 +195,7 @@ def test_of_equal_endings_the_first_is_chosen(scorer, tmp_path):
     rows = hellaswag.render(hellaswag.load_examples(path), load_tokenizer("gpt2"), 128)
     for row, found in zip(rows, hellaswag.score(*scorer, rows, "cpu")):
         assert found.nats[0] == found.nats[2] and found.nats[1] == found.nats[3]
-        assert max(hellaswag.answers(row, found)) <= 1
+        assert max(hellaswag.answers(row, found)) <= 1 and row.columns.tolist() in ([0, 1, 0, 1], [0] * 4)
     assert hellaswag.answers(row, found) == (0, 0)
 
 
@@ -251,6 +251,7 @@ GOOD = {"activity_label": "Running", "ctx": "A boy", "endings": ["runs.", "sits.
         ({"ctx": "word " * 1025}, " tokens; at most 1024"),
         ({"endings": ["runs.", "[ad]", "eats.", "sleeps."]}, "ending 1 is empty in lm-eval style"),
         ({"activity_label": 7}, "activity_label"),
+        (b'{"ctx": "A boy", "endings": ["a", "b", "c", "d"], "label": 0}', "'activity_label' is missing"),
         ({"ctx_b": None}, "ctx_b"),
         (b'{"ctx": "A boy"', "not JSON"),
         (b"[1, 2]", "object"),
