@@ -4,6 +4,7 @@ Text -> token shards, the food of train_gpt2.py.
     python fineweb.py                                               # FineWeb-Edu sample-10BT: 10B GPT-2 tokens, 20 GB
     python fineweb.py --dataset python-docs --out data/python-docs  # the English every Python carries: no network
     python fineweb.py --input 'books/*.txt' --out data/books        # .parquet .jsonl .txt, also .gz and .zst
+    python fineweb.py --input chats.jsonl --format chat --out data/chats  # to finetune on: only the answers are learned
     python fineweb.py --verify                                      # is the set on disk what the manifest says?
 
 The way of the text:
@@ -13,6 +14,22 @@ The way of the text:
 A unit is a row group of a parquet file or a few megabytes of a text file; what comes back for it is one uint16 array. A
 shard appears under its name only when it is whole, then the manifest that counts it in. So a run that was killed at any
 moment goes on from the last shard when it is started again, and ends with the same bytes as if nothing had happened.
+
+Instructions are JSON lines, in one of two formats. GPT-2 has no tokens for roles, so the template is plain text:
+
+    --format alpaca   {"instruction": I, "input": N, "output": O}; input may be missing or empty, and so then its line
+    --format chat     {"messages": [{"role": "system" | "user" | "assistant", "content": C}, ...]}
+
+    Instruction: I                  System: C
+                                                                              (empty lines as they stand)
+    Input: N                        User: C
+
+    Answer: O<|endoftext|>          Assistant: C<|endoftext|>
+
+                                    User: C ...
+
+Beside each shard lies a mask, `edufineweb_train_000001.mask.npy`: uint8, 1 for the tokens of an answer, from the space
+before it to the end-of-text after it, 0 for all others. The trainer learns those alone.
 """
 
 import contextlib
@@ -51,7 +68,7 @@ from sources import (
     sync_directory,
 )
 from tokenizer import TOKENIZERS, load_tokenizer
-from units import Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
+from units import DIALOGUES, Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
 
 FORMAT = 1  # of the manifest
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -59,6 +76,7 @@ TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as i
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
 START_METHOD = "spawn"  # of the workers: safe beside threads, and the same everywhere; fork and forkserver work too
 BACKENDS = ("auto", "gigatoken", "tiktoken")
+FORMATS = ("text", *DIALOGUES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,6 +87,7 @@ BACKENDS = ("auto", "gigatoken", "tiktoken")
 class Config:
     dataset: str = knob(FINEWEB_EDU, f"dataset of the Hugging Face hub, ID[:CONFIG], or {PYTHON_DOCS}", group="source")
     input: list[str] = knob([], "files or globs of your own, instead of --dataset", metavar="FILE")
+    format: str = knob("text", "plain text, or instructions of which the answers are learned", choices=FORMATS)
     text_column: str = knob("text", "the column or JSON field that holds the text", metavar="NAME")
     revision: str | None = knob(None, "branch, tag or commit of the hub dataset (default: main as it is today)")
     max_tokens: int | None = knob(None, "stop after so many tokens (default: all)", metavar="N")
@@ -169,7 +188,8 @@ def tokenize_with_care(unit: Unit, job: Job) -> Tokens:
 
     parts = attempt(0, None)
     ids = np.concatenate([part.ids for part in parts])
-    return Tokens(ids, *measure(ids, job.tokenizer), parts[0].skipped)
+    targets = None if parts[0].targets is None else np.concatenate([part.targets for part in parts])
+    return Tokens(ids, *measure(ids, targets, job.tokenizer), parts[0].skipped, targets)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,13 +251,48 @@ def write_manifest(path: Path, manifest: dict) -> None:
         file.write((json.dumps(manifest, indent=1) + "\n").encode())
 
 
+class ArrayFile:
+    """A 1-D .npy file under a temporary name, with room for `size` numbers; it may end before."""
+
+    def __init__(self, path: Path, dtype: str, size: int):
+        self.path, self.dtype, self.size, self.length = path, dtype, size, 0
+        self.file = open(path.with_name(path.name + ".tmp"), "wb")  # noqa: SIM115
+        self.file.write(npy_header(size, dtype))
+        self.digest = hashlib.sha256(npy_header(size, dtype))
+
+    def append(self, array: np.ndarray) -> None:
+        data = array.astype(self.dtype, copy=False).data
+        self.file.write(data)
+        self.digest.update(data)
+        self.length += len(array)
+
+    def commit(self) -> str:
+        """Give it its name, once it is on the disk; its sha256."""
+        short = self.length < self.size
+        if short:
+            self.file.seek(0)
+            self.file.write(npy_header(self.length, self.dtype))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        digest = sha256_of(Path(self.file.name)) if short else self.digest.hexdigest()
+        os.replace(self.file.name, self.path)
+        return digest
+
+    def discard(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written before can't be now
+            self.file.close()
+        Path(self.file.name).unlink(missing_ok=True)
+
+
 class ShardWriter:
     """Writes one stream of tokens as shards, each as it fills, and after each the manifest that counts it in."""
 
     def __init__(self, out: Path, manifest: dict, part: tuple[int, int]):
         self.out, self.manifest, self.part = out, manifest, part
         self.tokenizer = manifest["tokenizer"]["name"]
-        self.file = None
+        self.has_mask = manifest["settings"].get("format", "text") != "text"
+        self.file = self.mask = None
         self.total = sum(shard["tokens"] for shard in manifest["shards"])
 
     @property
@@ -258,58 +313,49 @@ class ShardWriter:
     def path(self) -> Path:
         return self.out / f"edufineweb_{self.split}_{self.index:06d}.npy"
 
-    def write(self, ids: np.ndarray, cursor: Cursor, whole: Tokens) -> bool:
-        """Append the tokens that begin at `cursor`, from the unit `whole`. Whether a shard was committed."""
-        done, committed = 0, len(self.manifest["shards"])
-        while done < len(ids):
-            if self.file and self.tokens == self.size:
-                self.commit(cursor._replace(token=cursor.token + done))
+    def write(self, whole: Tokens, cursor: Cursor, stop: int) -> bool:
+        """Append the tokens of the unit `whole` from `cursor` up to `stop`. Whether a shard was committed."""
+        done, stop, committed = cursor.token, min(stop, len(whole.ids)), len(self.manifest["shards"])
+        while done < stop:
+            if self.file and self.file.length == self.size:
+                self.commit(cursor._replace(token=done))
             if not self.file:
-                self.begin(cursor._replace(token=cursor.token + done))
-            piece = ids[done : done + self.size - self.tokens]
-            data = piece.astype("<u2", copy=False).data
-            self.file.write(data)
-            self.digest.update(data)
-            known = len(piece) == len(whole.ids)
-            documents, size = (whole.documents, whole.bytes) if known else measure(piece, self.tokenizer)
+                self.begin(cursor._replace(token=done))
+            span = slice(done, min(stop, done + self.size - self.file.length))
+            ids, targets = whole.ids[span], None if whole.targets is None else whole.targets[span]
+            self.file.append(ids)
+            if self.mask:
+                self.mask.append(targets)
+            known = len(ids) == len(whole.ids)
+            documents, size = (whole.documents, whole.bytes) if known else measure(ids, targets, self.tokenizer)
             self.documents += documents
             self.bytes += size
-            self.tokens += len(piece)
-            self.total += len(piece)
-            done += len(piece)
+            self.total += len(ids)
+            done += len(ids)
         return len(self.manifest["shards"]) > committed
 
     def begin(self, cursor: Cursor) -> None:
-        self.start, self.tokens, self.documents, self.bytes = cursor, 0, 0, 0
-        self.file = open(self.path.with_name(self.path.name + ".tmp"), "wb")  # noqa: SIM115
-        self.file.write(npy_header(self.size))
-        self.digest = hashlib.sha256(npy_header(self.size))
+        self.start, self.documents, self.bytes = cursor, 0, 0
+        self.file = ArrayFile(self.path, "<u2", self.size)
+        self.mask = ArrayFile(self.out / mask_name(self.path.name), "|u1", self.size) if self.has_mask else None
 
     def commit(self, cursor: Cursor) -> None:
         """Give the shard its name and enter it. cursor: where the next one begins."""
-        short = self.tokens < self.size
-        if short:
-            self.file.seek(0)
-            self.file.write(npy_header(self.tokens))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        digest = sha256_of(Path(self.file.name)) if short else self.digest.hexdigest()
-        os.replace(self.file.name, self.path)
-        sync_directory(self.out)
+        mask = {"mask_sha256": self.mask.commit()} if self.mask else {}  # first: no shard is ever without its mask
         entry = {
             "name": self.path.name,
             "split": self.split,
-            "tokens": self.tokens,
+            "tokens": self.file.length,
             "documents": self.documents,
             "bytes": self.bytes,
-            "sha256": digest,
+            "sha256": self.file.commit(),
         }
-        self.manifest["shards"].append(entry)
+        sync_directory(self.out)
+        self.manifest["shards"].append(entry | mask)
         self.manifest["starts"].append(list(self.start))
         self.manifest["cursor"] = list(cursor)
         write_manifest(self.out / manifest_name(self.part), self.manifest)
-        self.file = None
+        self.file = self.mask = None
 
     def finish(self, cursor: Cursor) -> None:
         """Commit what there is, and complete the manifest. Raises OnlyVal if the val split would take all."""
@@ -324,22 +370,34 @@ class ShardWriter:
 
     def close(self) -> None:
         """Leave no half shard behind."""
-        if self.file:
-            with contextlib.suppress(OSError):  # what could not be written before can't be now
-                self.file.close()
-            Path(self.file.name).unlink(missing_ok=True)
-            self.file = None
+        for file in filter(None, (self.file, self.mask)):
+            file.discard()
+        self.file = self.mask = None
 
 
 class OnlyVal(Exception):
     """The text ended within the val split; the argument is the number of tokens there are."""
 
 
-def npy_header(tokens: int) -> bytes:
-    """What `np.save` writes before a 1-D uint16 array; numpy pads it, so that its length is the same for any count."""
+def npy_header(length: int, dtype: str) -> bytes:
+    """What `np.save` writes before a 1-D array; numpy pads it, so that it is as long for any length."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": (length,)})
     return buffer.getvalue()
+
+
+def files_of(shard: dict) -> list[tuple[str, int, str]]:
+    """(name, size in bytes, sha256) of the files of a shard as the manifest tells of it: tokens, and perhaps a mask."""
+    n, name = shard["tokens"], shard["name"]
+    files = [(name, len(npy_header(n, "<u2")) + 2 * n, shard["sha256"])]
+    if "mask_sha256" in shard:
+        files.append((mask_name(name), len(npy_header(n, "|u1")) + n, shard["mask_sha256"]))
+    return files
+
+
+def mask_name(shard: str) -> str:
+    """'x.npy' -> 'x.mask.npy'."""
+    return shard.removesuffix(".npy") + ".mask.npy"
 
 
 def sha256_of(path: Path) -> str:
@@ -353,7 +411,7 @@ def sha256_of(path: Path) -> str:
 
 def settings_of(config: Config) -> dict:
     """All that the bytes of the result depend on."""
-    names = ["text_column", "revision", "max_tokens", "shuffle", "part", "skip_bad"]
+    names = ["format", "text_column", "revision", "max_tokens", "shuffle", "part", "skip_bad"]
     names += ["shard_size", "val_size", "tokenizer"]
     asked = {"input": config.input} if config.input else {"dataset": config.dataset}
     return asked | {name: getattr(config, name) for name in names}
@@ -434,7 +492,7 @@ def check(config: Config) -> None:
 def resumed(manifest: dict, config: Config, manifest_path: Path) -> dict:
     """The manifest of the run to go on with. Raises UserError, saying which, if a flag is not what it was."""
     asked = json.loads(json.dumps(settings_of(config)))
-    was = manifest["settings"]
+    was = {"format": "text"} | manifest["settings"]  # sets of before there were others don't name it
     changed = [
         f"--{name} {asked.get(name)} (it was {was.get(name)})"
         for name in sorted(was.keys() | asked.keys())
@@ -443,10 +501,10 @@ def resumed(manifest: dict, config: Config, manifest_path: Path) -> dict:
     if changed:
         raise UserError(f"{manifest_path.parent} was begun otherwise: {', '.join(changed)}; choose another --out")
     for number, shard in enumerate(manifest["shards"]):
-        path = manifest_path.parent / shard["name"]
-        size = len(npy_header(shard["tokens"])) + 2 * shard["tokens"]
-        if not path.exists() or path.stat().st_size != size:
-            print(f"{path} is missing or damaged: going on from there")
+        sizes = {manifest_path.parent / name: size for name, size, _ in files_of(shard)}
+        damaged = [path for path, size in sizes.items() if not path.exists() or path.stat().st_size != size]
+        if damaged:
+            print(f"{damaged[0]} is missing or damaged: going on from there")
             kept = {"shards": manifest["shards"][:number], "starts": manifest["starts"][:number], "complete": False}
             return manifest | kept | {"cursor": manifest["starts"][number]}
     return manifest
@@ -497,6 +555,7 @@ def tokenize(out: Path, config: Config) -> None:
     if manifest:
         manifest = resumed(manifest, config, manifest_path)
     source = open_source(config, manifest and manifest["source"])
+    check_format(config.format, source.files)
     if manifest:
         check_source(manifest, source, out)
     prepare_directory(out, part)
@@ -531,6 +590,13 @@ def open_source(config: Config, recorded: dict | None) -> Source:
         return docs_source(recorded)
     enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; a token of English is 4.6
     return hub_source(config.dataset, config.revision, recorded, enough)
+
+
+def check_format(format: str, files: list[SourceFile]) -> None:
+    """Raises UserError for files that can't hold instructions."""
+    others = [file.name for file in files if format != "text" and file.kind != "jsonl"]
+    if others:
+        raise UserError(f"--format {format} reads .jsonl, not {others[0]}; write it as JSON lines, one record a line")
 
 
 def join_parts(out: Path, count: int) -> None:
@@ -574,11 +640,11 @@ def write_shards(config: Config, source: Source, manifest: dict, out: Path) -> N
     with contextlib.closing(stream), contextlib.closing(writer), contextlib.closing(progress):
         for (block, number, unit), tokens in stream:
             skip = first.token if (block, number) == first[:2] else 0
-            ids = tokens.ids[skip:][: (config.max_tokens or sys.maxsize) - writer.total]
-            if writer.write(ids, Cursor(block, number, skip), tokens):
+            stop, before = skip + (config.max_tokens or sys.maxsize) - writer.total, writer.total
+            if writer.write(tokens, Cursor(block, number, skip), stop):
                 fetcher.release(sum(map(len, blocks[: manifest["cursor"][0]])))
             manifest["skipped"] += tokens.skipped
-            progress.update(unit, len(ids), tokens.documents, writer.index)
+            progress.update(unit, writer.total - before, tokens.documents, writer.index)
             if writer.total == config.max_tokens:
                 break
         writer.finish(Cursor(len(blocks), 0, 0))
@@ -592,7 +658,8 @@ def remove_scratch(out: Path, part: tuple[int, int], keep: bool) -> None:
 
 
 def job_of(config: Config) -> Job:
-    return Job(config.tokenizer, config.text_column, config.skip_bad, pick_backend(config.backend, config.tokenizer))
+    backend = pick_backend(config.backend, config.tokenizer)
+    return Job(config.tokenizer, config.text_column, config.skip_bad, backend, config.format)
 
 
 def planned_units(blocks, first: Cursor, fetcher: Fetcher, files, config: Config, progress: "Progress") -> Iterator:
@@ -656,14 +723,15 @@ def verify(out: Path, config: Config) -> None:
     manifest = read_manifest(out / manifest_name((0, 1)))
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to verify the shards against; choose another --out")
-    damaged = [shard["name"] for shard in manifest["shards"] if not is_whole(out / shard["name"], shard)]
+    files = [file for shard in manifest["shards"] for file in files_of(shard)]
+    damaged = [name for name, _, digest in files if not (out / name).exists() or sha256_of(out / name) != digest]
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         raise UserError(
-            f"{len(damaged)} of {len(manifest['shards'])} shards in {out} are missing or damaged: {names}; delete "
+            f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}; delete "
             "them, and run fineweb.py again with the flags it had: it makes them anew"
         )
-    print(f"{out}: {len(manifest['shards'])} shards have the sha256 of the manifest")
+    print(f"{out}: {len(files)} shards have the sha256 of the manifest")
     parts = sorted(out.glob("manifest.part-*.json")) or [out / manifest_name((0, 1))]
     compared = sum(compare_with_source(out, read_manifest(path), config) for path in parts)
     print(f"{out}: {compared:,} tokens are those of the source")
@@ -671,10 +739,6 @@ def verify(out: Path, config: Config) -> None:
         raise UserError(
             f"{out} is sound as far as it goes, but not complete; run fineweb.py again with the flags it had"
         )
-
-
-def is_whole(path: Path, shard: dict) -> bool:
-    return path.exists() and sha256_of(path) == shard["sha256"]
 
 
 def compare_with_source(out: Path, manifest: dict, config: Config, samples: int = 3) -> int:
@@ -693,12 +757,14 @@ def compare_with_source(out: Path, manifest: dict, config: Config, samples: int 
                 source.fetch(file, scratch)
             paths = [source.place(file, scratch) for file in blocks[begin.block]]
             unit = units_of_block(blocks[begin.block], paths, source.files, was)[begin.unit]
-            ids = tokenize_unit(unit, job_of(was)._replace(backend="tiktoken")).ids[begin.token :]
-            stored = np.load(out / name, mmap_mode="r")[: len(ids)]
-            if not np.array_equal(stored, ids[: len(stored)]):
-                raise UserError(
-                    f"{name} does not begin with the tokens of {unit.name}; make the set anew in another --out"
-                )
+            tokens = tokenize_unit(unit, job_of(was)._replace(backend="tiktoken"))
+            pairs = [(name, tokens.ids)] + ([] if tokens.targets is None else [(mask_name(name), tokens.targets)])
+            for path, expected in pairs:
+                stored = np.load(out / path, mmap_mode="r")[: len(expected) - begin.token]
+                if not np.array_equal(stored, expected[begin.token :][: len(stored)]):
+                    raise UserError(
+                        f"{path} does not begin with the tokens of {unit.name}; make the set anew in another --out"
+                    )
             compared += len(stored)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

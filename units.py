@@ -51,12 +51,21 @@ class Unit(NamedTuple):
 
 class Tokens(NamedTuple):
     """What became of a unit: ids (n,) uint16, end-of-text before every document, and how many documents those are, of
-    how many bytes of text; skipped: documents left out."""
+    how many bytes of text; skipped: documents left out; targets (n,) uint8, 1 where the token is to be learned, or None
+    where all are."""
 
     ids: np.ndarray
     documents: int
     bytes: int
     skipped: int
+    targets: np.ndarray | None = None
+
+
+class Turn(NamedTuple):
+    """Of a dialogue: the answer is learned, and the end-of-text after it; the prompt is not."""
+
+    prompt: str
+    answer: str
 
 
 class Flaw(NamedTuple):
@@ -72,6 +81,7 @@ class Job(NamedTuple):
     text_column: str
     skip_bad: bool
     backend: str
+    format: str = "text"
 
 
 def units_of(file: SourceFile, path: Path, text_column: str) -> list[Unit]:
@@ -140,20 +150,23 @@ def token_counts(path: Path, metadata) -> list[int] | None:
 
 def tokenize_unit(unit: Unit, job: Job, documents: slice = slice(None)) -> Tokens:
     """All of a worker's work. documents: which of the unit's, to find one that can't be borne."""
-    texts, skipped = documents_of(unit, job)
-    texts = texts[documents]
-    ids = encode_documents(texts, load_tokenizer(job.tokenizer), job.backend)
+    found, skipped = documents_of(unit, job)
+    found, tokenizer, targets = found[documents], load_tokenizer(job.tokenizer), None
+    if job.format == "text":
+        ids = encode_documents(found, tokenizer, job.backend)
+    else:
+        ids, targets = encode_dialogues(found, tokenizer, job.backend)
     if unit.kind == "txt" and unit.start > 0:  # the middle of a document
         ids = ids[1:]
-    return Tokens(ids, *measure(ids, job.tokenizer), skipped)
+    return Tokens(ids, *measure(ids, targets, job.tokenizer), skipped, targets)
 
 
-def documents_of(unit: Unit, job: Job) -> tuple[list[str], int]:
-    """The texts of a unit in their order, and how many were left out.
+def documents_of(unit: Unit, job: Job) -> tuple[list, int]:
+    """The documents of a unit in their order, texts or dialogues, and how many were left out.
 
     Raises UserError, naming the file and the place, for a document that can't be read unless `job.skip_bad`.
     """
-    found = READERS[unit.kind](unit, job.text_column)
+    found = READERS[unit.kind](unit, job)
     texts = [text for text in found if not isinstance(text, Flaw)]
     skipped = len(found) - len(texts)
     if skipped and not job.skip_bad:
@@ -164,7 +177,7 @@ def documents_of(unit: Unit, job: Job) -> tuple[list[str], int]:
     return texts, skipped
 
 
-def read_rows(unit: Unit, text_column: str) -> list:
+def read_rows(unit: Unit, job: Job) -> list:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -173,9 +186,9 @@ def read_rows(unit: Unit, text_column: str) -> list:
     try:
         with pq.ParquetFile(unit.path, metadata=metadata) as file:
             if unit.stop - unit.start == rows:
-                texts = file.read_row_group(unit.group, [text_column], use_threads=False).column(0).to_pylist()
+                texts = file.read_row_group(unit.group, [job.text_column], use_threads=False).column(0).to_pylist()
             else:
-                batches = file.iter_batches(1024, [unit.group], [text_column], use_threads=False)
+                batches = file.iter_batches(1024, [unit.group], [job.text_column], use_threads=False)
                 texts = rows_between(batches, unit.start, unit.stop)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"row group {unit.group} of {unit.name} is damaged: {error}; fetch the file again") from error
@@ -195,9 +208,9 @@ def rows_between(batches, start: int, stop: int) -> list:
     return texts
 
 
-def read_lines(unit: Unit, text_column: str) -> list:
-    """The texts of the JSON lines that begin in the unit's bytes."""
-    texts = []
+def read_lines(unit: Unit, job: Job) -> list:
+    """The documents of the JSON lines that begin in the unit's bytes."""
+    found = []
     with open(unit.path, "rb") as file:
         if unit.start > 0:
             file.seek(unit.start - 1)
@@ -205,24 +218,26 @@ def read_lines(unit: Unit, text_column: str) -> list:
         while (begin := file.tell()) < unit.stop and (line := file.readline()):
             if line.isspace():
                 continue
-            text = text_of(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, text_column)
-            if isinstance(text, Flaw):
-                text = Flaw(f"line {line_number(unit.path, begin)} of {unit.name} {text.reason}")
-            texts.append(text)
-    return texts
+            document = document_of(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, job)
+            if isinstance(document, Flaw):
+                document = Flaw(f"line {line_number(unit.path, begin)} of {unit.name} {document.reason}")
+            found.append(document)
+    return found
 
 
-def text_of(line: bytes, text_column: str) -> str | Flaw:
+def document_of(line: bytes, job: Job) -> str | list[Turn] | Flaw:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         return Flaw(f"is not JSON ({error})")
     if not isinstance(record, dict):
         return Flaw(f"is no JSON object but {type(record).__name__}")
-    if text_column not in record:
-        return Flaw(f"has no field {text_column!r} (--text_column takes one of: {', '.join(record)})")
-    text = record[text_column]
-    return text if isinstance(text, str) else Flaw(f"holds {type(text).__name__} in {text_column!r}, not text")
+    if job.format != "text":
+        return DIALOGUES[job.format](record)
+    if job.text_column not in record:
+        return Flaw(f"has no field {job.text_column!r} (--text_column takes one of: {', '.join(record)})")
+    text = record[job.text_column]
+    return text if isinstance(text, str) else Flaw(f"holds {type(text).__name__} in {job.text_column!r}, not text")
 
 
 def line_number(path: str, offset: int) -> int:
@@ -230,7 +245,7 @@ def line_number(path: str, offset: int) -> int:
         return sum(file.read(min(2**20, offset - at)).count(b"\n") for at in range(0, offset, 2**20)) + 1
 
 
-def read_text(unit: Unit, text_column: str) -> list:
+def read_text(unit: Unit, job: Job) -> list:
     """A .txt file is one document; a big one is cut where no token of GPT-2 goes across, so that nothing changes."""
     with open(unit.path, "rb") as file:
         start, stop = safe_cut(file, unit.start), safe_cut(file, unit.stop)
@@ -264,20 +279,104 @@ READERS = {"parquet": read_rows, "jsonl": read_lines, "txt": read_text}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Instructions: a document is a dialogue, of which the answers are learned
+
+
+def alpaca_turns(record: dict) -> list[Turn] | Flaw:
+    """{"instruction", "input" (may be missing or empty), "output"} as one turn, by the template
+
+    Instruction: INSTRUCTION\\n\\nInput: INPUT\\n\\nAnswer: OUTPUT<|endoftext|>      without input: without its line
+    """
+    for name in ("instruction", "output"):
+        if name not in record:
+            return Flaw(f"has no field {name!r} (it has: {', '.join(record)}); --format alpaca needs one")
+    for name in ("instruction", "input", "output"):
+        if not isinstance(record.get(name) or "", str):
+            return Flaw(f"holds {type(record[name]).__name__} in {name!r}, not text")
+    if not (record["instruction"] or "").strip():
+        return Flaw("has an empty 'instruction'")
+    if not (record["output"] or "").strip():
+        return Flaw("has no answer: its 'output' is empty")
+    middle = f"Input: {record['input']}\n\n" if (record.get("input") or "").strip() else ""
+    return [Turn(f"Instruction: {record['instruction']}\n\n{middle}Answer:", " " + record["output"])]
+
+
+def chat_turns(record: dict) -> list[Turn] | Flaw:
+    """{"messages": [{"role", "content"}, ...]} as one turn an answer, messages joined by an empty line:
+
+    System: CONTENT\\n\\nUser: CONTENT\\n\\nAssistant: ANSWER<|endoftext|>\\n\\nUser: CONTENT\\n\\nAssistant: ...
+    """
+    messages, turns, prompt = record.get("messages"), [], ""
+    if not isinstance(messages, list):
+        return Flaw(f"has no list in 'messages' (it has: {', '.join(record)}); --format chat needs one")
+    for number, message in enumerate(messages, 1):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role is None or content is None:
+            return Flaw(f"has no role or no content in message {number}")
+        if not (isinstance(role, str) and role in ROLES):
+            return Flaw(f"has an unknown role {role!r} in message {number}; known are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            return Flaw(f"holds {type(content).__name__} in 'content' of message {number}, not text")
+        prompt += ("\n\n" if number > 1 else "") + ROLES[role]
+        if role != "assistant":
+            prompt += " " + content
+        elif content.strip():
+            turns.append(Turn(prompt, " " + content))
+            prompt = ""
+        else:
+            return Flaw(f"has no answer: the assistant's message {number} is empty")
+    if not turns:
+        return Flaw("has no answer: no message is the assistant's")
+    return turns if not prompt else Flaw(f"has no answer to its last message, of {messages[-1]['role']}")
+
+
+ROLES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
+DIALOGUES = {"alpaca": alpaca_turns, "chat": chat_turns}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokens
 
 
 def encode_documents(texts: list[str], tokenizer, backend: str) -> np.ndarray:
     """(n,) uint16: end-of-text before every document. Raises UserError, with its beginning, for a text that fails."""
-    if tokenizer.name == "gpt2" and backend == "gigatoken":
-        ids, counts = gigatoken().encode(texts)
-    else:
-        arrays = [encode_text(text, tokenizer) for text in texts]
-        ids, counts = np.concatenate([np.empty(0, np.uint16), *arrays]), np.array([len(a) for a in arrays], np.int64)
+    ids, counts = encode_texts(texts, tokenizer, backend)
     heads = np.cumsum(counts + 1) - counts - 1
-    joined, is_text = np.empty(len(ids) + len(counts), np.uint16), np.ones(len(ids) + len(counts), bool)
-    is_text[heads] = False
-    joined[heads], joined[is_text] = tokenizer.eot, ids
+    return place_between(ids, heads, tokenizer.eot)
+
+
+def encode_dialogues(dialogues: list[list[Turn]], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) uint16, end-of-text before every document and after every answer, and (n,) uint8, 1 where it is learned.
+
+        <|endoftext|> prompt answer <|endoftext|> prompt answer <|endoftext|>
+        0             0 ...  1 ...  1             0 ...  1 ...  1
+
+    Prompt and answer are encoded apart: who writes the prompt asks with the tokens that were trained.
+    """
+    texts = [text for dialogue in dialogues for turn in dialogue for text in turn]
+    ids, counts = encode_texts(texts, tokenizer, backend)
+    is_answer = np.arange(len(texts)) % 2 == 1
+    begins = np.zeros(len(texts), np.int64)  # 1 for the first prompt of a document
+    begins[np.cumsum([0] + [2 * len(dialogue) for dialogue in dialogues])[:-1]] = 1
+    lengths = begins + counts + is_answer
+    ends = np.cumsum(lengths)
+    marks = np.sort(np.concatenate([(ends - lengths)[begins == 1], ends[is_answer] - 1]))
+    return place_between(ids, marks, tokenizer.eot), np.repeat(is_answer, lengths).astype(np.uint8)
+
+
+def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) ids of all texts together, and (texts,) how many each has."""
+    if tokenizer.name == "gpt2" and backend == "gigatoken":
+        return gigatoken().encode(texts)
+    arrays = [encode_text(text, tokenizer) for text in texts]
+    return np.concatenate([np.empty(0, np.uint16), *arrays]), np.array([len(a) for a in arrays], np.int64)
+
+
+def place_between(ids: np.ndarray, places: np.ndarray, eot: int) -> np.ndarray:
+    """(n + m,) uint16: the n ids in their order, and end-of-text at the m places."""
+    joined, is_text = np.empty(len(ids) + len(places), np.uint16), np.ones(len(ids) + len(places), bool)
+    is_text[places] = False
+    joined[places], joined[is_text] = eot, ids
     return joined
 
 
@@ -369,10 +468,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(ids: np.ndarray, tokenizer_name: str) -> tuple[int, int]:
-    """Documents that begin in `ids`, and bytes of text that they are."""
+def measure(ids: np.ndarray, targets: np.ndarray | None, tokenizer_name: str) -> tuple[int, int]:
+    """Documents that begin in `ids`, and bytes of text that they are. End-of-text that is learned ends an answer."""
     lengths = token_lengths(tokenizer_name)
-    return int(np.count_nonzero(ids == len(lengths) - 1)), int(lengths[ids].sum())
+    is_eot = ids == len(lengths) - 1
+    heads = is_eot if targets is None else is_eot & (targets == 0)
+    return int(np.count_nonzero(heads)), int(lengths[ids].sum())
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,0 +1,232 @@
+"""Instruction data: whatever cuts, shuffles or kills the work, the answers are the targets, and a model learns them."""
+
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_fineweb import build, build_with_deaths, contents, split_documents
+from tiny import read_log, tiny_config
+
+import fineweb
+import sample
+import train_gpt2
+import units
+from cli import UserError
+from tokenizer import load_tokenizer
+
+EOT = "<|endoftext|>"
+ALPACA = [  # record, and its text, an answer between « and »
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, f"Instruction: Add.\n\nInput: 1 2\n\nAnswer:« 3{EOT}»"),
+    ({"instruction": "Greet.", "output": "Hi\nthere"}, f"Instruction: Greet.\n\nAnswer:« Hi\nthere{EOT}»"),
+    ({"instruction": "A\n", "input": "", "output": " B "}, f"Instruction: A\n\n\nAnswer:«  B {EOT}»"),
+    ({"instruction": "é👩", "input": None, "output": "中 é"}, f"Instruction: é👩\n\nAnswer:« 中 é{EOT}»"),
+    (
+        {"instruction": "x" * 90, "input": " ", "output": "y" * 90},
+        f"Instruction: {'x' * 90}\n\nAnswer:« {'y' * 90}{EOT}»",
+    ),
+]
+CHAT = [
+    ("user a, assistant b", f"User: a\n\nAssistant:« b{EOT}»"),
+    ("system s, user a, assistant b c", f"System: s\n\nUser: a\n\nAssistant:« b c{EOT}»"),
+    (
+        "user a, assistant b, user c, system d, assistant e",
+        f"User: a\n\nAssistant:« b{EOT}»\n\nUser: c\n\nSystem: d\n\nAssistant:« e{EOT}»",
+    ),
+    ("assistant hello, user é, assistant 中", f"Assistant:« hello{EOT}»\n\nUser: é\n\nAssistant:« 中{EOT}»"),
+    ("user a, assistant b, assistant c", f"User: a\n\nAssistant:« b{EOT}»\n\nAssistant:« c{EOT}»"),
+]
+
+
+def chat(line: str) -> dict:
+    turns = (turn.split(" ", 1) for turn in line.split(", "))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+FORMATS = {"alpaca": ALPACA, "chat": [(chat(line), text) for line, text in CHAT]}
+
+
+def write_lines(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def reference(texts: list[str], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask, a document and a piece of it at a time."""
+    tokenizer, ids, mask = load_tokenizer(name), [], []
+    for text in texts:
+        ids, mask = [*ids, tokenizer.eot], [*mask, 0]
+        for piece in re.split("(«.*?»)", text, flags=re.DOTALL):
+            answer = piece.startswith("«")
+            new = tokenizer.encode(piece.strip("«»").removesuffix(EOT)) + [tokenizer.eot] * answer
+            ids, mask = ids + new, mask + [int(answer)] * len(new)
+    return np.array(ids), np.array(mask)
+
+
+def stored(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens and masks of a finished set. Nothing else may lie there, and the manifest must tell the truth."""
+    manifest, ids, masks = json.loads((out / "manifest.json").read_text()), [], []
+    assert manifest["complete"]
+    for shard in manifest["shards"]:
+        paths = [out / shard["name"], out / shard["name"].replace(".npy", ".mask.npy")]
+        assert [hashlib.sha256(p.read_bytes()).hexdigest() for p in paths] == [shard["sha256"], shard["mask_sha256"]]
+        tokens, mask = (np.load(path) for path in paths)
+        assert (tokens.dtype, mask.dtype, mask.shape) == (np.uint16, np.uint8, (shard["tokens"],))
+        assert shard["documents"] == np.count_nonzero((tokens == manifest["eot"]) & (mask == 0))
+        ids.append(tokens)
+        masks.append(mask)
+    assert len(list(out.iterdir())) == 1 + 2 * len(manifest["shards"])
+    return np.concatenate(ids), np.concatenate(masks)
+
+
+def check(out: Path, texts: list[str], tokenizer: str) -> None:
+    for ours, theirs in zip(stored(out), reference(texts, tokenizer)):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens and masks
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_masks_are_the_answers(tmp_path, monkeypatch, format, tokenizer):
+    records, texts = zip(*FORMATS[format])
+    path = write_lines(tmp_path / "data.jsonl", records)
+    settings = {"format": format, "tokenizer": tokenizer}
+    for size, slice_bytes in ((7, 2**22), (10**6, 2**22), (50, 40)):
+        monkeypatch.setattr(units, "SLICE_BYTES", slice_bytes)  # lines longer and shorter than a unit
+        out = tmp_path / f"out{size}"
+        manifest = build(out, path, shard_size=size, **settings)
+        check(out, texts, tokenizer)
+        assert sum(shard["documents"] for shard in manifest["shards"]) == len(texts)
+        fineweb.main(fineweb.Config(out=str(out), verify=True))
+    build(tmp_path / "tiktoken", path, shard_size=50, backend="tiktoken", **settings)
+    check(tmp_path / "tiktoken", texts, tokenizer)
+    build(tmp_path / "few", path, max_tokens=33, **settings)
+    for ours, theirs in zip(stored(tmp_path / "few"), reference(texts, tokenizer)):
+        np.testing.assert_array_equal(ours, theirs[:33])
+
+
+def test_workers_and_parts_change_nothing(tmp_path):
+    records, texts = zip(*FORMATS["chat"] * 20)
+    paths = [write_lines(tmp_path / f"{i}.jsonl", records[i * 25 :][:25]) for i in range(4)]
+    build(tmp_path / "many", *paths, format="chat", shard_size=100, workers=2)
+    check(tmp_path / "many", texts, "gpt2")
+    for i in (1, 2):
+        build(tmp_path / "parts", *paths, format="chat", shard_size=100, part=f"{i}/2", val_size=0)
+    names = sorted((tmp_path / "parts").glob("*.mask.npy"))
+    halves = [np.concatenate([np.load(path) for path in names[i::2]]) for i in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(halves), reference(texts, "gpt2")[1])
+    fineweb.main(fineweb.Config(out=str(tmp_path / "parts"), verify=True))
+
+
+def test_shuffled_answers_stay_with_their_questions(tmp_path):
+    records = [{"instruction": f"Number {i}", "output": f"It is {i}" * (i % 3 + 1)} for i in range(100)]
+    path = write_lines(tmp_path / "data.jsonl", records)
+    build(tmp_path / "plain", path, format="alpaca", shard_size=200, val_size=0)
+    build(tmp_path / "mixed", path, format="alpaca", shard_size=200, val_size=0, shuffle=1)
+    plain, mixed = (
+        ids + 60000 * mask.astype(np.int64) for ids, mask in map(stored, (tmp_path / "plain", tmp_path / "mixed"))
+    )
+    assert split_documents(plain) != split_documents(mixed)
+    assert sorted(split_documents(plain)) == sorted(split_documents(mixed))
+
+
+def test_killed_at_any_moment(tmp_path):
+    records, texts = zip(*FORMATS["alpaca"] * 4)
+    path = write_lines(tmp_path / "data.jsonl", records)
+    build(tmp_path / "whole", path, format="alpaca", shard_size=90)
+    check(tmp_path / "whole", texts, "gpt2")
+    for moment in range(1, 40, 3):
+        out = tmp_path / f"out{moment}"
+        build_with_deaths(out, [moment, 5], path, format="alpaca", shard_size=90)
+        assert contents(out) == contents(tmp_path / "whole"), moment
+
+
+def test_a_damaged_mask_is_found_and_made_anew(tmp_path):
+    out, path = tmp_path / "out", write_lines(tmp_path / "data.jsonl", [record for record, _ in ALPACA * 9])
+    manifest = build(out, path, format="alpaca", shard_size=100)
+    whole, victim = contents(out), out / manifest["shards"][2]["name"].replace(".npy", ".mask.npy")
+    victim.write_bytes(whole[victim.name][:-1] + bytes([1 - whole[victim.name][-1]]))
+    with pytest.raises(UserError, match=f"1 of .* missing or damaged: {victim.name}; delete them"):
+        fineweb.main(fineweb.Config(out=str(out), verify=True))
+    victim.unlink()
+    build(out, path, format="alpaca", shard_size=100)
+    assert contents(out) == whole
+    with pytest.raises(UserError, match=r"begun otherwise: --format text .it was alpaca"):
+        build(out, path, shard_size=100)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+GOOD = {"alpaca": ALPACA[0][0], "chat": chat("user a, assistant b")}
+MISTAKES = [
+    ("alpaca", {"instruction": "a"}, "has no field 'output' .it has: instruction.; --format alpaca"),
+    ("alpaca", {"output": "a"}, "has no field 'instruction'"),
+    ("alpaca", {"instruction": "a", "output": " \n"}, "has no answer: its 'output' is empty"),
+    ("alpaca", {"instruction": "a", "output": None}, "has no answer"),
+    ("alpaca", {"instruction": "", "output": "b"}, "has an empty 'instruction'"),
+    ("alpaca", {"instruction": "a", "output": ["b"]}, "holds list in 'output', not text"),
+    ("alpaca", {"instruction": "a", "input": 7, "output": "b"}, "holds int in 'input', not text"),
+    ("alpaca", ["a", "b"], "is no JSON object but list"),
+    ("chat", {"text": "a"}, "has no list in 'messages' .it has: text.; --format chat"),
+    ("chat", {"messages": []}, "has no answer: no message is the assistant's"),
+    ("chat", chat("system a, user b"), "has no answer: no message is the assistant's"),
+    ("chat", chat("user a, assistant b, user c"), "has no answer to its last message, of user"),
+    ("chat", chat("user a, assistant  "), "has no answer: the assistant's message 2 is empty"),
+    ("chat", chat("user a, tool b, assistant c"), "has an unknown role 'tool' in message 2; known are system, user"),
+    ("chat", {"messages": [{"role": ["user"], "content": "a"}]}, "has an unknown role .*'user'"),
+    ("chat", {"messages": [{"role": "user"}]}, "has no role or no content in message 1"),
+    ("chat", {"messages": ["a"]}, "has no role or no content in message 1"),
+    ("chat", {"messages": [{"role": "user", "content": 3}]}, "holds int in 'content' of message 1, not text"),
+]
+
+
+@pytest.mark.parametrize("format, record, words", MISTAKES)
+def test_mistakes_are_named_or_left_out(tmp_path, format, record, words):
+    path = write_lines(tmp_path / "data.jsonl", [GOOD[format], record, GOOD[format]])
+    with pytest.raises(UserError, match=f"line 2 of .*data.jsonl {words}.*; --skip_bad leaves"):
+        build(tmp_path / "out", path, format=format)
+    manifest = build(tmp_path / "skipped", path, format=format, skip_bad=True)
+    assert manifest["skipped"] == 1 and sum(shard["documents"] for shard in manifest["shards"]) == 2
+
+
+def test_instructions_are_json_lines(tmp_path):
+    (tmp_path / "data.txt").write_text("Instruction: no")
+    with pytest.raises(UserError, match=r"--format chat reads .jsonl, not .*data.txt; write it as JSON lines"):
+        build(tmp_path / "out", tmp_path / "data.txt", format="chat")
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From instructions to answers
+
+
+def test_a_model_learns_to_answer_and_to_stop(tmp_path, capsys):
+    """300 instructions to say a letter three times, to a model of 64 channels that has never seen any text."""
+    rng, letters = random.Random(0), "abcdefgh"
+    drawn = [(rng.choice(["Say", "Please say"]), rng.choice(letters)) for _ in range(300)]
+    records = [{"instruction": f"{say} {letter} thrice", "output": " ".join(letter * 3)} for say, letter in drawn]
+    path = write_lines(tmp_path / "data.jsonl", records)
+    build(tmp_path / "data", path, format="alpaca", tokenizer="bytes")
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 64, "seq_len": 64, "total_batch_size": 1024, "micro_batch": 16}
+    rates = {"max_lr": 5e-3, "min_lr": 5e-4, "max_steps": 200, "warmup_steps": 10, "grad_clip": 1.0}
+    evals = {"val_every": 50, "save_every": 0, "order": "shuffle"}
+    train_gpt2.main(tiny_config(tmp_path / "data", tmp_path / "log", **shape, **rates, **evals))
+    assert min(read_log(tmp_path / "log")["val"].values()) < 0.1
+    model, tokenizer = train_gpt2.GPT.from_checkpoint(str(tmp_path / "log/ckpt_000200.pt")), load_tokenizer("bytes")
+    for letter in letters:
+        prompt = tokenizer.encode(f"Instruction: Say {letter} thrice\n\nAnswer:")
+        answer = model.generate(torch.tensor([prompt]), 20, temperature=0, stop=tokenizer.eot)[0, len(prompt) :]
+        assert tokenizer.decode(answer.tolist()) == f" {letter} {letter} {letter}{EOT}"
+    capsys.readouterr()
+    prompt = "Instruction: Please say d thrice\n\nAnswer:"
+    sample.main(sample.Config(model=str(tmp_path / "log"), prompt=prompt, temperature=0.0, device="cpu"))
+    assert capsys.readouterr().out.startswith(f"{prompt} d d d\n---")
