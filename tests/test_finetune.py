@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_fineweb import build, build_with_deaths, contents, split_documents
-from tiny import read_log, tiny_config
+from tiny import tiny_config
 
 import fineweb
 import sample
@@ -209,24 +209,26 @@ def test_instructions_are_json_lines(tmp_path):
 # From instructions to answers
 
 
+ANSWERS = {"colour": ["red", "blue", "green"], "number": ["one", "two", "six"], "animal": ["cat", "dog", "fox"]}
+
+
 def test_a_model_learns_to_answer_and_to_stop(tmp_path, capsys):
-    """300 instructions to say a letter three times, to a model of 64 channels that has never seen any text."""
-    rng, letters = random.Random(0), "abcdefgh"
-    drawn = [(rng.choice(["Say", "Please say"]), rng.choice(letters)) for _ in range(300)]
-    records = [{"instruction": f"{say} {letter} thrice", "output": " ".join(letter * 3)} for say, letter in drawn]
+    """300 questions of three kinds and their answers, to a model that has never seen any text."""
+    rng = random.Random(0)
+    asked = [(f"{rng.choice(['Name', 'Give', 'Tell me'])} one {kind}", kind) for kind in rng.choices([*ANSWERS], k=300)]
+    records = [{"instruction": question, "output": rng.choice(ANSWERS[kind])} for question, kind in asked]
     path = write_lines(tmp_path / "data.jsonl", records)
     build(tmp_path / "data", path, format="alpaca", tokenizer="bytes")
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 64, "seq_len": 64, "total_batch_size": 1024, "micro_batch": 16}
-    rates = {"max_lr": 5e-3, "min_lr": 5e-4, "max_steps": 200, "warmup_steps": 10, "grad_clip": 1.0}
-    evals = {"val_every": 50, "save_every": 0, "order": "shuffle"}
+    shape = {"n_embd": 64, "seq_len": 64, "total_batch_size": 1024, "micro_batch": 16}
+    rates = {"max_lr": 4e-3, "min_lr": 4e-4, "max_steps": 200, "warmup_steps": 20, "grad_clip": 1.0}
+    evals = {"val_every": 100, "save_every": 0, "order": "shuffle"}
     train_gpt2.main(tiny_config(tmp_path / "data", tmp_path / "log", **shape, **rates, **evals))
-    assert min(read_log(tmp_path / "log")["val"].values()) < 0.1
     model, tokenizer = train_gpt2.GPT.from_checkpoint(str(tmp_path / "log/ckpt_000200.pt")), load_tokenizer("bytes")
-    for letter in letters:
-        prompt = tokenizer.encode(f"Instruction: Say {letter} thrice\n\nAnswer:")
+    for question, kind in sorted(set(asked)):
+        prompt = tokenizer.encode(f"Instruction: {question}\n\nAnswer:")
         answer = model.generate(torch.tensor([prompt]), 20, temperature=0, stop=tokenizer.eot)[0, len(prompt) :]
-        assert tokenizer.decode(answer.tolist()) == f" {letter} {letter} {letter}{EOT}"
+        assert tokenizer.decode(answer.tolist()) in [f" {word}{EOT}" for word in ANSWERS[kind]], question
     capsys.readouterr()
-    prompt = "Instruction: Please say d thrice\n\nAnswer:"
+    prompt = "Instruction: Name one animal\n\nAnswer:"
     sample.main(sample.Config(model=str(tmp_path / "log"), prompt=prompt, temperature=0.0, device="cpu"))
-    assert capsys.readouterr().out.startswith(f"{prompt} d d d\n---")
+    assert capsys.readouterr().out in [f"{prompt} {word}\n{'-' * 80}\n" for word in ANSWERS["animal"]]
