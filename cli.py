@@ -102,7 +102,7 @@ def add_flag(section, knob_field, hint) -> None:
         settings["choices"] = meta["choices"]
         settings["metavar"] = meta["metavar"] or (None if meta["choices"] else options[0].__name__.upper())
     if isinstance(default, list):
-        settings["nargs"] = "*"
+        settings["nargs"] = "+" if names[0].startswith("-") else "*"  # a glob that matched nothing is no default
     if names[0].startswith("-"):
         settings["dest"] = knob_field.name
     section.add_argument(*names, **settings)

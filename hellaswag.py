@@ -37,7 +37,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -56,6 +55,8 @@ import torch
 import torch.nn.functional as F
 
 from cli import UserError, knob, run
+from files import atomic_file
+from machine import find_device
 from tokenizer import load_tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -86,7 +87,7 @@ def main(config: Config) -> None:
     if config.compare:
         print(compare(config.compare))
         return
-    device = choose_device(config.device)
+    device = find_device(config.device)
     examples = load_examples(config.data, config.limit, config.seed, config.task)
     model, tokenizer = load_model(config.model, device)
     rows = render(examples, tokenizer, model.config.n_positions, config.style)
@@ -100,7 +101,7 @@ def main(config: Config) -> None:
         print(shown(example, row, found))
     if config.out:
         records = [record_of(config, row, found) for row, found in zip(rows, scores)]
-        write_atomically(Path(config.out), "".join(json.dumps(r) + "\n" for r in records).encode())
+        write_records(config.out, records)
     print(report(summarize(tally(rows, scores)), config.task, config.style))
 
 
@@ -151,25 +152,15 @@ def cached_validation_set() -> Path:
             raise Unavailable(f"no {CACHE}, and {URL} can't be had ({error}); put the file there") from error
         if status != 200 or (length and len(data) != int(length)) or hashlib.sha256(data).hexdigest() != SHA256:
             raise Unavailable(f"{URL} gave {len(data)} bytes, status {status}, that are not HellaSwag's validation set")
-        write_atomically(CACHE, data)
+        try:
+            CACHE.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(CACHE) as file:
+                file.write(data)
+        except OSError as error:
+            raise Unavailable(f"can't write {CACHE} ({error}); give the file with --data") from error
     elif hashlib.sha256(CACHE.read_bytes()).hexdigest() != SHA256:
         raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
     return CACHE
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """A reader finds the old file or the new one, whole, whenever it looks."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"can't write {path}: {error}") from error
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
@@ -533,6 +524,14 @@ def record_of(config: Config, row: Row, found: Score) -> dict:
     }  # fmt: skip
 
 
+def write_records(path: str, records: list[dict]) -> None:
+    try:
+        with atomic_file(path) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error}") from error
+
+
 def compare(paths: list[str]) -> str:
     """Two files of --out, example by example: McNemar's exact test of whether one model is right more often."""
     if len(paths) != 2:
@@ -567,16 +566,6 @@ def mcnemar(b: int, c: int) -> float:
 # Models of transformers
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from error
-
-
 def load_model(name_or_dir: str, device: torch.device):
     """A GPT-2 of transformers in float32, ready to score, and the tokenizer that its vocabulary calls for."""
     from transformers import AutoConfig, GPT2LMHeadModel
@@ -586,10 +575,14 @@ def load_model(name_or_dir: str, device: torch.device):
             f"{name_or_dir} is a file; export a checkpoint first: GPT.from_checkpoint(path).save_pretrained(directory)"
         )
     try:
-        model = GPT2LMHeadModel.from_pretrained(name_or_dir, dtype=torch.float32, attn_implementation="sdpa")
+        settings = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
+        model, info = GPT2LMHeadModel.from_pretrained(name_or_dir, **settings)
         kind = AutoConfig.from_pretrained(name_or_dir).model_type
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # OSError, safetensors', pickle's: each library has its own
         raise UserError(f"can't load {name_or_dir} as a GPT-2 (a hub name needs a network once): {error}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(info["missing_keys"])[:3] + list(info["mismatched_keys"])[:3]
+        raise UserError(f"the weights in {name_or_dir} don't fit a GPT-2: {lacking}")
     size = model.config.vocab_size
     if kind != "gpt2" or not (size == 257 or 50257 <= size < 51000):
         raise UserError(

@@ -22,7 +22,7 @@ import torch
 
 from cli import UserError, knob, run
 from generate import pad_left, stream
-from machine import keep_freed_memory
+from machine import find_device, keep_freed_memory
 from tokenizer import load_tokenizer
 from train_gpt2 import GPT, load_model
 
@@ -57,7 +57,7 @@ def main(config: Config) -> None:
             f"{config.model} has {model.config.n_tokens} tokens, and it is not known which: GPT-2's are 50257, bytes "
             "257; with another tokenizer use GPT.generate in Python"
         )
-    device = choose_device(config.device)
+    device = find_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     model.to(device).eval()
@@ -83,15 +83,6 @@ def check(config: Config) -> None:
         raise UserError("--temperature and --top_k must not be negative, --repetition_penalty must be above 0")
     if config.num_samples < 1 or config.max_new_tokens < 1:
         raise UserError("--num_samples and --max_new_tokens must be at least 1")
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not here; use auto, cuda, mps or cpu") from error
 
 
 def batches_of_prompts(config: Config) -> Iterator[list[str]]:

@@ -7,12 +7,15 @@ import json
 import random
 import re
 import threading
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import hellaswag
 from cli import UserError, run
@@ -460,3 +463,28 @@ def test_mcnemar():
     assert hellaswag.mcnemar(0, 0) == hellaswag.mcnemar(4, 4) == 1
     assert hellaswag.mcnemar(1, 9) == hellaswag.mcnemar(9, 1) == 22 / 1024  # 2 (C(10, 0) + C(10, 1)) / 2^10
     assert hellaswag.mcnemar(1000, 1120) == pytest.approx(0.00975, rel=0.01)  # chi-squared with continuity correction
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(vocab_size=257, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["transformer.h.0.mlp.c_fc.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="don't fit a GPT-2: .*c_fc"):
+        hellaswag.load_model(str(tmp_path), torch.device("cpu"))
+    (tmp_path / "model.safetensors").write_bytes(b"12345678not safetensors")
+    with pytest.raises(UserError, match="can't load"):
+        hellaswag.load_model(str(tmp_path), torch.device("cpu"))
+
+
+def test_a_cache_that_cannot_be_written_is_only_unavailable(tmp_path, monkeypatch):
+    reply = SimpleNamespace(status=200, headers={}, read=lambda: b"{}")
+    monkeypatch.setattr(hellaswag, "urlopen", lambda *_, **__: nullcontext(reply))
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(b"{}").hexdigest())
+    (tmp_path / "file").write_text("not a directory")
+    monkeypatch.setattr(hellaswag, "CACHE", tmp_path / "file" / "hellaswag_val.jsonl")
+    with pytest.raises(hellaswag.Unavailable, match="can't write"):
+        hellaswag.load_examples()
