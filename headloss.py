@@ -45,4 +45,4 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_w * grad_loss, None, None, None, None
+        return grad_x * grad_loss.to(grad_x.dtype), grad_w.mul_(grad_loss), None, None, None, None

@@ -3,6 +3,7 @@ The machine under a run: its ranks, their devices, and the signals that ask it t
 """
 
 import ctypes
+import gc
 import os
 import signal
 import threading
@@ -30,6 +31,20 @@ class Ranks:
             print(text, flush=True)
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError if it is none, or not one of this machine's."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device; use auto, cuda, mps, cpu or cuda:N") from error
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise UserError(f"--device {name}: there is none here; CUDA devices: {counts['cuda']}, MPS: {counts['mps']}")
+    return device
+
+
 def join_ranks(kind: str) -> Ranks:
     """Read what torchrun set, choose the device (`kind`: auto, cuda, mps, cpu, cuda:N), form the process group.
 
@@ -39,21 +54,14 @@ def join_ranks(kind: str) -> Ranks:
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     )
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(kind)
-    except RuntimeError as error:
-        raise UserError(f"--device {kind} is no device; use auto, cuda, mps, cpu or cuda:N") from error
+    device = find_device(kind)
     if device.type == "cuda":
-        if not torch.cuda.is_available() or torch.cuda.device_count() < local_world_size:
+        if torch.cuda.device_count() < local_world_size:
             count = torch.cuda.device_count()
             raise UserError(f"{local_world_size} ranks on this node, but {count} CUDA devices; lower --nproc_per_node")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps, but this machine has none; use --device cpu")
     elif device.type == "cpu":
         keep_freed_memory()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
@@ -83,6 +91,23 @@ def keep_freed_memory() -> None:
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     for parameter, value in ((m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28), (m_mmap_threshold, 2**30)):
         mallopt(parameter, value)
+
+
+def sharded_adamw(groups: list[dict], **settings) -> torch.optim.Optimizer:
+    """AdamW whose moments are shared out: each rank updates its part of the parameters and sends it round (ZeRO-1)."""
+    if not dist.is_initialized():
+        return torch.optim.AdamW(groups, **settings)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+
+
+def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    """As if one rank had had all of it; of a sharded optimizer only on rank 0. All ranks call it."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict()
+        return optimizer.state_dict() if ranks.rank == 0 else {}
+    return optimizer.state_dict()
 
 
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
@@ -121,9 +146,93 @@ def pick_micro_batch(config, shape, ranks: Ranks) -> int:
     most = 4096 // config.seq_len  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
         parameters = 12 * shape.n_layer * shape.n_embd**2 + shape.vocab_size * shape.n_embd
-        free = 0.85 * torch.cuda.mem_get_info(ranks.device)[0] - 16 * parameters  # weights, gradients, AdamW's moments
-        most = free // (config.seq_len * (40 * shape.n_layer * shape.n_embd + 8 * shape.vocab_size))
-    return max(b for b in range(1, per_rank + 1) if per_rank % b == 0 and (b == 1 or b <= min(most, 64)))
+        moments = 8 / ranks.world_size if config.zero else 8
+        free = 0.9 * torch.cuda.mem_get_info(ranks.device)[0] - (4 + moments) * parameters  # the weights are there
+        blocks = 2 * shape.n_layer + 40 if config.recompute else 34 * shape.n_layer  # bytes per token and channel
+        most = free // (config.seq_len * (blocks * shape.n_embd + 8 * shape.vocab_size))
+    return largest_divisor(per_rank, min(most, 64))
+
+
+def casts_to_bfloat16(device: torch.device) -> bool:
+    """Whether autocast does, here and now."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+
+
+def largest_divisor(n: int, most: int) -> int:
+    """Of n, no larger than `most`, but at least 1."""
+    return max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= most))
+
+
+def rehearse(run, micro_batch: int) -> None:
+    """Two micro-batches of nothing, forward and backward, beside the moments to come: all that a step needs.
+
+    Compiles what there is to compile. No rank waits for another in here: one alone may run out of memory.
+    """
+    try:
+        idx = torch.zeros(micro_batch, run.config.seq_len, dtype=torch.int32, device=run.device)  # as in a step
+        parameters = [] if run.optimizer.state else list(run.raw_model.parameters())
+        moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
+        if run.ranks.world_size > 1:  # DDP looks at it in the forward
+            run.model.require_backward_grad_sync = False
+        for _ in range(2):  # the second finds the gradients of the first
+            with run.autocast():
+                loss = run.model(idx, idx.long())[1]
+            loss.backward()
+        del moments
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+
+
+def fit_micro_batch(run) -> int:
+    """run.micro_batch if every rank has the memory for it, or else the half of it that fits; the batch stays.
+
+    A --micro_batch that was asked for is not changed: UserError if it doesn't fit, or if one window doesn't.
+    """
+    B, config, ranks = run.micro_batch, run.config, run.ranks
+    began = time.perf_counter()
+    while True:
+        failed = 0.0
+        try:
+            rehearse(run, B)
+        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on MPS
+            if "out of memory" not in str(error):
+                raise
+            failed = 1.0
+        if not sum_over_ranks(torch.tensor(failed), ranks):
+            ranks.say(f"ready    {B} windows compiled and tried in {time.perf_counter() - began:.1f} s")
+            return B
+        if B == 1:
+            raise UserError(
+                "out of memory with one window per forward; lower --seq_len, choose a smaller --model, or turn on "
+                "--recompute (and --zero on several GPUs)"
+            )
+        if config.micro_batch:
+            raise UserError(f"out of memory with --micro_batch {B}; leave it at 0, and what fits is found")
+        half = largest_divisor(config.total_batch_size // config.seq_len // ranks.world_size, B // 2)
+        ranks.say(f"memory   {B} windows do not fit; trying {half}")
+        B = half
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+SDPA_KERNELS = {  # what F.scaled_dot_product_attention may choose from; "math", in plain PyTorch, is always there
+    "auto": ("flash", "cudnn", "mem_efficient"),
+    "flash": ("flash", "mem_efficient"),  # which comes second, and takes the masks that flash doesn't
+    "cudnn": ("cudnn",),
+    "efficient": ("mem_efficient",),
+    "math": (),
+}
+
+
+def choose_sdpa(name: str) -> None:
+    for kernel in SDPA_KERNELS["auto"]:
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel in SDPA_KERNELS[name])
+
+
+def freeze_garbage() -> None:
+    """What is there by now stays; collections, which stop a step for it, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 class StopSignal:

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 
 from cli import UserError
-from machine import shorten_timeout, sum_over_ranks
+from machine import freeze_garbage, shorten_timeout, sum_over_ranks
 from reference import GPT2_HELLASWAG, GPT2_LOSS, follows_recipe, on_fineweb_edu, reference_loss
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
@@ -118,6 +118,7 @@ class Meter:
             self.log.write(step, train=loss, lr=lr, norm=norm, ms=ms)
         if steps[0] == self.first:  # its time has the compilation in it
             shorten_timeout(self.config.timeout_minutes)
+            freeze_garbage()
         else:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
         self.show(steps[-1], losses[-1], lrs[-1], norms[-1], ms)

@@ -19,21 +19,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import hellaswag
+import machine
 import pretrained
 import rundir
 from cli import LocalError, UserError, knob, run
 from generate import stream
 from headloss import HeadLoss
-from machine import Ranks, StopSignal, join_ranks, leave_ranks, pick_dtype, pick_micro_batch, sum_over_ranks
+from machine import SDPA_KERNELS, Ranks, StopSignal, join_ranks, leave_ranks, sum_over_ranks
 from meter import Meter
 from shards import Shard, bytes_per_token, fingerprint, open_shards, read_manifest
 from tokenizer import load_tokenizer
@@ -96,6 +98,9 @@ class Config:
     force: bool = knob(False, "resume though the data, the model or the batch are others")
 
     device: str = knob("auto", "cuda, mps, cpu, or one device such as cuda:1", group="machine")
+    recompute: bool = knob(False, "keep only the blocks' inputs and compute the rest twice: slower, far less memory")
+    zero: bool = knob(False, "share AdamW's moments out among the ranks: less memory on each")
+    sdpa: str = knob("auto", "attention kernel on CUDA; auto = PyTorch's choice", choices=list(SDPA_KERNELS))
     dtype: str = knob("auto", "autocast dtype", choices=["auto", "bfloat16", "float16", "float32"])
     timeout_minutes: float = knob(10.0, "end the run if the ranks wait for one of them as long as this")
     compile: bool | None = knob(None, "torch.compile the training step; default: on CUDA")
@@ -220,6 +225,7 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
+        x = x.bfloat16() if machine.casts_to_bfloat16(x.device) else x  # autocast would leave it in twice the bytes
         for i, block in enumerate(self.transformer.h):
             x = block(x, mask, None if cache is None else cache[i], start)
         return self.transformer.ln_f(x)
@@ -390,7 +396,8 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    settings = {"lr": config.max_lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    return (machine.sharded_adamw if config.zero else torch.optim.AdamW)(groups, **settings)
 
 
 def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -411,7 +418,7 @@ def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.raw_model.parameters(), run.config.grad_clip or math.inf)
     if not run.scaler.is_enabled():
-        run.optimizer.found_inf = (~torch.isfinite(norm)).float()
+        getattr(run.optimizer, "optim", run.optimizer).found_inf = (~torch.isfinite(norm)).float()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.scaler.step(run.optimizer)
@@ -572,14 +579,15 @@ class Run:
         """All that there is to save after `step` updates: no dropout, and the data is a function of the step."""
         return {
             "step": step, "model": self.raw_model.state_dict(), "model_config": asdict(self.raw_model.config),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "config": asdict(self.config),
-            "loader": self.loader | {"sample": self.sample_at(step)}, "versions": self.versions(),
+            "optimizer": machine.whole_state(self.optimizer, self.ranks), "scaler": self.scaler.state_dict(),
+            "config": asdict(self.config), "loader": self.loader | {"sample": self.sample_at(step)},
+            "versions": self.versions(),
         }  # fmt: skip
 
 
 def set_up(config: Config, ranks: Ranks) -> Run:
     """Open the data, make or load the model, and what trains it. Nothing is written."""
-    manifest, dtype = read_manifest(config.data_dir), pick_dtype(config.dtype, ranks.device)
+    manifest, dtype = read_manifest(config.data_dir), machine.pick_dtype(config.dtype, ranks.device)
     tokenizer = load_tokenizer(manifest["tokenizer"]["name"])
     shards = {split: open_shards(config.data_dir, split, manifest) for split in ("train", "val")}
     windows = Windows(shards["train"], config.seq_len, tokenizer.n_vocab, config.order, config.seed)
@@ -590,7 +598,8 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     loader = {"tokenizer": tokenizer.name, "data": fingerprint(shards["train"], manifest)}
     saved = rundir.open_run(config.log_dir, asdict(config), loader, CHECKPOINT_KEYS, FIXED, ranks.say)
     raw_model = (make_model(config, tokenizer.n_vocab) if saved is None else model_of(saved)).to(ranks.device)
-    micro_batch = pick_micro_batch(config, raw_model.config, ranks)
+    machine.choose_sdpa(config.sdpa)
+    micro_batch = machine.pick_micro_batch(config, raw_model.config, ranks)
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     start = origin = 0
@@ -602,14 +611,20 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     if sum_over_ranks(torch.tensor(float(start)), ranks) != start * ranks.world_size:
         raise UserError(f"the ranks find different checkpoints in {config.log_dir}; all nodes must share it")
     use_compile = ranks.device.type == "cuda" if config.compile is None else config.compile
+    if config.recompute:
+        for block in raw_model.transformer.h:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Run(
+    run = Run(
         config, ranks, tokenizer, manifest["source"], dtype, use_compile, raw_model, model, optimizer, scaler,
         micro_batch, windows, val_windows, bytes_per_token(manifest, "val"), load_hellaswag(config, tokenizer, ranks),
         loader, start, origin,
     )  # fmt: skip
+    if use_compile or ranks.device.type != "cpu":
+        run.micro_batch = machine.fit_micro_batch(run)
+    return run
 
 
 def train(run: Run, stop: StopSignal) -> dict[str, float]:

@@ -1,0 +1,344 @@
+"""
+The training step beside other trainers', and each of our levers alone: one run, alternating, medians.
+
+    python fineweb.py --dataset python-docs --out data/python-docs       # once: something to train on
+    python bench/train_step.py                                           # ours, eager and compiled
+    python bench/train_step.py --peer ../build-nanogpt ../nanoGPT --variants ours ours,compile build-nanogpt \\
+        build-nanogpt,compile nanoGPT,compile transformers,compile
+
+A variant is a name and settings behind commas. `ours` takes the trainer's own knobs (`ours,recompute`,
+`ours,sdpa=cudnn`, `ours,micro_batch=32`) and levers taken out of it, one at a time (`ours,no_chunks`; LEVERS lists
+them). A peer has the name of its directory: the model and the optimizer come out of its file, whose training does not
+run, and the step is the one its loop makes, in bfloat16. `transformers` is its GPT-2 with fused AdamW. `compile` says
+torch.compile to any of them.
+
+Every variant lives in a process of its own, since allocator settings and peak memory belong to a process; they get the
+turn one after another, round by round, and begin with the same weights and batches. Their losses stand in the table:
+they must differ by no more than rounding, which is checked. Reading the data is in our time and not in the peers'.
+The first steps (compilation) are apart. CPU seconds count all threads: on a busy machine they say more than the clock.
+"""
+
+import os
+import sys
+
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this folder would hide modules of its names
+
+import ast
+import gc
+import multiprocessing
+import statistics
+import time
+import types
+import typing
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import machine
+import train_gpt2
+from cli import UserError, knob, run
+from meter import flops_per_token, peak_flops
+from train_gpt2 import GPT, SIZES, GPTConfig
+
+
+@dataclass
+class Config:
+    variants: list[str] = knob(["ours", "ours,compile"], "what to measure; ratios are to the first", group="what")
+    peer: list[str] = knob([], "checkouts of build-nanogpt or nanoGPT")
+    data_dir: str = knob("data/python-docs", "token shards")
+    model: str = knob("gpt2", "size", choices=list(SIZES), group="step")
+    n_layer: int = knob(0, "instead of the model's own")
+    micro_batch: int = knob(4, "windows per forward")
+    seq_len: int = knob(1024, "tokens per window")
+    accumulate: int = knob(1, "micro-batches per update")
+    device: str = knob("auto", "cuda, mps or cpu", group="measurement")
+    rounds: int = knob(5, "turns of each variant")
+    steps: int = knob(1, "steps per turn; more on a GPU, where waiting for each would count")
+    warmup: int = knob(2, "steps before the first turn; compilation is in them")
+    tolerance: float = knob(0.05, "how far losses may be from the first variant's, in nats")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ours, and its levers
+
+
+def plain_head_loss(x, weight, targets, n_tokens, _rows, _needs_grad):
+    logits = F.linear(x, weight).float()
+    logits = logits.masked_fill(torch.arange(len(weight), device=x.device) >= n_tokens, -float("inf"))
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def without_fusion(make_optimizer):
+    def make(*args):
+        optimizer = make_optimizer(*args)
+        for group in optimizer.param_groups:
+            group.update(fused=False, foreach=True)
+        return optimizer
+
+    return make
+
+
+def unpadded(config, n_tokens):
+    sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
+    torch.manual_seed(config.seed)
+    return GPT(GPTConfig(config.seq_len, n_tokens, **sizes))
+
+
+LEVERS = {  # what takes one out: what stands in its place
+    "no_kept_memory": lambda: setattr(machine, "keep_freed_memory", lambda: None),
+    "no_chunks": lambda: setattr(train_gpt2, "HeadLoss", types.SimpleNamespace(apply=plain_head_loss)),
+    "no_fusion": lambda: setattr(train_gpt2, "make_optimizer", without_fusion(train_gpt2.make_optimizer)),
+    "no_padding": lambda: setattr(train_gpt2, "make_model", unpadded),
+    "no_bf16_residual": lambda: setattr(machine, "casts_to_bfloat16", lambda device: False),
+    "no_frozen_garbage": lambda: setattr(machine, "freeze_garbage", lambda: None),
+}
+
+
+def our_config(config: Config, settings: list[str]) -> train_gpt2.Config:
+    """The trainer's, with the settings of a variant; levers are taken out on the way."""
+    values = {
+        "data_dir": config.data_dir, "log_dir": os.path.join("bench", "out", "unused"), "model": config.model,
+        "n_layer": config.n_layer, "seq_len": config.seq_len, "order": "sequential", "hella_every": 0,
+        "micro_batch": config.micro_batch, "device": config.device, "compile": False, "warmup_steps": 0,
+        "total_batch_size": config.micro_batch * config.seq_len * config.accumulate,
+    }  # fmt: skip
+    hints = typing.get_type_hints(train_gpt2.Config)
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        if name in LEVERS:
+            LEVERS[name]()
+        elif name in hints:
+            values[name] = hints[name](value) if value else True
+        else:
+            raise UserError(f"{setting}: no knob of train_gpt2.py, and none of {', '.join(LEVERS)}")
+    return train_gpt2.Config(**values)
+
+
+def our_step(config: Config, settings: list[str]):
+    """A function that makes the next update and returns its loss, still on the device."""
+    ours = our_config(config, settings)
+    trainer = train_gpt2.set_up(ours, machine.join_ranks(ours.device))
+    batches = train_gpt2.prefetched(trainer.batch, 0, 10**9)
+    machine.freeze_garbage()
+    return lambda: train_gpt2.train_step(trainer, next(batches), ours.max_lr)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Peers
+
+
+def definitions(path: str) -> types.ModuleType:
+    """The imports, functions and classes of a script, without what else it does."""
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+    foreign = {"hellaswag", "tiktoken"}  # of their evaluations
+    tree.body = [
+        node for node in tree.body if isinstance(node, kinds) and getattr(node, "module", None) not in foreign
+    ]
+    module = types.ModuleType("peer")
+    sys.modules["peer"] = module  # where dataclasses look for it
+    module.master_process = False  # build-nanogpt's optimizer reads it
+    exec(compile(tree, path, "exec"), module.__dict__)
+    return module
+
+
+def make_peer(config: Config, name: str, device: torch.device):
+    """Model and optimizer of a peer, with our initial weights."""
+    base = train_gpt2.Config(model=config.model, n_layer=config.n_layer, seq_len=config.seq_len)
+    weights, sizes = train_gpt2.make_model(base, 50257), SIZES[config.model] | {}
+    sizes["n_layer"] = config.n_layer or sizes["n_layer"]
+    if name == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
+        model = GPT2LMHeadModel(GPT2Config(n_positions=config.seq_len, **sizes, **none))
+        state = weights.state_dict()
+        for key, value in model.state_dict().items():
+            conv = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            value.copy_(state[key].t() if conv else state[key][: len(value)])
+        model.to(device)
+        return model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    folder = next((path for path in config.peer if os.path.basename(os.path.normpath(path)) == name), None)
+    if folder is None:
+        raise UserError(f"{name}: neither ours nor transformers nor a --peer directory")
+    file = os.path.join(folder, "model.py" if os.path.exists(os.path.join(folder, "model.py")) else "train_gpt2.py")
+    module = definitions(file)
+    model = module.GPT(module.GPTConfig(block_size=config.seq_len, vocab_size=50304, **sizes))
+    model.load_state_dict(weights.state_dict())
+    model.to(device)
+    options = {"weight_decay": 0.1, "learning_rate": 6e-4, "device_type": device.type}
+    if "betas" in model.configure_optimizers.__code__.co_varnames:
+        options["betas"] = (0.9, 0.95)
+    return model, model.configure_optimizers(**options)
+
+
+def peer_step(config: Config, name: str, settings: list[str]):
+    """The update that the loops of these trainers make; transformers' gets it, too."""
+    data = our_config(config, [])
+    ranks = machine.Ranks(0, 1, machine_device(config.device))
+    torch.set_float32_matmul_precision("high")
+    model, optimizer = make_peer(config, name, ranks.device)
+    raw_model, model = model, torch.compile(model) if "compile" in settings else model
+    shards = train_gpt2.open_shards(data.data_dir, "train", train_gpt2.read_manifest(data.data_dir))
+    windows = train_gpt2.Windows(shards, config.seq_len, 50257)
+    samples, state = config.micro_batch * config.accumulate, {"step": 0}
+    ahead = {}
+
+    def read(step):
+        x, y, _ = train_gpt2.batch_of_step(windows, step * samples, samples, config.micro_batch, ranks)
+        return x.long(), y.long()
+
+    def step():
+        xs, ys = ahead.pop(state["step"], None) or read(state["step"])
+        state["step"] += 1
+        optimizer.zero_grad()
+        total = 0.0
+        for x, y in zip(xs, ys):
+            x, y = x.to(ranks.device), y.to(ranks.device)
+            with torch.autocast(ranks.device.type, torch.bfloat16):
+                if name == "transformers":
+                    logits = model(x).logits
+                    loss = F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
+                else:
+                    loss = model(x, y)[1]
+            loss = loss / config.accumulate
+            total += loss.detach()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 6e-4
+        optimizer.step()
+        return total.item()  # printed every step
+
+    def prepare(count):
+        for index in range(state["step"], state["step"] + count):
+            ahead[index] = read(index)
+
+    step.prepare = prepare
+    return step
+
+
+def machine_device(kind: str) -> torch.device:
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(kind)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurement
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory this process has had: of the GPU, or else of the host (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def work(pipe, config: Config, variant: str) -> None:
+    """A variant's process: for each number of steps it is sent, their seconds, CPU seconds, last loss, peak memory."""
+    try:
+        name, *settings = variant.split(",")
+        device = machine_device(config.device)
+        step = our_step(config, settings) if name == "ours" else peer_step(config, name, settings)
+        while count := pipe.recv():
+            getattr(step, "prepare", lambda count: None)(count)
+            wait_for(device)
+            clock, cpu = time.perf_counter(), time.process_time()
+            for _ in range(count):
+                loss = step()
+            loss = float(loss)
+            wait_for(device)
+            pipe.send((time.perf_counter() - clock, time.process_time() - cpu, loss, peak_gib(device)))
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the next variant needs it
+    except (UserError, RuntimeError) as error:
+        pipe.send(error if isinstance(error, UserError) else UserError(f"{variant}: {str(error).splitlines()[0]}"))
+
+
+def measure(config: Config) -> dict[str, dict]:
+    """variant -> seconds and CPU seconds of each turn, losses of each turn, peak memory, seconds before the first."""
+    context, pipes, results = multiprocessing.get_context("spawn"), {}, {}
+    for variant in config.variants:
+        pipes[variant], there = context.Pipe()
+        context.Process(target=work, args=(there, config, variant), daemon=True).start()
+        results[variant] = {"seconds": [], "cpu": [], "loss": []}
+        first = turn(pipes[variant], variant, config.warmup)
+        if first is None:
+            del pipes[variant], results[variant]
+        else:
+            results[variant]["first"] = first[0]
+            print(f"{variant}: first {config.warmup} steps {first[0]:.1f} s, loss {first[2]:.4f}", flush=True)
+    for _ in range(config.rounds):
+        for variant, pipe in pipes.items():
+            if config.steps > 1:  # on a GPU: what was freed for the others is allocated again
+                turn(pipe, variant, 1)
+            seconds, cpu, loss, results[variant]["peak"] = turn(pipe, variant, config.steps)
+            results[variant]["seconds"].append(seconds / config.steps)
+            results[variant]["cpu"].append(cpu / config.steps)
+            results[variant]["loss"].append(loss)
+            print(f"{variant}: {1000 * seconds / config.steps:.1f} ms, loss {loss:.4f}", flush=True)
+    for pipe in pipes.values():
+        pipe.send(0)
+    return results
+
+
+def turn(pipe, variant: str, count: int):
+    pipe.send(count)
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        answer = UserError(f"{variant}: its process died")
+    if isinstance(answer, UserError):
+        print(f"{variant} is left out: {answer}", flush=True)
+        return None
+    return answer
+
+
+def show(config: Config, results: dict[str, dict]) -> bool:
+    """The table, in Markdown. Whether all the losses agree."""
+    device = machine_device(config.device)
+    sizes = SIZES[config.model] | ({"n_layer": config.n_layer} if config.n_layer else {})
+    flops, peak = flops_per_token(GPTConfig(config.seq_len, 50304, **sizes), config.seq_len), peak_flops(device)
+    tokens, good = config.micro_batch * config.seq_len * config.accumulate, True
+    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores"
+    print(f"\n{config.model}, {config.accumulate} x {config.micro_batch} x {config.seq_len} tokens a step, {card}, "
+          f"torch {torch.__version__}, medians of {config.rounds} turns of {config.steps}\n")  # fmt: skip
+    print("| variant | ms a step | tokens/s | MFU | CPU s | peak GiB | loss | first steps | times the first | CPU |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    first = next(iter(results.values()))
+    base, base_cpu = statistics.median(first["seconds"]), statistics.median(first["cpu"])
+    for variant, result in results.items():
+        seconds, cpu = statistics.median(result["seconds"]), statistics.median(result["cpu"])
+        mfu = f"{100 * tokens / seconds * flops / peak:.1f}%" if peak else "n/a"
+        cells = [
+            variant, f"{1000 * seconds:.1f}", f"{tokens / seconds:,.0f}", mfu, f"{cpu:.2f}", f"{result['peak']:.2f}",
+            f"{result['loss'][-1]:.4f}", f"{result['first']:.0f} s", f"{base / seconds:.3f}", f"{base_cpu / cpu:.3f}",
+        ]  # fmt: skip
+        print(f"| {' | '.join(cells)} |")
+        if abs(result["loss"][-1] - first["loss"][-1]) > config.tolerance:
+            print(f"\n{variant}: the loss is not that of {config.variants[0]}")
+            good = False
+    return good
+
+
+def main(config: Config) -> None:
+    if hasattr(os, "getloadavg"):
+        print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
+    results = measure(config)
+    if not results or not show(config, results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
