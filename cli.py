@@ -52,6 +52,9 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
 
 def run(main: Callable, config_class: type, description: str, argv: Sequence[str] | None = None) -> None:
     """Parse, call `main(config)`, and turn a UserError into one line on stderr and exit status 2."""
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):  # a console that can't show a character must not end a run
+            output.reconfigure(errors="replace")
     try:
         main(parse(config_class, description, argv))
     except UserError as error:

@@ -59,6 +59,8 @@ def join_ranks(kind: str) -> Ranks:
         if torch.cuda.device_count() < local_world_size:
             count = torch.cuda.device_count()
             raise UserError(f"{local_world_size} ranks on this node, but {count} CUDA devices; lower --nproc_per_node")
+        if device.index is not None and world_size > 1:
+            raise UserError(f"--device {kind} under torchrun would put every rank on one card; use --device cuda")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -119,6 +121,15 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return there.to(tensor.device)
 
 
+def least_over_ranks(number: float, ranks: Ranks) -> float:
+    """The smallest of the ranks' numbers."""
+    if ranks.world_size == 1:
+        return number
+    there = torch.tensor(float(number), device=ranks.device if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(there, op=dist.ReduceOp.MIN)
+    return there.item()
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; "auto": bfloat16 where the hardware has it, float16 on older CUDA cards, else float32."""
     if name != "auto":
@@ -150,7 +161,7 @@ def pick_micro_batch(config, shape, ranks: Ranks) -> int:
         free = 0.9 * torch.cuda.mem_get_info(ranks.device)[0] - (4 + moments) * parameters  # the weights are there
         blocks = 2 * shape.n_layer + 40 if config.recompute else 34 * shape.n_layer  # bytes per token and channel
         most = free // (config.seq_len * (blocks * shape.n_embd + 8 * shape.vocab_size))
-    return largest_divisor(per_rank, min(most, 64))
+    return largest_divisor(per_rank, least_over_ranks(min(most, 64), ranks))
 
 
 def casts_to_bfloat16(device: torch.device) -> bool:

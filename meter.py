@@ -64,6 +64,7 @@ class Meter:
         }
         if run.start:
             lines["resumed"] = f"at step {run.start}"
+        if self.log.was_there:
             self.log.comment("restart", {"step": run.start})
         for name, text in lines.items():
             ranks.say(f"{name:8s} {text}")
@@ -72,6 +73,7 @@ class Meter:
         self.log.comment("model", asdict(shape) | {"parameters": parameters})
         self.log.comment("data", source | {"val_tokens": len(run.val) * config.seq_len})
         self.log.comment("versions", run.versions())
+        self.log.flush()
 
     def tell_end(self, step: int) -> None:
         """A block of `key: value`, made for grep."""
@@ -106,7 +108,7 @@ class Meter:
         if not self.pending:
             return self.stop.agreed()
         steps, lrs, losses, norms = zip(*self.pending)
-        values = torch.stack([*losses, *norms]).double().cpu()  # the one wait for the device
+        values = torch.stack([*losses, *norms]).cpu().double()  # the one wait for the device
         elapsed = time.perf_counter() - self.clock
         unsaved = (time.perf_counter() - self.saved_at) / 60
         mine = torch.cat([values[: len(steps)], torch.tensor([elapsed, unsaved, self.stop.asked], dtype=torch.float64)])
@@ -123,6 +125,7 @@ class Meter:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
         self.show(steps[-1], losses[-1], lrs[-1], norms[-1], ms)
         self.count_bad(steps, losses, norms)
+        self.log.flush()
         self.every = max(1, min(self.config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.restart_clock()
         return stopping > 0
@@ -155,6 +158,7 @@ class Meter:
         values = function(run, stop)
         if values is not None:
             self.log.write(step, **values)
+            self.log.flush()
             shown = [f"{stream} {value:.4f}" for stream, value in values.items()] + self.remarks(step, values)
             self.ranks.say(f"step {step:5d} | {' | '.join(shown) or name} | {time.perf_counter() - began:.1f} s")
         self.restart_clock()

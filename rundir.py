@@ -6,6 +6,7 @@ A checkpoint is `LOG_DIR/ckpt_{step:06d}.pt`, step = updates done: a plain dict 
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -81,6 +82,8 @@ def open_run(log_dir: str, config: dict, loader: dict, needs: tuple, fixed: tupl
     for line in passed_over:
         say(f"WARNING: {line}")
     if saved is None:
+        if passed_over and not config["force"]:
+            raise UserError(f"{log_dir}: no checkpoint of this run can be read ({passed_over[0]}); --force starts anew")
         return None
     before, now = saved["config"] | saved["loader"], config | loader
     changed = [key for key in now if key in before and before[key] != now[key] and key not in ("resume", "force")]
@@ -126,8 +129,8 @@ def require_space(log_dir: str, needed: int) -> None:
     free = shutil.disk_usage(log_dir).free
     if free < needed:
         raise UserError(
-            f"{log_dir} has {free / 1e9:.2f} GB free and a checkpoint takes {needed / 1e9:.2f} GB; "
-            "free some, or choose another --log_dir"
+            f"{log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints; "
+            "free some, lower --keep_checkpoints, or choose another --log_dir"
         )
 
 
@@ -138,46 +141,61 @@ class Saver:
     """
 
     def __init__(self, log_dir: str, keep: int, log: "Log", writes: bool):
-        self.log_dir, self.keep, self.log, self.writes, self.thread = log_dir, keep, log, writes, None
-        for half in Path(log_dir).glob("ckpt_*.pt.tmp") if writes else ():
+        self.log_dir, self.keep, self.log, self.writes = log_dir, keep, log, writes
+        self.thread, self.failed = None, False
+        for half in Path(log_dir).glob("ckpt_*.tmp") if writes else ():
             half.unlink()  # a run that was killed may have left it
+
+    def require_room(self, state: dict) -> None:
+        """UserError unless all the checkpoints of the run fit, with the best one and the one being written."""
+        there = sum(path_of(self.log_dir, step).stat().st_size for step in saved_steps(self.log_dir))
+        weights_and_moments = 3 * size_of(state["model"])
+        require_space(self.log_dir, (self.keep + 2) * weights_and_moments - there)
 
     def save(self, state: dict) -> None:
         """Save `state` as its step's checkpoint; then keep the newest `keep`, and that of the best validation."""
-        if not self.writes:
-            return
-        self.wait()
-        self.log.flush()
-        self.thread = threading.Thread(target=self._save, args=(to_host(state),), name="checkpoint")
-        self.thread.start()
+        if self.writes:
+            self.wait()
+            self.thread = threading.Thread(target=self._save, args=(to_host(state),), name="checkpoint")
+            self.thread.start()
 
-    def wait(self) -> None:
-        """Until what was saved is on disk, or has failed and said so."""
+    def wait(self) -> bool:
+        """Until what was saved is on disk, or has failed and said so. Whether it is on disk."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+        return not self.failed
 
     def _save(self, state: dict) -> None:
-        path = path_of(self.log_dir, state["step"])
+        path, self.failed = path_of(self.log_dir, state["step"]), True
         try:
             require_space(self.log_dir, size_of(state))
+            self.log.sync()  # a resumed run will not log again what came before
             write(path, state)
-            best, steps = self.log.best_step(), saved_steps(self.log_dir)
+            self.failed = False
+            # a file with a later step was damaged, or this run would have begun there: it doesn't count as one of ours
+            steps, best = [step for step in saved_steps(self.log_dir) if step <= state["step"]], self.log.best_step()
             for step in steps[self.keep :] if self.keep else []:
                 if step != best:
                     path_of(self.log_dir, step).unlink()
         except (OSError, RuntimeError, UserError) as error:
-            print(f"WARNING: {path.name} was not saved, training goes on: {error}", file=sys.stderr, flush=True)
+            what = f"{path.name} was not saved" if self.failed else "an old checkpoint could not be removed"
+            print(f"WARNING: {what}, training goes on: {error}", file=sys.stderr, flush=True)
 
 
 class Log:
-    """LOG_DIR/log.txt: `step stream value`, append-only, a step's last value wins; lines with # tell of the run."""
+    """LOG_DIR/log.txt: `step stream value`, append-only, a step's last value wins; lines with # tell of the run.
+
+    A disk that is full warns once; the lines wait in memory until there is room.
+    """
 
     def __init__(self, log_dir: str, writes: bool, track: Callable[[int, dict], None] | None = None):
         self.path, self.file, self.track = Path(log_dir) / "log.txt", None, track
+        self.waiting, self.lock, self.warned = [], threading.Lock(), False
         text = self.path.read_bytes() if self.path.exists() else b""
+        self.was_there = bool(text)
         if writes:
-            self.file = open(self.path, "ab")  # noqa: SIM115
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             self.file.truncate(text.rfind(b"\n") + 1)  # a run that was killed may have left half a line
         self.values: dict[str, dict[int, float]] = {}
         for line in text[: text.rfind(b"\n") + 1].decode("utf-8").splitlines():
@@ -188,31 +206,53 @@ class Log:
     def write(self, step: int, **values: float) -> None:
         for stream_name, value in values.items():
             self.values.setdefault(stream_name, {})[step] = value
-            self._append(f"{step} {stream_name} {value:{'.6g' if stream_name == 'lr' else '.6f'}}")
-        if self.track:
-            self.track(step, values)
+            self.waiting.append(f"{step} {stream_name} {value:{'.6g' if stream_name == 'lr' else '.6f'}}\n")
+        try:
+            if self.track:
+                self.track(step, values)
+        except Exception as error:  # whatever a tracker raises, the run is worth more than it
+            self.track = None
+            print(f"WARNING: the tracker failed and is left alone from now on: {error}", file=sys.stderr, flush=True)
+
+    def comment(self, what: str, content: dict) -> None:
+        self.waiting.append(f"# {what} {json.dumps(content)}\n")
 
     def has(self, step: int, stream_name: str) -> bool:
         return step in self.values.get(stream_name, {})
 
-    def comment(self, what: str, content: dict) -> None:
-        self._append(f"# {what} {json.dumps(content)}")
-
-    def _append(self, line: str) -> None:
-        if self.file:
-            self.file.write(line.encode() + b"\n")
-
     def best_step(self) -> int | None:
-        """The step of the lowest validation loss among those that have a checkpoint's name; None before the first."""
-        steps = [step for step in saved_steps(self.path.parent) if self.has(step, "val")]
-        return min(steps, key=lambda step: self.values["val"][step], default=None)
+        """The step of the lowest validation loss among those that still have a checkpoint; None before the first."""
+        val = self.values.get("val", {})
+        steps = [step for step in saved_steps(self.path.parent) if math.isfinite(val.get(step, math.nan))]
+        return min(steps, key=lambda step: val[step], default=None)
 
     def last(self) -> dict[str, float]:
         """The last value of each stream."""
         return {stream_name: values[max(values)] for stream_name, values in self.values.items()}
 
     def flush(self) -> None:
-        """Before a checkpoint is written: what it will not repeat must be on disk."""
+        """Give what was written to the system, so that a reader sees it."""
+        try:
+            self._flush()
+        except OSError as error:
+            if not self.warned:
+                print(f"WARNING: {self.path} can't be written, its lines wait: {error}", file=sys.stderr, flush=True)
+            self.warned = True
+
+    def sync(self) -> None:
+        """Flush, and wait until it is on the disk. Raises OSError."""
+        self._flush()
         if self.file:
-            self.file.flush()
             os.fsync(self.file.fileno())
+
+    def _flush(self) -> None:
+        with self.lock:  # the thread that saves syncs, too
+            lines, end = "".join(self.waiting), self.file.seek(0, os.SEEK_END) if self.file else 0
+            count, data = len(self.waiting), lines.encode()
+            try:
+                while self.file and data:
+                    data = data[self.file.write(data) :]
+            except OSError:
+                self.file.truncate(end)  # no half line
+                raise
+            del self.waiting[:count]

@@ -46,6 +46,9 @@ def open_shards(data_dir: str, split: str, manifest: dict) -> list[Shard]:
     missing = sorted(set(listed) - {os.path.basename(path) for path in paths})
     if missing:
         raise UserError(f"{data_dir} lacks {', '.join(missing[:3])} of manifest.json; run fineweb.py --verify")
+    strays = [path for path in paths if listed and os.path.basename(path) not in listed]
+    if strays:
+        raise UserError(f"{strays[0]} is not in manifest.json: it belongs to another set; move it away")
     if not paths:
         raise UserError(f"no {split} shards in {data_dir!r}; run fineweb.py first, or point --data_dir at its output")
     return [open_shard(path, listed.get(os.path.basename(path))) for path in paths]
@@ -71,7 +74,7 @@ def open_shard(path: str, listed_tokens: int | None) -> Shard:
 
 def fingerprint(shards: list[Shard], manifest: dict) -> str:
     """What tells one token set from another: names, lengths, and checksums or else the first tokens."""
-    sums = {shard["name"]: shard.get("sha256") for shard in manifest["shards"]}
+    sums = {shard["name"]: [shard.get("sha256"), shard.get("mask_sha256")] for shard in manifest["shards"]}
     names = [os.path.basename(shard.path) for shard in shards]
     facts = [[n, len(s.tokens), sums.get(n) or s.tokens[:1024].tolist()] for n, s in zip(names, shards)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

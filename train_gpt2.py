@@ -108,10 +108,9 @@ class Config:
 
 def check(config: Config) -> None:
     """Raise UserError for numbers that can't be right, before anything is opened or written."""
-    for name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every"):
+    for name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every", "max_bad_steps"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} is {getattr(config, name)}; it must be more than 0")
-    require_tracker(config.track)
     for name, value in asdict(config).items():
         if isinstance(value, (int, float)) and not value >= 0:
             raise UserError(f"--{name} is {value}; it must not be negative")
@@ -122,6 +121,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"--total_batch_size {config.total_batch_size} is not a multiple of --seq_len {config.seq_len}; try {near}"
         )
+    require_tracker(config.track)
 
 
 CHECKPOINT_KEYS = ("model", "model_config", "optimizer", "loader", "step", "config", "versions")
@@ -406,7 +406,8 @@ def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor
     Nothing is read from the device. A norm that isn't finite makes the optimizer skip the update, as GradScaler does
     it: by a flag that the fused kernels look at. Gradients are averaged by then, so that all ranks skip alike.
     """
-    x, y, weights = (part.to(run.device, non_blocking=True) if torch.is_tensor(part) else part for part in batch)
+    pinned = run.device.type == "cuda"  # from memory that isn't, a copy that doesn't block may come too late
+    x, y, weights = (p.to(run.device, non_blocking=pinned) if torch.is_tensor(p) else p for p in batch)
     total = torch.zeros((), device=run.device)
     for i, weight in enumerate(weights):
         if run.ranks.world_size > 1:  # DDP looks at it in the forward: average once, at the end
@@ -507,30 +508,32 @@ def make_model(config: Config, n_tokens: int) -> GPT:
         sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
         torch.manual_seed(config.seed)
         return GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
-    model, _ = load_model(config.init_from)
+    return load_model(config.init_from)[0]
+
+
+def check_fit(model: GPT, config: Config, n_tokens: int) -> None:
+    """UserError if the data are not for a model that was loaded."""
     if config.seq_len > model.config.block_size:
-        raise UserError(
-            f"--seq_len {config.seq_len} is over the {model.config.block_size} positions of {config.init_from}"
-        )
+        where = config.init_from or config.log_dir
+        raise UserError(f"--seq_len {config.seq_len} is over the {model.config.block_size} positions of {where}")
     if model.config.n_tokens != n_tokens:
         raise UserError(
-            f"{config.init_from} has {model.config.n_tokens} tokens and {config.data_dir} was made with {n_tokens}; "
+            f"the model has {model.config.n_tokens} tokens and {config.data_dir} was made with {n_tokens}; "
             "run fineweb.py with the other --tokenizer"
         )
-    return model
 
 
 def load_hellaswag(config: Config, tokenizer, ranks: Ranks) -> list | None:
     """HellaSwag's rows; None if they are not wanted, or not to be had. Rank 0 looks first, and downloads for all."""
-    rows = None
-    for first in (True, False) if config.hella_every else ():
-        if first == (ranks.rank == 0):
+    rows, W = None, ranks.world_size
+    for turn, having in ((True, 1), (False, W)) if config.hella_every else ():
+        if turn == (ranks.rank == 0):
             try:
                 examples = hellaswag.load_examples(config.hella_data, config.hella_limit, config.seed)
                 rows = hellaswag.render(examples, tokenizer, config.seq_len)
             except hellaswag.Unavailable as error:
-                ranks.say(f"going on without HellaSwag: {error}")
-        if not sum_over_ranks(torch.tensor(float(rows is not None)), ranks):
+                print(f"going on without HellaSwag: {error}", flush=True)
+        if sum_over_ranks(torch.tensor(float(rows is not None)), ranks) != having:
             return None
     return rows
 
@@ -598,14 +601,16 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     loader = {"tokenizer": tokenizer.name, "data": fingerprint(shards["train"], manifest)}
     saved = rundir.open_run(config.log_dir, asdict(config), loader, CHECKPOINT_KEYS, FIXED, ranks.say)
     raw_model = (make_model(config, tokenizer.n_vocab) if saved is None else model_of(saved)).to(ranks.device)
+    check_fit(raw_model, config, tokenizer.n_vocab)
     machine.choose_sdpa(config.sdpa)
     micro_batch = machine.pick_micro_batch(config, raw_model.config, ranks)
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     start = origin = 0
     if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        optimizer.load_state_dict(rundir.to_host(saved["optimizer"]))
+        if saved.get("scaler"):  # there is none of a run in bfloat16
+            scaler.load_state_dict(saved["scaler"])
         start = saved["step"]
         origin = saved["loader"]["sample"] - start * (config.total_batch_size // config.seq_len)
     if sum_over_ranks(torch.tensor(float(start)), ranks) != start * ranks.world_size:
@@ -631,10 +636,10 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping = run.config, run.start, False
     os.makedirs(config.log_dir, exist_ok=True)
-    rundir.require_space(config.log_dir, 3 * rundir.size_of(run.raw_model.state_dict()))  # with AdamW's two moments
     tracker = open_tracker(config.track, config.log_dir, asdict(config), step) if run.ranks.rank == 0 else None
     log = rundir.Log(config.log_dir, run.ranks.rank == 0, tracker)
     saver = rundir.Saver(config.log_dir, config.keep_checkpoints, log, run.ranks.rank == 0)
+    saver.require_room(run.state(step))
     meter = Meter(run, log, stop)
     meter.tell_begin(run)
     evaluations = [("val", config.val_every, validate), ("samples", config.sample_every, draw_samples)]
@@ -644,7 +649,7 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
         while True:
             last = step >= config.max_steps
             for name, every, evaluate in evaluations:
-                known = step == run.start and log.has(step, name)  # a resumed run was evaluated before it was saved
+                known = step == run.start > 0 and log.has(step, name)  # these very weights were, before the save
                 if every and (last or step % every == 0) and not known and not stopping:
                     stopping = meter.read() or not meter.evaluate(step, name, evaluate, run, stop)
             timely = 0 < config.save_minutes <= meter.minutes_unsaved
@@ -658,7 +663,10 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
             lr = lr_at(step, config)
             stopping = meter.add(step, lr, *train_step(run, next(batches), lr))
             step += 1
-    saver.wait()
+    if not saver.wait():
+        saver.save(run.state(step))
+        if not saver.wait():
+            raise UserError(f"the last checkpoint, of step {step}, could not be saved; make room and --resume")
     meter.tell_end(step)
     return log.last()
 

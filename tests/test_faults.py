@@ -29,42 +29,54 @@ def command(config: Config, ranks: int, *options: str) -> list[str]:
     return [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / "train_gpt2.py"), *flags(config)]
 
 
-def start(config: Config, ranks: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(config, ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
 def wait_for(process: subprocess.Popen, words: str) -> bool:
     """Read the output up to a line with `words`; False if the process ends before."""
     return any(words in line for line in process.stdout)
 
 
-def wreck(config: Config, ranks: int, rng: random.Random) -> None:
-    """Start the run, kill or stop it at a random moment, and take care that it is gone."""
-    process = start(config, ranks)
-    if rng.random() < 0.8 and not wait_for(process, f"step {rng.randint(0, 70):5d} |"):
-        process.wait()
-        return  # it was past that step, and has finished
-    time.sleep(rng.uniform(0, 0.1 if process.poll() is None else 0))
-    kill_group = rng.random() < 0.5
-    if kill_group:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does: everybody is told
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import torch, train_gpt2
+from cli import run
+save = torch.save
+def slow(state, file):
+    save(state, file)
+    time.sleep(0.3)  # so that it is often killed here: the file is written, but has not its name yet
+torch.save = slow
+run(train_gpt2.main, train_gpt2.Config, "")
+"""
+
+
+def wreck(line: list[str], rng: random.Random) -> bool:
+    """Start the run, and kill or stop it at a random moment. Whether it was still running then."""
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    words = rng.choice(["device ", "run ", "step ", "step ", "step ", "val "])
+    for _ in range(rng.randint(1, 12) if words == "step " else 1):
+        if not wait_for(process, words):
+            process.wait()
+            return False
+    time.sleep(rng.uniform(0, 0.2))
+    landed = process.poll() is None
+    os.killpg(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM]))  # as a scheduler does: everybody is told
     process.stdout.read()
     process.wait(timeout=60)
+    return landed
 
 
 def unharmed(data, tmp_path, ranks: int, kills: int, seed: int) -> None:
-    settings = {"order": "shuffle", "micro_batch": 2, "max_steps": 80, "val_every": 8, "save_every": 7, "log_every": 1}
-    settings |= {"sample_every": 16, "n_layer": 4, "n_embd": 64}
-    straight = tiny_config(data, tmp_path / "straight", **settings)
+    settings = {"order": "shuffle", "micro_batch": 2, "max_steps": 150, "val_every": 8, "save_every": 7, "log_every": 1}
+    straight = tiny_config(data, tmp_path / "straight", **settings, sample_every=16, n_layer=4, n_embd=64)
     assert launch(straight, ranks).returncode == 0
     wrecked = Config(**vars(straight) | {"log_dir": str(tmp_path / "wrecked"), "resume": True})
+    (tmp_path / "slow.py").write_text(SLOW)
+    line = command(wrecked, ranks)
+    at = line.index(str(ROOT / "train_gpt2.py"))
+    line[at : at + 1] = [str(tmp_path / "slow.py"), str(ROOT)]
     rng = random.Random(seed)
-    for _ in range(kills):
-        wreck(wrecked, ranks, rng)
+    assert sum(wreck(line, rng) for _ in range(kills)) >= kills - 1, "the kills came too late"
     result = launch(wrecked, ranks)
     assert result.returncode == 0, result.stderr
     logs = [read_log(tmp_path / name) for name in ("straight", "wrecked")]
@@ -73,7 +85,7 @@ def unharmed(data, tmp_path, ranks: int, kills: int, seed: int) -> None:
     lines = [line.split() for line in (tmp_path / "wrecked" / "log.txt").read_text().splitlines() if line[0] != "#"]
     repeated = [(int(step), name, float(value)) for step, name, value in lines if name in ("train", "val", "norm")]
     assert all(logs[0][name][step] == value for step, name, value in repeated), "what was logged twice is the same"
-    last = rundir.path_of(tmp_path / "straight", 80), rundir.path_of(tmp_path / "wrecked", 80)
+    last = rundir.path_of(tmp_path / "straight", 150), rundir.path_of(tmp_path / "wrecked", 150)
     assert same_weights(*last)
     names = {path.name for path in (tmp_path / "wrecked").iterdir()} - {"log.txt"}
     assert all(rundir.NAME.fullmatch(name) for name in names), "no half file is left"
@@ -95,7 +107,7 @@ def test_a_run_killed_at_many_random_moments(data, tmp_path, ranks, seed):
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(data, tmp_path):
     config = tiny_config(data, tmp_path / "log", max_steps=100_000, save_every=0, val_every=0, log_every=1)
-    process = start(config, 1)
+    process = subprocess.Popen(command(config, 1), stdout=subprocess.PIPE, text=True)
     assert wait_for(process, "step     3 |")
     process.send_signal(signal.SIGUSR1)
     output = process.stdout.read()

@@ -132,7 +132,6 @@ def test_a_disk_that_is_full_at_any_write(tmp_path, log, monkeypatch, capfd):
 def test_a_disk_that_fails_at_the_end(tmp_path, log, monkeypatch, capfd, call):
     write(path_of(tmp_path, 5), state(5))
     saver = Saver(tmp_path, 1, log, True)
-    saver.log.flush = lambda: None
 
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
@@ -145,7 +144,7 @@ def test_a_disk_that_fails_at_the_end(tmp_path, log, monkeypatch, capfd, call):
 
 
 def test_no_room_is_known_before(tmp_path, log, capfd, monkeypatch):
-    with pytest.raises(UserError, match=r"GB free and a checkpoint takes 1000000000\.00 GB"):
+    with pytest.raises(UserError, match=r"GB free and 1000000000\.00 GB are needed"):
         rundir.require_space(tmp_path, 10**18)
     monkeypatch.setattr(rundir, "size_of", lambda _: 10**18)
     saver = Saver(tmp_path, 1, log, True)
@@ -167,6 +166,54 @@ def test_the_newest_and_the_best_are_kept(tmp_path, log):
     assert saved_steps(tmp_path) == [60, 50, 40, 20]
 
 
+def test_a_new_checkpoint_outlives_a_damaged_later_one(tmp_path, log):
+    path_of(tmp_path, 9).write_bytes(b"damaged")
+    saver = Saver(tmp_path, 1, log, True)
+    for step in (7, 8):
+        saver.save(state(step))
+    assert saver.wait() and saved_steps(tmp_path) == [9, 8]
+    assert read_newest(tmp_path)[0]["step"] == 8
+
+
+def test_only_damaged_checkpoints_are_no_new_beginning(tmp_path):
+    path_of(tmp_path, 9).write_bytes(b"damaged")
+    settings = {"resume": True, "force": False, "init_from": ""}
+    with pytest.raises(UserError, match=r"no checkpoint of this run can be read .*--force starts anew"):
+        rundir.open_run(tmp_path, settings, {}, (), (), print)
+    assert rundir.open_run(tmp_path, settings | {"force": True}, {}, (), (), print) is None
+
+
+def test_a_validation_that_is_not_a_number_is_not_the_best(tmp_path, log):
+    for step, loss in ((1, 3.0), (2, float("nan"))):
+        write(path_of(tmp_path, step), state(step))
+        log.write(step, val=loss)
+    assert log.best_step() == 1
+
+
+def test_a_log_on_a_full_disk_waits_and_loses_nothing(tmp_path, log, capfd):
+    log.write(1, train=5.0)
+    log.flush()
+    file, log.file = log.file, FullDisk(log.file, 0)
+    log.write(2, train=4.0)
+    log.flush()
+    log.write(3, train=3.0)
+    log.flush()
+    saver = Saver(tmp_path, 1, log, True)
+    saver.save(state(3))
+    assert not saver.wait() and saved_steps(tmp_path) == [], "a checkpoint without its log is none"
+    assert capfd.readouterr().err.count("its lines wait") == 1
+    log.file = file
+    log.flush()
+    assert (tmp_path / "log.txt").read_text() == "1 train 5.000000\n2 train 4.000000\n3 train 3.000000\n"
+
+
+def test_a_tracker_that_fails_is_left_alone(tmp_path, capfd):
+    log = Log(tmp_path, True, track=lambda step, values: 1 / 0)
+    for step in (1, 2):
+        log.write(step, train=1.0)
+    assert capfd.readouterr().err.count("the tracker failed") == 1
+
+
 def test_half_a_file_of_a_killed_run_is_removed(tmp_path, log):
     (tmp_path / "ckpt_000010.pt.tmp").write_bytes(b"half")
     Saver(tmp_path, 2, log, True)
@@ -177,7 +224,7 @@ def test_the_log_grows_and_the_last_value_of_a_step_wins(tmp_path):
     (tmp_path / "log.txt").write_text("# config {}\n3 train 5.000000\n4 train 4.500000\n5 tra")
     log = Log(tmp_path, writes=True)
     log.write(4, train=4.25, lr=6e-4)
-    log.flush()
+    log.sync()
     text = (tmp_path / "log.txt").read_text()
     assert text == "# config {}\n3 train 5.000000\n4 train 4.500000\n4 train 4.250000\n4 lr 0.0006\n"
     again = Log(tmp_path, writes=False)
