@@ -24,6 +24,7 @@ import torch
 
 import hellaswag
 from cli import knob, run
+from machine import find_device
 from tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
@@ -41,7 +42,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    device = hellaswag.choose_device(config.device)
+    device = find_device(config.device)
     torch.manual_seed(0)
     shape = GPTConfig(vocab_size=50304, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     model = GPT(shape).eval().to(device)
