@@ -55,17 +55,16 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import UserError, knob, run
+from files import atomic_file, sync_directory
 from sources import (
     PYTHON_DOCS,
     Fetcher,
     Source,
     SourceFile,
-    atomic_file,
     docs_source,
     hub_source,
     is_compressed,
     local_source,
-    sync_directory,
 )
 from tokenizer import TOKENIZERS, load_tokenizer
 from units import DIALOGUES, Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
@@ -246,8 +245,8 @@ def parse_part(part: str | None) -> tuple[int, int]:
 # Shards and the manifest: nothing half done ever bears its name
 
 
-def write_manifest(path: Path, manifest: dict) -> None:
-    with atomic_file(path) as file:
+def write_manifest(path: Path, manifest: dict, writer: str = "") -> None:
+    with atomic_file(path, writer) as file:
         file.write((json.dumps(manifest, indent=1) + "\n").encode())
 
 
@@ -421,6 +420,11 @@ def manifest_name(part: tuple[int, int]) -> str:
     return "manifest.json" if part[1] == 1 else f"manifest.part-{part[0] + 1}-of-{part[1]}.json"
 
 
+def writer_name(part: tuple[int, int]) -> str:
+    """Of the manifest of all parts, which several may write at once: each under a temporary name of its own."""
+    return f".part-{part[0] + 1}-of-{part[1]}"
+
+
 def scratch_name(part: tuple[int, int]) -> str:
     return manifest_name(part).replace("manifest", "downloads").removesuffix(".json")
 
@@ -527,7 +531,8 @@ def prepare_directory(out: Path, part: tuple[int, int]) -> None:
     manifests, shards = sorted(out.glob("manifest*.json")), sorted(out.glob("edufineweb_*.npy"))
     if shards and not manifests:
         raise UserError(f"{out} holds {shards[0].name}, of which no manifest.json tells; choose another --out")
-    for path in [*out.glob("edufineweb_*.npy.tmp"), *out.glob(f"{manifest_name(part)}.tmp")]:
+    halves = [manifest_name(part) + ".tmp", manifest_name((0, 1)) + writer_name(part) + ".tmp"]
+    for path in [*out.glob("edufineweb_*.npy.tmp"), *(out / name for name in halves)]:
         if path.name.startswith("manifest") or int(path.name.split("_")[2].split(".")[0]) % part[1] == part[0]:
             path.unlink(missing_ok=True)
 
@@ -565,7 +570,7 @@ def tokenize(out: Path, config: Config) -> None:
         return
     manifest = manifest or new_manifest(config, source)
     write_manifest(manifest_path, manifest)
-    join_parts(out, part[1])
+    join_parts(out, part)
     try:
         write_shards(config, source, manifest, out)
     except OnlyVal as ended:
@@ -574,7 +579,7 @@ def tokenize(out: Path, config: Config) -> None:
         manifest |= {"val_size": total // 20, "cursor": [0, 0, 0], "skipped": 0}
         write_manifest(manifest_path, manifest)
         write_shards(config, source, manifest, out)
-    join_parts(out, part[1])
+    join_parts(out, part)
     print(f"{out}: {summary(manifest)}")
     if manifest["skipped"]:
         print(f"{manifest['skipped']} documents could not be read and were left out")
@@ -599,13 +604,13 @@ def check_format(format: str, files: list[SourceFile]) -> None:
         raise UserError(f"--format {format} reads .jsonl, not {others[0]}; write it as JSON lines, one record a line")
 
 
-def join_parts(out: Path, count: int) -> None:
+def join_parts(out: Path, part: tuple[int, int]) -> None:
     """Make manifest.json of the parts' manifests: incomplete, until the last of them is complete.
 
     Parts may end at the same moment: each writes its own manifest first and then looks at all, so the last one to look
     sees them all; and what is then written is the same, whoever writes it.
     """
-    if count == 1:
+    if (count := part[1]) == 1:
         return
     path = out / manifest_name((0, 1))
     parts = [read_manifest(out / manifest_name((i, count))) for i in range(count)]
@@ -617,7 +622,7 @@ def join_parts(out: Path, count: int) -> None:
         shards = sorted((s for p in begun for s in p["shards"]), key=lambda shard: shard["name"].rpartition("_")[2])
         skipped = sum(p["skipped"] for p in begun)
         joined = {"settings": whole, "shards": shards, "starts": [], "cursor": None, "skipped": skipped}
-        write_manifest(path, begun[0] | joined | {"complete": complete})
+        write_manifest(path, begun[0] | joined | {"complete": complete}, writer_name(part))
 
 
 def summary(manifest: dict) -> str:

@@ -6,7 +6,6 @@ from the middle. `Fetcher` does that one file ahead of its use, and takes the fi
 """
 
 import ast
-import contextlib
 import errno
 import functools
 import glob
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import UserError
+from files import atomic_file
 
 PYTHON_DOCS = "python-docs"
 KINDS = ("parquet", "jsonl", "txt")  # of files; by suffix, before .gz or .zst
@@ -119,32 +119,6 @@ def in_background(function: Callable, *args) -> Future:
 
     threading.Thread(target=work, daemon=True).start()
     return future
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path):
-    """Open for writing; it appears under its name, on the disk, when the block ends well, and not at all otherwise."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(folder: Path) -> None:
-    """Make the names in it last, where the system can do that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

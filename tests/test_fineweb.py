@@ -285,6 +285,24 @@ def test_parts_side_by_side_are_one_set(tmp_path, count):
     assert sorted(documents_over_parts(tmp_path / "out", count)) == sorted(documents(tmp_path / "whole"))
 
 
+def test_parts_that_end_at_the_same_moment(tmp_path, monkeypatch):
+    """Each is about to give manifest.json its name when the other does; and what a killed one left is removed."""
+    path = write_parquet(tmp_path / "texts.parquet", ["some text"] * 60)
+    out, replace, others = tmp_path / "out", os.replace, [(1, 2)]
+
+    def slow(source, target):
+        if Path(target).name == "manifest.json" and len(list(out.glob("manifest.part-*.json"))) == 2 and others:
+            fineweb.join_parts(out, others.pop())
+        replace(source, target)
+
+    build(out, path, part="2/2", shard_size=50)
+    monkeypatch.setattr(os, "replace", slow)
+    assert build(out, path, part="1/2", shard_size=50)["complete"] and not others
+    (out / "manifest.json.part-1-of-2.tmp").write_bytes(b"half")
+    build(out, path, part="1/2", shard_size=50)
+    assert not list(out.glob("*.tmp"))
+
+
 def documents_over_parts(out: Path, count: int) -> list[tuple]:
     stored(out)
     found = []
