@@ -90,7 +90,9 @@ class Config:
     text_column: str = knob("text", "the column or JSON field that holds the text", metavar="NAME")
     revision: str | None = knob(None, "branch, tag or commit of the hub dataset (default: main as it is today)")
     max_tokens: int | None = knob(None, "stop after so many tokens (default: all)", metavar="N")
-    shuffle: int | None = knob(None, "shuffle row groups over all files, and documents in them", metavar="SEED")
+    shuffle: int | None = knob(
+        None, "shuffle row groups over all files, and documents in them; fetches all files first", metavar="SEED"
+    )
     part: str | None = knob(None, "tokenize the I-th of N parts, for job arrays; all share --out", metavar="I/N")
     skip_bad: bool = knob(False, "leave out documents that can't be read, and count them")
 
@@ -208,22 +210,22 @@ def plan_blocks(files: list[SourceFile], shuffle: int | None, part: tuple[int, i
 
     part: (i, n), i from 0. A part takes the units that begin in its n-th of the source's bytes, and only their files.
     """
-    total, start, mine = sum(file.size for file in files), 0, []
+    total, start, mine = sum(file.weight for file in files), 0, []
     for index, file in enumerate(files):
-        if start * part[1] < total * (part[0] + 1) and (start + file.size) * part[1] > total * part[0]:
+        if start * part[1] < total * (part[0] + 1) and (start + file.weight) * part[1] > total * part[0]:
             mine.append(index)
-        start += file.size
+        start += file.weight
     return [[index] for index in mine] if shuffle is None else [mine] if mine else []
 
 
 def units_of_block(block: list[int], paths: list[Path], files: list[SourceFile], config: Config) -> list[Unit]:
     """The units of a block in the order of the stream."""
-    (i, n), total = parse_part(config.part), sum(file.size for file in files)
+    (i, n), total = parse_part(config.part), sum(file.weight for file in files)
     units = []
     for index, path in zip(block, paths):
-        of_file, start = units_of(files[index], path, config.text_column), sum(file.size for file in files[:index])
+        of_file, start = units_of(files[index], path, config.text_column), sum(file.weight for file in files[:index])
         for number, unit in enumerate(of_file):
-            if (start * len(of_file) + files[index].size * number) * n // (total * len(of_file)) == i:
+            if (start * len(of_file) + files[index].weight * number) * n // (total * len(of_file)) == i:
                 units.append((index, number, unit))
     if config.shuffle is None:
         return [unit for _, _, unit in units]
@@ -334,7 +336,7 @@ class ShardWriter:
         return len(self.manifest["shards"]) > committed
 
     def begin(self, cursor: Cursor) -> None:
-        self.start, self.documents, self.bytes = cursor, 0, 0
+        self.start, self.documents, self.bytes, self.skipped_before = cursor, 0, 0, self.manifest["skipped"]
         self.file = ArrayFile(self.path, "<u2", self.size)
         self.mask = ArrayFile(self.out / mask_name(self.path.name), "|u1", self.size) if self.has_mask else None
 
@@ -347,6 +349,7 @@ class ShardWriter:
             "tokens": self.file.length,
             "documents": self.documents,
             "bytes": self.bytes,
+            "skipped_before": self.skipped_before,  # left out before the unit it starts in
             "sha256": self.file.commit(),
         }
         sync_directory(self.out)
@@ -510,7 +513,8 @@ def resumed(manifest: dict, config: Config, manifest_path: Path) -> dict:
         if damaged:
             print(f"{damaged[0]} is missing or damaged: going on from there")
             kept = {"shards": manifest["shards"][:number], "starts": manifest["starts"][:number], "complete": False}
-            return manifest | kept | {"cursor": manifest["starts"][number]}
+            skipped = shard.get("skipped_before", manifest["skipped"])
+            return manifest | kept | {"cursor": manifest["starts"][number], "skipped": skipped}
     return manifest
 
 
@@ -546,7 +550,7 @@ def main(config: Config) -> None:
         else:
             tokenize(out, config)
     except OSError as error:
-        if isinstance(error, UserError) or error.errno is None:
+        if error.errno is None:
             raise
         again = "what is committed is safe, and the same command goes on from there"
         raise UserError(f"{error.filename or out}: {os.strerror(error.errno)}; once that is mended, {again}") from error
@@ -677,9 +681,9 @@ def planned_units(blocks, first: Cursor, fetcher: Fetcher, files, config: Config
 
 
 def workers_of(config: Config) -> int:
-    if config.workers is not None:
-        return config.workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = 61 if sys.platform == "win32" else sys.maxsize  # processes that a Windows program can wait for
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, cores if config.workers is None else config.workers)
 
 
 class Progress:
@@ -688,7 +692,7 @@ class Progress:
     def __init__(self, files: list[SourceFile], config: Config, done: int):
         import tqdm
 
-        self.bytes = sum(file.size for file in files) / parse_part(config.part)[1]
+        self.bytes = sum(file.weight for file in files) / parse_part(config.part)[1]
         self.limit = config.max_tokens or sys.maxsize
         self.counted = self.seen = (0, 0.0)  # tokens and bytes of the source: by column token_count, and by doing
         self.use_counts = config.tokenizer == "gpt2"

@@ -33,6 +33,7 @@ from files import atomic_file
 
 PYTHON_DOCS = "python-docs"
 KINDS = ("parquet", "jsonl", "txt")  # of files; by suffix, before .gz or .zst
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # errors here, not of the hub
 TRIES, LONGEST_WAIT = 8, 60  # of a request to the hub, seconds between two: some three minutes in all
 
 
@@ -42,6 +43,11 @@ class SourceFile(NamedTuple):
     name: str
     size: int
     kind: str
+
+    @property
+    def weight(self) -> int:
+        """Its part of the work, in bytes; never none, so that empty files and unknown sizes divide nothing by zero."""
+        return max(1, self.size)
 
 
 @dataclass
@@ -147,7 +153,7 @@ def local_source(patterns: list[str]) -> Source:
 
 def expand(pattern: str) -> list[str]:
     """Names of readable files. Raises UserError."""
-    names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+    names = sorted(glob.glob(pattern, recursive=True)) if is_glob(pattern) else [pattern]
     if not names:
         folder = os.path.dirname(pattern) or "."
         unreadable = os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)
@@ -161,6 +167,11 @@ def expand(pattern: str) -> list[str]:
         except OSError as error:
             raise UserError(f"--input {name}: {error.strerror}; check the path and its permissions") from error
     return names
+
+
+def is_glob(pattern: str) -> bool:
+    """Not if a file has this very name, such as `a[1].jsonl`."""
+    return glob.has_magic(pattern) and not os.path.exists(pattern)
 
 
 def plain_place(file: SourceFile, index: int, scratch: Path) -> Path:
@@ -236,7 +247,7 @@ def download(repo: str, commit: str, file: SourceFile, scratch: Path) -> None:
         try:
             hub().hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=scratch)
             size = (scratch / file.name).stat().st_size
-            if size != file.size:
+            if file.size and size != file.size:  # some mirrors of the hub don't tell
                 (scratch / file.name).unlink()
                 raise OSError(f"{size} bytes came, {file.size} were announced")
         except OSError as error:
@@ -256,7 +267,7 @@ def patiently(what: str, action: Callable, tries: int = TRIES):
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
             network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
-            if not network or getattr(error, "errno", None) == errno.ENOSPC:
+            if not network or getattr(error, "errno", None) in DISK:
                 raise
             last, reason = error, " ".join(str(error).split())[:200]
             if type(error).__name__ == "OfflineModeIsEnabled":
@@ -336,9 +347,13 @@ def streamed_source(dataset: str, commit: str, recorded: dict, max_bytes: int | 
     def spool(path):
         import datasets
 
-        rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
-        with atomic_file(path) as target:
-            write_rows(rows, target, max_bytes)
+        try:
+            rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
+            with atomic_file(path) as target:
+                write_rows(rows, target, max_bytes)
+        except (RuntimeError, ValueError, FileNotFoundError) as error:  # as for scripts, wrong names, broken files
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
 
     return Source(recorded, [file], place, fetch)
 

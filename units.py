@@ -89,9 +89,9 @@ def units_of(file: SourceFile, path: Path, text_column: str) -> list[Unit]:
     if file.kind == "parquet":
         return row_groups(file, path, text_column)
     size = path.stat().st_size
-    starts = range(0, size, SLICE_BYTES)
+    starts = range(0, max(1, size), SLICE_BYTES)  # an empty file, too: as .txt it is a document
     return [
-        Unit(str(path), file.name, file.kind, 0, start, min(start + SLICE_BYTES, size), file.size / len(starts))
+        Unit(str(path), file.name, file.kind, 0, start, min(start + SLICE_BYTES, size), file.weight / len(starts))
         for start in starts
     ]
 
@@ -102,13 +102,14 @@ def row_groups(file: SourceFile, path: Path, text_column: str) -> list[Unit]:
     counted = token_counts(path, metadata)
     units = []
     for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
+        if not (rows := metadata.row_group(group).num_rows):
+            continue
         text_bytes = metadata.row_group(group).column(column).total_uncompressed_size
         slices = max(1, min(rows, -(-text_bytes // GROUP_BYTES)))
         cuts = [rows * i // slices for i in range(slices + 1)]
         tokens = counted[group] // slices if counted else None
         for start, stop in zip(cuts, cuts[1:]):
-            share = file.size * (stop - start) / max(1, metadata.num_rows)
+            share = file.weight * (stop - start) / metadata.num_rows
             units.append(Unit(str(path), file.name, "parquet", group, start, stop, share, tokens))
     return units
 
@@ -126,11 +127,13 @@ def parquet_metadata(path: str, name: str):
 
 def text_column_index(metadata, text_column: str, name: str) -> int:
     """Where the column is in `metadata`. Raises UserError if it isn't there, or holds no text."""
+    import pyarrow as pa
+
     schema = metadata.schema.to_arrow_schema()
     if text_column not in schema.names:
         raise UserError(f"{name} has no column {text_column!r}; --text_column takes one of: {', '.join(schema.names)}")
-    kind = str(schema.field(text_column).type)
-    if "string" not in kind and "utf8" not in kind:
+    kind = schema.field(text_column).type
+    if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in ("string", "large_string", "string_view"):
         raise UserError(f"column {text_column!r} of {name} holds {kind}, not text; choose another with --text_column")
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_column)
 
@@ -142,7 +145,10 @@ def token_counts(path: Path, metadata) -> list[int] | None:
     schema = metadata.schema.to_arrow_schema()
     if "token_count" not in schema.names or str(schema.field("token_count").type) not in ("int32", "int64"):
         return None
-    counts = pq.read_table(path, columns=["token_count"]).column(0).to_numpy()
+    column = pq.read_table(path, columns=["token_count"]).column(0)
+    if column.null_count:
+        return None
+    counts = column.to_numpy()
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     ends = np.cumsum([0, *rows])
     return [int(counts[start:end].sum()) + int(end - start) for start, end in zip(ends, ends[1:])]
@@ -184,7 +190,7 @@ def read_rows(unit: Unit, job: Job) -> list:
     metadata = parquet_metadata(unit.path, unit.name)
     rows = metadata.row_group(unit.group).num_rows
     try:
-        with pq.ParquetFile(unit.path, metadata=metadata) as file:
+        with pq.ParquetFile(unit.path, metadata=metadata, pre_buffer=False, buffer_size=2**20) as file:  # little memory
             if unit.stop - unit.start == rows:
                 texts = file.read_row_group(unit.group, [job.text_column], use_threads=False).column(0).to_pylist()
             else:
@@ -258,20 +264,29 @@ def read_text(unit: Unit, job: Job) -> list:
     return [text.removeprefix("\ufeff") if unit.start == 0 else text]
 
 
-def safe_cut(file, offset: int) -> int:
-    """The first place at or after `offset` between an ASCII character that is no space and one that is.
+NO_SPACE_THEN_SPACE = re.compile(
+    rb"(?:[!-~]|\xe3\x80[\x81-\xbf]|\xe3[\x81-\xbf][\x80-\xbf]|[\xe4-\xef][\x80-\xbf]{2})(?=[ \t\n\r])"
+)
 
-    No token of GPT-2 goes across: its pattern takes whitespace only at the beginning of a token, and never looks back.
+
+def safe_cut(file, offset: int) -> int:
+    """The first place at or after `offset` between a character that is no space and an ASCII one that is.
+
+    Which characters are no space is plain in ASCII and from U+3001 to U+FFFF, where Chinese and Japanese are; others
+    are passed by. No token of GPT-2 goes across: its pattern takes whitespace only at the beginning of a token, and
+    never looks back.
     """
     if offset == 0:
         return 0
-    file.seek(offset - 1)
-    at, last = offset - 1, b""
+    at, last = max(0, offset - 3), b""
+    file.seek(at)
     while block := file.read(2**16):
         data = last + block
-        if found := re.search(rb"[!-~](?=[ \t\n\r])", data):
-            return at + found.end()
-        at, last = at + len(data) - 1, data[-1:]
+        for found in NO_SPACE_THEN_SPACE.finditer(data):
+            if at + found.end() >= offset:
+                return at + found.end()
+        last = data[-3:]
+        at += len(data) - len(last)
     return at + len(last)
 
 
@@ -367,7 +382,12 @@ def encode_dialogues(dialogues: list[list[Turn]], tokenizer, backend: str) -> tu
 def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
     """(n,) ids of all texts together, and (texts,) how many each has."""
     if tokenizer.name == "gpt2" and backend == "gigatoken":
-        return gigatoken().encode(texts)
+        try:
+            return gigatoken().encode(texts)
+        except (KeyboardInterrupt, SystemExit, UserError):
+            raise
+        except BaseException:  # a panic is no Exception; tiktoken may manage, and names the document if it doesn't
+            gigatoken.cache_clear()
     arrays = [encode_text(text, tokenizer) for text in texts]
     return np.concatenate([np.empty(0, np.uint16), *arrays]), np.array([len(a) for a in arrays], np.int64)
 

@@ -153,6 +153,59 @@ TEXTS = [
 ]
 
 
+def test_empty_row_groups_and_unknown_counts(tmp_path):
+    schema = pa.schema({"text": pa.string(), "token_count": pa.int64()})
+    with pq.ParquetWriter(tmp_path / "texts.parquet", schema) as writer:
+        for texts in ([], ["one", "two"], [], ["three"]):
+            table = pa.table({"text": texts, "token_count": [None for _ in texts]}, schema)
+            writer.write_table(table)
+    assert pq.read_metadata(tmp_path / "texts.parquet").row_group(0).num_rows == 0
+    build(tmp_path / "out", tmp_path / "texts.parquet")
+    np.testing.assert_array_equal(stored(tmp_path / "out"), reference(["one", "two", "three"]))
+
+
+def test_an_empty_text_file_is_an_empty_document(tmp_path):
+    for name, text in {"a": "", "b": "words", "c": ""}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    build(tmp_path / "out", tmp_path / "*.txt")
+    np.testing.assert_array_equal(stored(tmp_path / "out"), reference(["", "words", ""]))
+    build(tmp_path / "alone", tmp_path / "a.txt")
+    np.testing.assert_array_equal(stored(tmp_path / "alone"), reference([""]))
+
+
+def test_a_name_with_glob_characters(tmp_path):
+    build(tmp_path / "out", write_jsonl(tmp_path / "a[1].jsonl", ["some text"]))
+    np.testing.assert_array_equal(stored(tmp_path / "out"), reference(["some text"]))
+
+
+def test_a_big_row_group_is_read_a_little_at_a_time(tmp_path):
+    path = tmp_path / "texts.parquet"
+    pq.write_table(pa.table({"text": [f"{i:01000}" for i in range(40_000)]}), path, compression="none")
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        unit = units.Unit(str(path), "x", "parquet", 0, 30_000, 30_010, 1.0)
+        texts = units.read_rows(unit, units.Job("gpt2", "text", False, "tiktoken"))
+    finally:
+        pa.set_memory_pool(before)
+    assert [int(text) for text in texts] == list(range(30_000, 30_010))
+    assert pool.max_memory() < 20e6  # of 40 MB
+
+
+def test_windows_waits_for_few_workers(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert fineweb.workers_of(fineweb.Config(workers=64)) == 61
+
+
+def test_chinese_is_cut_at_the_ends_of_its_lines(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("甲乙。\n丙　\nひ\n".encode() + b"x" * 100)
+    with open(path, "rb") as file:
+        cuts = [units.safe_cut(file, offset) for offset in range(40)]
+    assert sorted(set(cuts)) == [0, 9, 20, path.stat().st_size]  # not after the ideographic space, which is one
+    assert all(cut >= offset for offset, cut in enumerate(cuts)) and cuts[9] == 9
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_file_is_one_document_however_it_is_cut(tmp_path, monkeypatch, text):
     (tmp_path / "a.txt").write_bytes(text.encode())
@@ -229,6 +282,19 @@ def test_gigatoken_is_checked_and_renewed(monkeypatch):
     with pytest.raises(UserError, match=r"differ on the document that begins 'text 24'; .* --backend tiktoken"):
         backend.encode(texts)
     assert checked == ["text 24"]  # 1024 = 2 * 512
+
+
+def test_tiktoken_steps_in_where_gigatoken_fails(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    class Broken:
+        def encode(self, texts):
+            raise Panic(lambda: "can't be pickled")
+
+    monkeypatch.setattr(units.Gigatoken, "__new__", lambda cls: Broken())
+    units.gigatoken.cache_clear()
+    np.testing.assert_array_equal(units.encode_documents(NASTY, GPT2, "gigatoken"), reference(NASTY))
 
 
 def test_a_panic_names_the_document(monkeypatch):
@@ -559,6 +625,11 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
+def write_lists(path: Path) -> Path:
+    pq.write_table(pa.table({"text": [["a"]]}), path)
+    return path
+
+
 MISTAKES = {
     "null": (
         lambda d: write_parquet(d / "x.parquet", ["a"] * 7 + [None]),
@@ -588,6 +659,11 @@ MISTAKES = {
         lambda d: write_parquet(d / "x.parquet", ["a"]),
         {"text_column": "id"},
         "'id' of .* holds int64, not text",
+    ),
+    "list of strings": (
+        lambda d: write_lists(d / "x.parquet"),
+        {},
+        r"'text' of .* holds list<.*string>, not text; choose another",
     ),
     "no parquet": (lambda d: write(d / "x.parquet", b"PAR1 not"), {}, "x.parquet is not a parquet file, or a damaged"),
     "cut gz": (lambda d: write(d / "x.jsonl.gz", gzip.compress(b"{}" * 999)[:20]), {}, "x.jsonl.gz is damaged"),
@@ -632,6 +708,18 @@ def test_skip_bad_counts_and_goes_on(tmp_path, capsys):
     manifest = build(tmp_path / "out", *inputs, skip_bad=True, shard_size=3)
     assert manifest["skipped"] == 5 and "5 documents could not be read" in capsys.readouterr().out
     np.testing.assert_array_equal(stored(tmp_path / "out"), reference(["one", "two", "three", "four", "five"]))
+
+
+def test_what_is_skipped_is_counted_once_though_a_shard_is_made_again(tmp_path):
+    texts = [None, "one", "two", None, "three", "four", None, "five", "six", None]
+    path = write_parquet(tmp_path / "texts.parquet", texts, rows=2)
+    for damaged in (0, 1, 2):
+        out = tmp_path / f"out{damaged}"
+        manifest = build(out, path, skip_bad=True, shard_size=3)
+        whole = contents(out)
+        (out / manifest["shards"][damaged]["name"]).unlink()
+        assert build(out, path, skip_bad=True, shard_size=3)["skipped"] == 4
+        assert contents(out) == whole
 
 
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path):

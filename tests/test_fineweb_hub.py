@@ -1,8 +1,10 @@
 """fineweb.py against a local server that answers the hub's calls, and misbehaves as hubs and networks do."""
 
+import errno
 import hashlib
 import http.server
 import json
+import os
 import re
 import socketserver
 import subprocess
@@ -130,6 +132,8 @@ def hub(tmp_path, monkeypatch):
     server.texts = make_files(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when the library was imported
@@ -303,3 +307,37 @@ def test_a_dataset_without_files_we_read(hub, tmp_path, monkeypatch):
     manifest = build(tmp_path / "out", dataset=f"{REPO}:default")
     np.testing.assert_array_equal(stored(tmp_path / "out", manifest), tokens_of([row["text"] for row in rows]))
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".npy", ".json"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, FileNotFoundError])
+def test_a_dataset_that_datasets_cannot_read(tmp_path, monkeypatch, error):
+    import datasets
+
+    def load_dataset(*arguments, **settings):
+        raise error("Dataset scripts are\nno longer supported")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(time, "sleep", None)  # no second try
+    recorded = {"dataset": "a/b:c", "revision": COMMIT, "files": [["script.py", 9]]}
+    source = sources.hub_source("a/b:c", None, recorded, None)
+    with pytest.raises(UserError, match=r"can't read a/b:c .Dataset scripts are no longer supported.; take another"):
+        source.fetch(0, tmp_path)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO])
+def test_errors_of_the_disk_are_not_the_hubs(monkeypatch, code):
+    def fail():
+        raise OSError(code, os.strerror(code), "here")
+
+    monkeypatch.setattr(time, "sleep", None)
+    with pytest.raises(OSError) as caught:
+        sources.patiently("x", fail)
+    assert caught.value.errno == code and caught.value.filename == "here"
+
+
+def test_a_hub_that_tells_no_sizes(hub, tmp_path, monkeypatch):
+    info = Answer.info
+    untold = lambda self: {"siblings": [s | {"size": None} for s in info(self)["siblings"]]}  # noqa: E731
+    monkeypatch.setattr(Answer, "info", lambda self: info(self) | untold(self))
+    build(tmp_path / "out")
+    check_whole(tmp_path / "out", hub)
