@@ -232,7 +232,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """(..., C) -> (..., n) logits of the tokens that exist."""
-        return F.linear(x, self.lm_head.weight[: self.config.n_tokens])
+        return self.lm_head(x)[..., : self.config.n_tokens]  # all rows: autocast keeps the cast of a whole weight
 
     def forward(self, idx, targets=None):
         """(B, T) ids -> logits (B, T, V) and None; with (B, T) targets, None and their mean loss in nats.
