@@ -314,6 +314,9 @@ def test_a_round_trip_through_transformers_in_a_fresh_process(tmp_path, n_tokens
     greedy = model.generate(result["ids"], 100, temperature=0, stop=tokenizer.eot)[0].tolist()
     assert len(greedy) == result["ids"].shape[1] + 100 and result["greedy"] == greedy
     assert result["said"] == tokenizer.decode(greedy[: len(result["ids"][0]) + 5])
+    from tokenizers import Tokenizer
+
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids == tokenizer.encode(TEXT)
     # transformers 4 would by default take spaces out of what it decodes
     assert json.loads((folder / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
     back = GPT.from_pretrained(str(folder))
