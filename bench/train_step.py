@@ -283,7 +283,10 @@ def measure(config: Config) -> dict[str, dict]:
         for variant, pipe in pipes.items():
             if config.steps > 1:  # on a GPU: what was freed for the others is allocated again
                 turn(pipe, variant, 1)
-            seconds, cpu, loss, results[variant]["peak"] = turn(pipe, variant, config.steps)
+            answer = turn(pipe, variant, config.steps)
+            if answer is None:
+                raise UserError(f"{variant} failed in the middle; measure it alone, or with a smaller --micro_batch")
+            seconds, cpu, loss, results[variant]["peak"] = answer
             results[variant]["seconds"].append(seconds / config.steps)
             results[variant]["cpu"].append(cpu / config.steps)
             results[variant]["loss"].append(loss)

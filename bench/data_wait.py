@@ -1,0 +1,79 @@
+"""
+How long the step waits for its data: the share of the training time in which the next batch was not ready.
+
+    python bench/data_wait.py                       # 124M, 4 x 1024 tokens a micro-batch
+    python bench/data_wait.py --compile --micro_batch 64 --total_batch_size 524288
+
+Each shard is dropped from the page cache before every step (POSIX; elsewhere it stays), so that all reads are cold, and
+windows are in order "shuffle", so that none is read on from the last. Prints the wait of each step, and what reading a
+batch takes by itself.
+"""
+
+import os
+import sys
+
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # as in the other benchmarks
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+import machine
+import train_gpt2
+from cli import knob, run
+
+
+@dataclass
+class Config:
+    data_dir: str = knob("data/python-docs", "token shards")
+    n_layer: int = knob(0, "instead of the model's own 12")
+    micro_batch: int = knob(4, "windows per forward")
+    seq_len: int = knob(1024, "tokens per window")
+    total_batch_size: int = knob(0, "tokens per update; 0 = one micro-batch")
+    device: str = knob("auto", "cuda, mps or cpu")
+    compile: bool = knob(False, "the step as torch.compile makes it")
+    steps: int = knob(5, "how many to look at, after the first")
+
+
+def drop_from_cache(paths: list[str]) -> None:
+    for path in paths if hasattr(os, "posix_fadvise") else ():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def main(config: Config) -> None:
+    ours = train_gpt2.Config(
+        data_dir=config.data_dir, log_dir="bench/out/unused", n_layer=config.n_layer, micro_batch=config.micro_batch,
+        total_batch_size=config.total_batch_size or config.micro_batch * config.seq_len, seq_len=config.seq_len,
+        hella_every=0, device=config.device, compile=config.compile,
+    )  # fmt: skip
+    trainer = train_gpt2.set_up(ours, machine.join_ranks(ours.device))
+    paths = [str(shard.path) for shard in trainer.train.shards]
+    cold = []
+    for step in range(3):
+        drop_from_cache(paths)
+        began = time.perf_counter()
+        trainer.batch(step)
+        cold.append(time.perf_counter() - began)
+    batches, waits, total = train_gpt2.prefetched(trainer.batch, 0, config.steps + 1), [], 0.0
+    for step in range(config.steps + 1):
+        drop_from_cache(paths)
+        began = time.perf_counter()
+        batch = next(batches)
+        ready = time.perf_counter()
+        loss, _ = train_gpt2.train_step(trainer, batch, 1e-4)
+        float(loss)  # waits for the device, which the trainer doesn't: a longer wait than in a run, never a shorter
+        if step:  # the first batch has nothing to hide behind
+            waits.append(ready - began)
+            total += time.perf_counter() - began
+    print(f"{trainer.device.type}, torch {torch.__version__}, {ours.total_batch_size} tokens a step")
+    print(f"a batch takes {1000 * statistics.median(cold):.2f} ms to read, cold")
+    print(f"a step takes {1000 * total / config.steps:.1f} ms and waits {1000 * sum(waits) / config.steps:.3f} ms: "
+          f"{100 * sum(waits) / total:.3f}%")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)
