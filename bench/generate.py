@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     theirs = same_in_transformers(ours)
     print(f"{config.model}, {config.prompt_tokens} + {config.new_tokens} tokens, {config.dtype}, {config.device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"{'top-k 50' if config.sample else 'greedy'}")  # fmt: skip
+          f"{'top-k 50' if config.sample else 'greedy'}", flush=True)  # fmt: skip
     for B in config.batches:
         measure(ours, theirs, B, config)
 
