@@ -173,6 +173,6 @@ class Meter:
             said.append(f"reference {values['val'] + ahead:.2f}: {side} by {abs(ahead):.2f}")
         if "val" in values and self.comparable and values["val"] < GPT2_LOSS:
             said.append(f"below GPT-2 124M's {GPT2_LOSS}")
-        if values.get("hella", 0) > GPT2_HELLASWAG:
+        if self.comparable and values.get("hella", 0) > GPT2_HELLASWAG and values["hella_se"] < 0.005:  # all 10,042
             said.append(f"above GPT-2 124M's {GPT2_HELLASWAG}")
         return said

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tiny import flags, launch, read_log, tiny_config, token_set
 import rundir
 import train_gpt2
 from cli import UserError, parse
+from meter import Meter
 from train_gpt2 import Config, GPTConfig, lr_at, main, make_model
 
 
@@ -294,6 +296,14 @@ def test_only_the_recipe_on_fineweb_edu_is_held_against_the_reference(data, tmp_
     main(tiny_config(mine, tmp_path / "recipe", max_steps=1, val_tokens=32))
     monkey.undo()
     assert "reference 10.93: ahead by 0.1" in capsys.readouterr().out
+
+
+def test_a_mark_is_passed_only_on_all_of_hellaswag():
+    on_fineweb = SimpleNamespace(comparable=True, on_recipe=False)
+    assert Meter.remarks(on_fineweb, 9, {"hella": 0.3, "hella_se": 0.0046}) == ["above GPT-2 124M's 0.2955"]
+    assert Meter.remarks(on_fineweb, 9, {"hella": 0.3, "hella_se": 0.1}) == [], "a small subset says nothing"
+    other = SimpleNamespace(comparable=False, on_recipe=False)
+    assert Meter.remarks(other, 9, {"hella": 0.3, "hella_se": 0.0046, "val": 3.0}) == []
 
 
 def test_flags_are_the_fields():
