@@ -158,7 +158,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None, cache=None, start=0):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, nh, T, hs)
         if cache is not None:  # (2, B, nh, S, hs): the first `start` positions are there, these T come behind them
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]

@@ -290,7 +290,8 @@ def measure(config: Config) -> dict[str, dict]:
             results[variant]["seconds"].append(seconds / config.steps)
             results[variant]["cpu"].append(cpu / config.steps)
             results[variant]["loss"].append(loss)
-            print(f"{variant}: {1000 * seconds / config.steps:.1f} ms, loss {loss:.4f}", flush=True)
+            times = f"{1000 * seconds / config.steps:.1f} ms, CPU {cpu / config.steps:.2f} s"
+            print(f"{variant}: {times}, loss {loss:.4f}", flush=True)
     for pipe in pipes.values():
         pipe.send(0)
     return results
