@@ -48,7 +48,8 @@ def find_device(name: str) -> torch.device:
 def join_ranks(kind: str) -> Ranks:
     """Read what torchrun set, choose the device (`kind`: auto, cuda, mps, cpu, cuda:N), form the process group.
 
-    Until `shorten_timeout` the ranks wait 30 minutes for each other: downloads and compilation may take some.
+    They find each other in 3 minutes or not at all, and an elastic launch tries again; from then on a rank waits up to
+    30 minutes for the others, for downloads and compilation may take some, until `set_timeout` says less.
     """
     rank, local_rank, world_size, local_world_size = (
         int(os.environ.get(name, default))
@@ -69,11 +70,12 @@ def join_ranks(kind: str) -> Ranks:
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=3))
+        set_timeout(30)
     return Ranks(rank, world_size, device)
 
 
-def shorten_timeout(minutes: float) -> None:
+def set_timeout(minutes: float) -> None:
     """From now on a rank that hangs ends the run after `minutes`."""
     if dist.is_initialized():
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 
 from cli import UserError
-from machine import freeze_garbage, shorten_timeout, sum_over_ranks
+from machine import freeze_garbage, set_timeout, sum_over_ranks
 from reference import GPT2_HELLASWAG, GPT2_LOSS, follows_recipe, on_fineweb_edu, reference_loss
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
@@ -119,7 +119,7 @@ class Meter:
         for step, lr, loss, norm in zip(steps, lrs, losses, norms):
             self.log.write(step, train=loss, lr=lr, norm=norm, ms=ms)
         if steps[0] == self.first:  # its time has the compilation in it
-            shorten_timeout(self.config.timeout_minutes)
+            set_timeout(self.config.timeout_minutes)
             freeze_garbage()
         else:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
