@@ -9,7 +9,8 @@ READY := .venv/ready
 demo: $(READY)
 	rm -rf $(DEMO)
 	$(BIN)/python fineweb.py --dataset python-docs --out data/python-docs
-	$(BIN)/torchrun --standalone --nproc_per_node=2 train_gpt2.py --data_dir data/python-docs --log_dir $(DEMO) \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train_gpt2.py \
+	    --data_dir data/python-docs --log_dir $(DEMO) \
 	    --n_layer 4 --n_head 4 --n_embd 128 --seq_len 256 --total_batch_size 512 --micro_batch 1 \
 	    --max_steps 1000 --warmup_steps 20 --max_lr 4e-3 --min_lr 0 --val_every 100 --sample_every 500 --hella_every 0 \
 	    --save_every 500 --sample_prompt "The function returns"

@@ -39,7 +39,8 @@ def knob(default, help, *, group=None, choices=None, flag=None, metavar=None):
 
 def parse(config_class: type, description: str, argv: Sequence[str] | None = None):
     """The command line as an instance of `config_class`. Raises UserError for a flag or a value that does not fit."""
-    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    about = description.partition("\nContents:")[0]  # what follows is for those who read the source
+    parser = Parser(description=about, formatter_class=HelpFormatter, allow_abbrev=False)
     types_of, section = typing.get_type_hints(config_class), parser
     for knob_field in fields(config_class):
         meta = knob_field.metadata
@@ -72,13 +73,29 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The groups say all there is to say: no list of every flag above them, no `--no-` of what is off anyway."""
+
     def __init__(self, prog, **kwargs):
         super().__init__(prog, max_help_position=32, **kwargs)
 
+    def _format_usage(self, usage, actions, groups, prefix):
+        words = [f"[{action.metavar} ...]" for action in actions if not action.option_strings]
+        return super()._format_usage(" ".join(["%(prog)s", *words, "[--flag value ...]"]), actions, groups, prefix)
+
+    def _format_action_invocation(self, action, *args):
+        if action.default is False and len(action.option_strings) > 1:
+            return action.option_strings[0]
+        return super()._format_action_invocation(action, *args)
+
     def _get_help_string(self, action):
-        silent = action.default in (None, "", [], argparse.SUPPRESS) or isinstance(action.default, bool)
-        return action.help if silent else super()._get_help_string(action)
+        default = action.default
+        if default in (None, "", [], argparse.SUPPRESS) or isinstance(default, bool):
+            return action.help
+        if isinstance(default, list):
+            default = " ".join(default)
+        shown = f"{default:g}" if isinstance(default, float) else default
+        return f"{action.help} (default: {shown})".replace("%%", "%").replace("%", "%%")
 
 
 def underscored(word: str) -> str:

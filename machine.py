@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from cli import UserError
 
+OLDEST_TORCH = (2, 11)  # 2.10 compiled gives NaNs on A100
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -33,6 +35,8 @@ class Ranks:
 
 def find_device(name: str) -> torch.device:
     """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError if it is none, or not one of this machine's."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -114,6 +118,14 @@ def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
     return optimizer.state_dict()
 
 
+def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """What `whole_state` gave. A sharded optimizer takes its share, and AdamW's step counts to where fused AdamW needs
+    them: ZeroRedundancyOptimizer leaves them on the CPU."""
+    optimizer.load_state_dict(state)
+    for parameter, values in getattr(optimizer, "optim", optimizer).state.items():
+        values["step"] = values["step"].to(parameter.device)
+
+
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The sum over ranks, of a tensor on the CPU or on the device; on one rank, the tensor itself."""
     if ranks.world_size == 1:
@@ -184,7 +196,8 @@ def rehearse(run, micro_batch: int) -> None:
     try:
         idx = torch.zeros(micro_batch, run.config.seq_len, dtype=torch.int32, device=run.device)  # as in a step
         parameters = [] if run.optimizer.state else list(run.raw_model.parameters())
-        moments = [torch.empty_like(p) for p in parameters for _ in range(2)]
+        share = parameters[:: run.ranks.world_size if run.config.zero else 1]  # with the embedding: the largest
+        moments = [torch.empty_like(p) for p in share for _ in range(2)]
         if run.ranks.world_size > 1:  # DDP looks at it in the forward
             run.model.require_backward_grad_sync = False
         for _ in range(2):  # the second finds the gradients of the first

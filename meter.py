@@ -5,6 +5,8 @@ Losses and norms stay on the device until a few steps have come together, so tha
 """
 
 import math
+import os
+import sys
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,6 +22,9 @@ PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
 }  # fmt: skip
 
 
+EVERY = {"val": "val_every", "hella": "hella_every", "samples": "sample_every"}  # evaluation -> the knob that says when
+
+
 def flops_per_token(shape, seq_len: int) -> int:
     """Of forward and backward: 6 per weight, and attention counted whole (Chowdhery et al. 2022, appendix B)."""
     L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
@@ -30,6 +35,36 @@ def peak_flops(device: torch.device) -> float:
     """bf16 FLOP/s of one device by its maker's data sheet, 0 for a card that is not in PEAK_TFLOPS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if card in name.split() or card in name), 0.0)
+
+
+def hardware(device: torch.device) -> str:
+    """What the device is, and its memory."""
+    if device.type == "cuda":
+        free, total = (number / 2**30 for number in torch.cuda.mem_get_info(device))
+        return f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GiB free"
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        return f"{torch.get_num_threads()} of {os.cpu_count()} threads, {total:.1f} GiB"
+    return f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most that was in use at once, in GiB: by tensors on a GPU, else by this process; 0 = unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def duration(seconds: float) -> str:
+    """6917 -> "1 h 55 min", 250 -> "4 min 10 s": two units."""
+    hours, minutes = round(seconds / 60) // 60, round(seconds / 60) % 60
+    if seconds < 3600 - 30:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s" if round(seconds) >= 60 else f"{round(seconds)} s"
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
 class Meter:
@@ -43,25 +78,29 @@ class Meter:
         self.comparable = on_fineweb_edu(run.source, run.tokenizer.name)
         self.on_recipe = self.comparable and follows_recipe(settings)
         self.seconds, self.steps, self.clock = 0.0, 0, time.perf_counter()
+        self.began, self.estimated, self.eval_seconds = time.perf_counter(), False, {}
         self.saved_at, self.minutes_unsaved = time.perf_counter(), 0.0
 
     def tell_begin(self, run) -> None:
         """What was found and decided, on the screen and at the head of the log."""
         config, shape, device, ranks = run.config, run.raw_model.config, run.device, run.ranks
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         parameters, tokens = sum(p.numel() for p in run.raw_model.parameters()), len(run.train) * config.seq_len
         accumulation = config.total_batch_size // (run.micro_batch * config.seq_len * ranks.world_size)
         total, dtype = config.max_steps * config.total_batch_size, str(run.dtype).removeprefix("torch.")
         lines = {
-            "device": f"{device.type} ({card}), {'compiled' if run.compiled else 'eager'}, {dtype}",
+            "device": f"{device.type} ({hardware(device)}), {'compiled' if run.compiled else 'eager'}, {dtype}",
             "model": f"{parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd},"
             f" {shape.n_tokens} ids padded to {shape.vocab_size}, windows up to {shape.block_size}",
-            "data": f"{config.data_dir}: {tokens:,} train tokens ({run.tokenizer.name})",
+            "data": f"{config.data_dir}: {tokens:,} train tokens ({run.tokenizer.name}), "
+            f"{tokens / config.total_batch_size:,.0f} steps an epoch",
             "step": f"{config.total_batch_size:,} tokens: {run.micro_batch} windows x {config.seq_len} tokens x "
             f"{ranks.world_size} ranks x {accumulation} micro-batches",
             "run": f"{config.max_steps:,} steps, {total:,} tokens, {total / tokens:.2f} epochs, "
             f"{total * self.flops:.1e} FLOP",
         }
+        if self.peak:
+            ideal = (total - run.start * config.total_batch_size) * self.flops / self.peak / ranks.world_size
+            lines["time"] = f"{duration(ideal / 0.4)} at an MFU of 40%, evaluations apart (measured: below)"
         if run.start:
             lines["resumed"] = f"at step {run.start}"
         if self.log.was_there:
@@ -79,10 +118,14 @@ class Meter:
         """A block of `key: value`, made for grep."""
         facts = {"step": step, **{name: value for name, value in self.log.last().items() if name not in ("lr", "ms")}}
         if self.steps:
-            facts["tokens_per_second"] = round(self.steps * self.config.total_batch_size / self.seconds)
+            speed = self.steps * self.config.total_batch_size / self.seconds
+            facts["tokens_per_second"] = round(speed)
+            if self.peak:
+                facts["mfu_percent"] = round(100 * speed * self.flops / self.peak / self.ranks.world_size, 1)
             facts["training_seconds"] = round(self.seconds, 1)
-        if self.ranks.device.type == "cuda":
-            facts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.ranks.device) / 2**30, 2)
+        facts["total_seconds"] = round(time.perf_counter() - self.began, 1)
+        if memory := peak_memory(self.ranks.device):
+            facts["peak_memory_gib"] = round(memory, 2)
         if step < self.config.max_steps:
             self.ranks.say(f"stopped after {step} of {self.config.max_steps} steps; --resume goes on")
         for name, value in facts.items():
@@ -124,6 +167,8 @@ class Meter:
         else:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
         self.show(steps[-1], losses[-1], lrs[-1], norms[-1], ms)
+        if self.seconds > 5 and not self.estimated:
+            self.estimate()
         self.count_bad(steps, losses, norms)
         self.log.flush()
         self.every = max(1, min(self.config.log_every, int(2000 / ms)))  # a slow step is shown at once
@@ -133,10 +178,27 @@ class Meter:
     def show(self, step: int, loss: float, lr: float, norm: float, ms: float) -> None:
         speed = self.config.total_batch_size / ms * 1000
         mfu = f"{100 * speed * self.flops / self.peak / self.ranks.world_size:.1f}%" if self.peak else "n/a"
-        left = timedelta(seconds=round((self.config.max_steps - step - 1) * ms / 1000))
+        left = timedelta(seconds=round((self.config.max_steps - step - 1) * ms / 1000 + self.evals_after(step)))
         self.ranks.say(
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | {speed:,.0f} tok/s | "
             f"MFU {mfu} | {left} left"
+        )
+
+    def estimate(self) -> None:
+        """Say once what the whole run will take, from the steps and the evaluations so far."""
+        self.estimated = True
+        steps = self.config.max_steps - self.first
+        training, evals = steps * self.seconds / self.steps, self.evals_after(self.first - 1)
+        parts = f"{steps:,} steps at {1000 * self.seconds / self.steps:.0f} ms"
+        parts += f", {duration(evals)} of evaluations" if evals else ""
+        self.ranks.say(f"time     the whole run: {duration(training + evals)} ({parts}, as measured so far)")
+
+    def evals_after(self, step: int) -> float:
+        """Seconds of the evaluations to come behind `step`, each taking as long as it last did."""
+        every, end = asdict(self.config), self.config.max_steps
+        return sum(
+            seconds * (end // every[name] - step // every[name] + (end % every[name] > 0))
+            for name, seconds in self.eval_seconds.items()
         )
 
     def count_bad(self, steps, losses, norms) -> None:
@@ -160,7 +222,8 @@ class Meter:
             self.log.write(step, **values)
             self.log.flush()
             shown = [f"{stream} {value:.4f}" for stream, value in values.items()] + self.remarks(step, values)
-            self.ranks.say(f"step {step:5d} | {' | '.join(shown) or name} | {time.perf_counter() - began:.1f} s")
+            seconds = self.eval_seconds[EVERY[name]] = time.perf_counter() - began
+            self.ranks.say(f"EVAL {step:5d} | {' | '.join(shown) or name} | {seconds:.1f} s")
         self.restart_clock()
         return values is not None
 
