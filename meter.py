@@ -132,6 +132,8 @@ class Meter:
             self.ranks.say(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
         self.log.comment("done" if step >= self.config.max_steps else "stopped", facts)
         self.log.flush()
+        if self.log.track:
+            self.log.track.end(step >= self.config.max_steps)
 
     def restart_clock(self) -> None:
         """After what is not training."""

@@ -1,16 +1,18 @@
 """
 The values of a run, sent to TensorBoard, Weights & Biases or MLflow as well, if you ask for it and have it installed.
 
-A tracker is a function of (step, {stream: value}). A resumed run goes on as the same run there: its id is kept in
-LOG_DIR/track.json. Offline modes are the trackers' own: WANDB_MODE=offline, MLFLOW_TRACKING_URI=file:...
+A resumed run goes on as the same run there: its id is kept in LOG_DIR/track.json. Offline modes are the trackers' own:
+WANDB_MODE=offline, MLFLOW_TRACKING_URI=sqlite:///mlflow.db. TensorBoard's files are in LOG_DIR/tensorboard.
 """
 
 import importlib
 import json
 import math
 import os
+import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cli import UserError
@@ -28,11 +30,39 @@ def require_tracker(name: str) -> None:
         raise UserError(f"--track {name} needs a package: pip install {name}") from error
 
 
-def open_tracker(name: str, log_dir: str, config: dict, start: int) -> Callable[[int, dict], None] | None:
-    """A tracker that goes on at step `start`; None for "none"."""
+@dataclass
+class Tracker:
+    """Called with (step, {stream: value}) while the run goes."""
+
+    tell: Callable[[int, dict], None]
+    close: Callable[[bool], None]
+
+    def __call__(self, step: int, values: dict) -> None:
+        self.tell(step, values)
+
+    def end(self, finished: bool) -> None:
+        """The run has ended, or was stopped. Whatever the tracker raises is said and no more: all is saved by then."""
+        try:
+            self.close(finished)
+        except Exception as error:
+            print(f"WARNING: the tracker could not end its run: {error}", file=sys.stderr, flush=True)
+
+
+def open_tracker(name: str, log_dir: str, config: dict, start: int) -> Tracker | None:
+    """A tracker that goes on at step `start`; None for "none". UserError if the tracker refuses."""
     if name == "none":
         return None
-    return {"tensorboard": to_tensorboard, "wandb": to_wandb, "mlflow": to_mlflow}[name](log_dir, config, start)
+    try:
+        return {"tensorboard": to_tensorboard, "wandb": to_wandb, "mlflow": to_mlflow}[name](log_dir, config, start)
+    except Exception as error:  # no key, no network, a store it no longer likes: each has its own
+        raise UserError(f"{name} refuses: {error}; {HINTS[name]}, or leave --track out") from error
+
+
+HINTS = {
+    "tensorboard": "mend that",
+    "wandb": "WANDB_MODE=offline needs no account and no network",
+    "mlflow": "MLFLOW_TRACKING_URI=sqlite:///mlflow.db needs no server",
+}
 
 
 def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
@@ -46,44 +76,46 @@ def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
     return ids[name]
 
 
-def to_tensorboard(log_dir: str, config: dict, start: int) -> Callable[[int, dict], None]:
+def to_tensorboard(log_dir: str, config: dict, start: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(os.path.join(log_dir, "tensorboard"), purge_step=start)
+    # What was evaluated at `start` stands; what came after the checkpoint is done again.
+    writer = SummaryWriter(os.path.join(log_dir, "tensorboard"), purge_step=start + 1 if start else None)
     if start == 0:
         writer.add_text("config", f"```\n{json.dumps(config, indent=1)}\n```")
 
-    def track(step: int, values: dict) -> None:
+    def tell(step: int, values: dict) -> None:
         for stream, value in values.items():
             writer.add_scalar(stream, value, step)
         writer.flush()
 
-    return track
+    return Tracker(tell, lambda finished: writer.close())
 
 
-def to_wandb(log_dir: str, config: dict, start: int) -> Callable[[int, dict], None]:
+def to_wandb(log_dir: str, config: dict, start: int) -> Tracker:
     import wandb
 
     name, run_id = os.path.basename(log_dir), kept_id(log_dir, "wandb", lambda: uuid.uuid4().hex[:8])
     run = wandb.init(project="gpt2", name=name, id=run_id, resume="allow", dir=log_dir, config=config)
     run.define_metric("*", step_metric="step")
-    return lambda step, values: run.log(values | {"step": step})
+    return Tracker(lambda step, values: run.log(values | {"step": step}), lambda finished: run.finish(not finished))
 
 
-def to_mlflow(log_dir: str, config: dict, start: int) -> Callable[[int, dict], None]:
+def to_mlflow(log_dir: str, config: dict, start: int) -> Tracker:
     import mlflow
 
     client = mlflow.MlflowClient()
     experiment = mlflow.set_experiment("gpt2").experiment_id
     name = os.path.basename(log_dir)
     run_id = kept_id(log_dir, "mlflow", lambda: client.create_run(experiment, run_name=name).info.run_id)
+    client.update_run(run_id, status="RUNNING")
     if start == 0:
         for key, value in config.items():
             client.log_param(run_id, key, value)
 
-    def track(step: int, values: dict) -> None:
+    def tell(step: int, values: dict) -> None:
         for stream, value in values.items():
             if math.isfinite(value):  # MLflow's stores take no NaN
                 client.log_metric(run_id, stream, value, step=step)
 
-    return track
+    return Tracker(tell, lambda finished: client.set_terminated(run_id, "FINISHED" if finished else "KILLED"))
