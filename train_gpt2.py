@@ -609,7 +609,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     start = origin = 0
     if saved is not None:
-        optimizer.load_state_dict(rundir.to_host(saved["optimizer"]))
+        machine.load_whole_state(optimizer, rundir.to_host(saved["optimizer"]))
         if saved.get("scaler"):  # there is none of a run in bfloat16
             scaler.load_state_dict(saved["scaler"])
         start = saved["step"]

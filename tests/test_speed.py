@@ -54,6 +54,20 @@ def test_zero_is_plain_adamw_and_its_checkpoints_are_anyones(data, tmp_path):
         assert same_weights(tmp_path / "plain" / "ckpt_000010.pt", tmp_path / f"{source}_on" / "ckpt_000010.pt")
 
 
+def test_a_sharded_optimizers_step_counts_are_where_its_parameters_are():
+    """ZeroRedundancyOptimizer.load_state_dict leaves them on the CPU; fused AdamW on CUDA refuses that."""
+    parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
+
+    class Sharded:
+        optim = torch.optim.AdamW([parameter])
+
+        def load_state_dict(self, state):
+            self.optim.state[parameter] = {"step": torch.tensor(state["step"]), "exp_avg": torch.empty_like(parameter)}
+
+    machine.load_whole_state(Sharded(), {"step": 7.0})
+    assert Sharded.optim.state[parameter]["step"].device == parameter.device
+
+
 def test_a_bfloat16_residual_costs_no_more_than_autocast_does(tmp_path, monkeypatch):
     """Distance from the float32 curve: of autocast alone, and with the residual stream in bfloat16, too."""
     directory, seen, curves = token_set(tmp_path / "data", (700, 60 * 256 + 2)), [], []
