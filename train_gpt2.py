@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hellaswag
 import machine
+import muon
 import pretrained
 import rundir
 from cli import LocalError, UserError, knob, run
@@ -37,6 +38,7 @@ from generate import stream
 from headloss import HeadLoss
 from machine import SDPA_KERNELS, Ranks, StopSignal, join_ranks, leave_ranks, sum_over_ranks
 from meter import Meter
+from recipes import RECIPES, by_recipe, fill_in, lr_at
 from shards import Shard, bytes_per_token, fingerprint, open_shards, read_manifest
 from tokenizer import load_tokenizer
 from track import TRACKERS, open_tracker, require_tracker
@@ -75,9 +77,14 @@ class Config:
 
     max_steps: int = knob(19073, "updates; 19,073 are 10B tokens at the default batch", group="optimization")
     epochs: float = knob(0.0, "instead of --max_steps: how often to read the train split", metavar="N")
-    warmup_steps: int = knob(715, "linear warm-up: 375M tokens, as GPT-3")
-    max_lr: float = knob(6e-4, "learning rate after the warm-up")
-    min_lr: float = knob(6e-5, "learning rate at the end of the cosine")
+    recipe: str = knob("gpt2", "defaults of the next six: the paper's, or half the tokens", choices=list(RECIPES))
+    warmup_steps: int | None = by_recipe("warmup_steps", "linear warm-up")
+    schedule: str | None = by_recipe("schedule", "from max_lr to min_lr", choices=["cosine", "linear"])
+    max_lr: float | None = by_recipe("max_lr", "learning rate after the warm-up")
+    min_lr: float | None = by_recipe("min_lr", "learning rate at the end")
+    muon_lr: float | None = by_recipe("muon_lr", "Muon for the blocks' matrices, at this max_lr; 0 = AdamW for all")
+    zero_init: bool | None = by_recipe("zero_init", "begin with residual projections of 0: blocks are the identity")
+    muon_momentum: float = knob(0.95, "of its running mean of gradients, with Nesterov's look ahead")
     weight_decay: float = knob(0.1, "of matrices and embeddings; biases and LayerNorms are not decayed")
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0 = no clipping")
 
@@ -105,6 +112,9 @@ class Config:
     timeout_minutes: float = knob(10.0, "end the run if the ranks wait for one of them as long as this")
     compile: bool | None = knob(None, "torch.compile the training step; default: on CUDA")
 
+    def __post_init__(self):
+        fill_in(self)
+
 
 def check(config: Config) -> None:
     """Raise UserError for numbers that can't be right, before anything is opened or written."""
@@ -121,11 +131,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"--total_batch_size {config.total_batch_size} is not a multiple of --seq_len {config.seq_len}; try {near}"
         )
+    if config.zero and config.muon_lr:
+        raise UserError("--zero shares out AdamW's moments, and Muon has but one, of the blocks; drop --zero")
     require_tracker(config.track)
 
 
 CHECKPOINT_KEYS = ("model", "model_config", "optimizer", "loader", "step", "config", "versions")
-FIXED = ("model", "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size", "order", "seed")  # of a run, for good
+FIXED = ("model", "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size", "order", "seed", "muon_lr")  # of a run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
@@ -383,21 +395,17 @@ def prefetched(make: Callable, first: int, stop: int) -> Iterator:
 # Optimization
 
 
-def lr_at(step: int, config: Config) -> float:
-    """Linear warm-up over warmup_steps, then a cosine from max_lr to min_lr at max_steps (Brown et al. 2020)."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.max_lr - config.min_lr)
-
-
 def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
-    """AdamW, fused; what multiplies or embeds is decayed, biases and LayerNorms are not."""
+    """AdamW, fused, or Muon with it; what multiplies or embeds is decayed, biases and LayerNorms are not."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     settings = {"lr": config.max_lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    if config.muon_lr:
+        rates = config.muon_lr, config.muon_momentum, config.weight_decay
+        dtype = machine.pick_dtype(config.dtype, next(model.parameters()).device)
+        return muon.make_muon(model.named_parameters(), *rates, dtype, **settings)
     return (machine.sharded_adamw if config.zero else torch.optim.AdamW)(groups, **settings)
 
 
@@ -508,7 +516,10 @@ def make_model(config: Config, n_tokens: int) -> GPT:
     if not config.init_from:
         sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
         torch.manual_seed(config.seed)
-        return GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
+        model = GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
+        for block in model.transformer.h if config.zero_init else ():
+            nn.init.zeros_(block.attn.c_proj.weight), nn.init.zeros_(block.mlp.c_proj.weight)
+        return model
     return load_model(config.init_from)[0]
 
 

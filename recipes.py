@@ -1,0 +1,58 @@
+"""
+Recipes: what the knobs of an optimization are if nothing is said, and the learning rate they make.
+
+    gpt2   the paper's and build-nanogpt's: AdamW, a cosine to a tenth
+    fast   the same loss from about half the tokens, in exactly the same model: Muon, higher rates, a line to zero
+
+A recipe is nothing but these defaults: every lever is a knob, and works alone, too. bench/recipe/ measures them.
+"""
+
+import math
+
+from cli import UserError, knob
+
+RECIPES = {
+    "gpt2": {
+        "max_lr": 6e-4,
+        "min_lr": 6e-5,
+        "warmup_steps": 715,  # 375M tokens, as GPT-3
+        "schedule": "cosine",
+        "muon_lr": 0.0,
+        "zero_init": False,
+    },
+    "fast": {
+        "max_lr": 3e-3,  # embeddings and vectors alone: what Muon does not hold back
+        "min_lr": 0.0,  # the last steps at a small rate take the noise out: to zero is better than to a tenth
+        "warmup_steps": 250,  # Muon's first updates are as long as any, so that less is needed
+        "schedule": "linear",  # spends fewer steps at rates that are too small
+        "muon_lr": 3e-3,
+        "zero_init": True,  # every block begins as the identity
+    },
+}
+
+
+def by_recipe(name: str, help: str, **kwargs):
+    """A knob whose default is the recipe's."""
+    defaults = {recipe: str(knobs[name]).removesuffix(".0") for recipe, knobs in RECIPES.items()}
+    return knob(None, f"{help} (gpt2: {defaults['gpt2']}, fast: {defaults['fast']})", **kwargs)
+
+
+def fill_in(config) -> None:
+    """Give the knobs that were not set, which are None, the values of `config.recipe`."""
+    if config.recipe not in RECIPES:
+        raise UserError(f"--recipe {config.recipe} is none of {', '.join(RECIPES)}")
+    for name, value in RECIPES[config.recipe].items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+
+def lr_at(step: int, config) -> float:
+    """Of AdamW; Muon's is muon_lr / max_lr times it.
+
+    Linear warm-up over warmup_steps, then from max_lr to min_lr at max_steps: a cosine (Brown et al. 2020), or a line.
+    """
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
+    height = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + height * (config.max_lr - config.min_lr)
