@@ -7,6 +7,7 @@ is derived from that page. A mistake of the user's is a `UserError`: one line on
 
 import argparse
 import os
+import re
 import sys
 import types
 import typing
@@ -52,20 +53,34 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
 
 
 def run(main: Callable, config_class: type, description: str, argv: Sequence[str] | None = None) -> None:
-    """Parse, call `main(config)`, and turn a UserError into one line on stderr and exit status 2."""
+    """Parse, call `main(config)`, and turn a UserError or want of memory into one line on stderr and exit status 2."""
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):  # a console that can't show a character must not end a run
             output.reconfigure(errors="replace")
     try:
         main(parse(config_class, description, argv))
     except UserError as error:
-        rank, message = os.environ.get("RANK", "0"), " ".join(str(error).split())
-        where = f"rank {rank}: " if isinstance(error, LocalError) and rank != "0" else ""
-        if where or rank == "0":
-            print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        fail(str(error), every_rank=isinstance(error, LocalError))
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|can't allocate memory", str(error)) and not isinstance(error, MemoryError):
+            raise
+        reason = str(error).strip().split("\n")[0].rstrip(".") or "MemoryError"
+        fail(f"out of memory: a smaller batch, window or model fits better, see --help ({reason})", every_rank=True)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output, `head` for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        sys.exit(141)
+
+
+def fail(message: str, every_rank: bool) -> None:
+    """One line on stderr, of rank 0 or of any, and exit status 2."""
+    rank = os.environ.get("RANK", "0")
+    if every_rank or rank == "0":
+        where = f"rank {rank}: " if rank != "0" else ""
+        line = f"{os.path.basename(sys.argv[0])}: error: {where}{' '.join(message.split())}"
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
