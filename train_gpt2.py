@@ -36,7 +36,7 @@ import rundir
 from cli import LocalError, UserError, knob, run
 from generate import stream
 from headloss import HeadLoss
-from machine import SDPA_KERNELS, Ranks, StopSignal, join_ranks, leave_ranks, sum_over_ranks
+from machine import SDPA_KERNELS, Linear, Ranks, StopSignal, join_ranks, leave_ranks, sum_over_ranks
 from meter import Meter
 from recipes import RECIPES, by_recipe, fill_in, lr_at
 from shards import Shard, bytes_per_token, fingerprint, open_shards, read_manifest
@@ -165,8 +165,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask=None, cache=None, start=0):
         B, T, C = x.shape
@@ -183,8 +183,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -217,7 +217,7 @@ class GPT(nn.Module):
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # one tensor: Press & Wolf 2017
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # the 2L projections that add to the residual stream keep its variance near 1

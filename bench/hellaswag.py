@@ -4,10 +4,10 @@ HellaSwag, in tree rows and the plain way: examples per second, alternating in o
     python bench/hellaswag.py --data hellaswag_val.jsonl.gz                          # 124M, random weights, CPU
     python bench/hellaswag.py --data hellaswag_val.jsonl.gz -d cuda --limit 1000     # and how long the whole set takes
 
-Both sides score the same examples with the same model, and must choose the same endings in float32. The plain way is
-the field's: an example a forward, four endings behind four copies of the context, every position's logits. Prints the
-medians, the median of the rounds' ratios, and how much less there is to multiply: where arithmetic is all that costs,
-that is the most there can be to win.
+All sides score the same examples with the same weights, and must choose the same endings in float32. The plain way is
+the field's: an example a forward, four endings behind four copies of the context, every position's logits; `plain` with
+our model, `hf` with transformers', as the field runs it. Prints the medians, the median of the rounds' ratios, and how
+much less there is to multiply: with the same kernels on both sides, that is about the most there can be to win.
 """
 
 import sys
@@ -54,6 +54,7 @@ def main(config: Config) -> None:
         for dtype, autocast in (("float32", nullcontext), ("bfloat16", lowp))
         for name, method in (("plain", hellaswag.score_plainly), ("tree", hellaswag.score))
     }
+    methods["hf", "float32"] = partial(hellaswag.score_plainly, *transformers_parts(model), rows, device)
     seconds, scores = {name: [] for name in methods}, {}
     for round in range(config.rounds + 1):  # the first is a warm-up
         for name, method in methods.items():
@@ -68,18 +69,36 @@ def main(config: Config) -> None:
     for (name, dtype), times in seconds.items():
         spread = f"{len(rows) / max(times):.2f} to {len(rows) / min(times):.2f}"
         print(f"  {name:5s} {dtype:8s} {len(rows) / statistics.median(times):8.2f} examples/s ({spread})")
-    for fast, slow in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")):
-        ratios = [b / a for a, b in zip(seconds["tree", fast], seconds["plain", slow])]
-        print(f"  tree {fast} / plain {slow}: {statistics.median(ratios):.2f}x")
+    for fast, *slow in (
+        ("float32", "plain", "float32"), ("float32", "hf", "float32"),
+        ("bfloat16", "plain", "bfloat16"), ("bfloat16", "plain", "float32"), ("bfloat16", "hf", "float32"),
+    ):  # fmt: skip
+        ratios = [b / a for a, b in zip(seconds["tree", fast], seconds[tuple(slow)])]
+        print(f"  tree {fast} / {' '.join(slow)}: {statistics.median(ratios):.2f}x")
     same = [
-        hellaswag.answers(row, a) == hellaswag.answers(row, b)
-        for row, a, b in zip(rows, scores["tree", "float32"], scores["plain", "float32"])
+        hellaswag.answers(row, a) == hellaswag.answers(row, b) == hellaswag.answers(row, c)
+        for row, a, b, c in zip(rows, scores["tree", "float32"], scores["plain", "float32"], scores["hf", "float32"])
     ]
     print(f"  the same choices in float32 on {sum(same)} of {len(same)} examples")
     if device.type == "cuda":
         time_the_whole_set(config, model, device, lowp)
     if not all(same):
         sys.exit(1)
+
+
+def transformers_parts(model: GPT):
+    """Features and head of transformers' GPT-2 with the same weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from pretrained import transpose_conv1d
+
+    c = model.config
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd))
+    state = {name: value[: c.n_tokens] if "wte" in name or "lm_head" in name else value
+             for name, value in transpose_conv1d(model.state_dict()).items()}  # fmt: skip
+    theirs.load_state_dict(state)
+    theirs.to(next(model.parameters()).device).eval()
+    return lambda idx: theirs.transformer(idx, use_cache=False).last_hidden_state, theirs.lm_head
 
 
 def where(device: torch.device) -> str:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import machine
 import pretrained
 from train_gpt2 import GPT, GPTConfig
 
@@ -132,3 +133,15 @@ def test_vocab_50304_is_gpt2_s_50257_padded():
 def test_too_long_a_text_is_refused(padded):
     with pytest.raises(ValueError, match=r"17 tokens .* 16"):
         padded[0](torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_linear_layers_are_nn_linears_with_and_without_gradients():
+    torch.manual_seed(0)
+    layer, x = machine.Linear(48, 40), torch.randn(3, 7, 48)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        for rows in (x, x[:1, :1], x[:, ::2]):  # one row and rows that are not contiguous, too
+            torch.testing.assert_close(layer(rows), torch.nn.functional.linear(rows, layer.weight, layer.bias))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer(x), expected) and layer(x).requires_grad
