@@ -89,12 +89,15 @@ class Muon(torch.optim.AdamW):
         parameters, momentum, rate = group["params"], group["momentum"], group["lr"] * group["lr_ratio"]
         grad = torch.stack(lay([p.grad for p in parameters], group["parts"]))  # (k, m, n)
         state, decay = self.state[parameters[0]], rate * group["weight_decay"]
-        before = state["momentum"] if state else torch.zeros_like(grad)
+        if not state:  # AdamW's loading looks for a count of steps in every state
+            state.update(step=grad.new_zeros(()), momentum=torch.zeros_like(grad))
+        before = state["momentum"]
         mean = before.lerp(grad, 1 - momentum)
         ahead = grad.lerp_(mean, momentum)  # Nesterov
         if skip is not None:
             mean, ahead, decay = mean.where(~skip, before), ahead.where(~skip, 0), decay * ~skip
         state["momentum"] = mean
+        state["step"] += 1 if skip is None else ~skip
         update = orthogonalize_together(ahead, self.dtype).float()
         update *= -0.2 * math.sqrt(max(update.shape[1:])) * rate
         weights = lay(parameters, group["parts"])
