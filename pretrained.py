@@ -89,9 +89,9 @@ def shape_of(config: dict, source: str) -> dict:
         raise UserError(f"{source} is a {kind or 'model of unknown type'}, not a GPT-2 (model_type in its config.json)")
     names = {"block_size": "n_positions", "vocab_size": "vocab_size"}
     names |= {name: name for name in ("n_layer", "n_head", "n_embd")}
-    missing = [name for name in names.values() if type(config.get(name)) is not int]
-    if missing:
-        raise UserError(f"the config.json of {source} has no number for {', '.join(missing)}")
+    bad = [name for name in names.values() if type(config.get(name)) is not int or not 0 < config[name] <= 2**20]
+    if bad:
+        raise UserError(f"the config.json of {source} has no sensible number for {', '.join(bad)}")
     other = {name: config[name] for name, value in PLAIN.items() if config.get(name, value) != value}
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         other["n_inner"] = config["n_inner"]
@@ -103,7 +103,7 @@ def shape_of(config: dict, source: str) -> dict:
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"can't read {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
@@ -112,7 +112,8 @@ def read_json(path: Path) -> dict:
 
 def parts(name_or_dir: str, index: Path) -> list[Path]:
     """The files that an index names, each once."""
-    files = sorted(set(map(str, read_json(index).get("weight_map", {}).values())))
+    weight_map = read_json(index).get("weight_map")
+    files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     inside = [file for file in files if file == os.path.basename(file)]  # no file of elsewhere
     paths = {file: find(name_or_dir, file) if file in inside else None for file in files}
     missing = [file for file, path in paths.items() if path is None]
@@ -132,12 +133,26 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # safetensors, pickle and torch each have their own for a file that is not whole
-        reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
-        reason = f"{type(error).__name__}: {reason}"
-        raise UserError(f"{path} is damaged, or holds no weights ({reason}); fetch it anew") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path} holds other things than tensors; a state dict is wanted")
+        raise UserError(f"{path} {flaw(path, error)}") from error
+    if not isinstance(tensors, dict) or not all(map(is_weight, tensors, tensors.values())):
+        raise UserError(f"{path} holds other things than names and dense tensors; a state dict is wanted")
     return tensors
+
+
+def is_weight(name, tensor) -> bool:
+    return isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+
+
+def flaw(path: Path, error: Exception) -> str:
+    """What to say of a weights file that could not be read."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return "is not the weights but where git-lfs has them; git lfs pull fetches them"
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return f"wants {code[1]} to be called, and nothing in a file is; take the weights as safetensors"
+    reason = " ".join(str(error).split())[:150]
+    return f"is damaged, or holds no weights ({type(error).__name__}: {reason}); fetch it anew"
 
 
 def transpose_conv1d(state: dict) -> dict:
@@ -167,11 +182,15 @@ def fit(state: dict, shape: dict, source: str) -> dict:
     problems += [f"{name} is {size}, not {expected[name]}" for name, size in sizes.items() if size != expected[name]]
     if not problems and head is not None and not torch.equal(head, wte):
         problems.append("lm_head.weight differs from wte.weight, which GPT-2 ties")
+    problems += [f"{name} holds {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"the weights in {source} don't fit its configuration: {'; '.join(problems[:3])}{more}")
     own = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
     state = {name: tensor.to(**own) for name, tensor in state.items()}
+    wild = [name for name, tensor in state.items() if not (tensor.sum().isfinite() or tensor.isfinite().all())]
+    if wild:
+        raise UserError(f"{source} is spoilt: {len(wild)} of its weights hold nan or inf, the first is {wild[0]}")
     return state | {"lm_head.weight": state["transformer.wte.weight"]}
 
 
@@ -198,6 +217,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
 
     nanoGPT's GELU is the exact one, ours is GPT-2's with tanh: its models' logits come out some 1e-3 different.
     """
+    if Path(path).suffix in (".safetensors", ".bin"):
+        raise UserError(f"{path} is the weights alone; name the directory, where config.json is beside them")
     with torch.serialization.safe_globals([(PickledConfig, "__main__.GPTConfig")]):
         saved = rundir.read(path, ("model",))
     config = saved.get("model_config") or saved.get("model_args") or saved.get("config")
@@ -206,6 +227,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
     if not isinstance(config, dict) or any(type(config.get(name)) is not int for name in names):
         raise UserError(f"{path} is no GPT-2 checkpoint: it does not tell {', '.join(names)}")
     shape = {name: config[name] for name in (*names, "n_tokens") if name in config}
+    if min(shape[name] for name in names) < 1:
+        raise UserError(f"{path} is no GPT-2 checkpoint: its sizes are {shape}")
     if not isinstance(saved["model"], dict) or not all(isinstance(t, torch.Tensor) for t in saved["model"].values()):
         raise UserError(f"{path} is no GPT-2 checkpoint: its model is not a dict of tensors")
     state = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
@@ -261,6 +284,7 @@ def write_model(folder: Path, shape: dict, state: dict) -> None:
     state["transformer.wte.weight"] = state["transformer.wte.weight"][: shape["n_tokens"]]
     state = {name: tensor.contiguous() for name, tensor in transpose_conv1d(state).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    os.chmod(folder / "model.safetensors", (folder / "config.json").stat().st_mode)  # not for its owner alone
 
 
 def write_tokenizer(folder: Path, n_tokens: int, block_size: int) -> None:

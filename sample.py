@@ -7,10 +7,13 @@ Text from a checkpoint of ours, or from pretrained GPT-2 weights.
     python sample.py --model log --export exported                  # a directory for transformers, lm-eval, llama.cpp
 
 Left alone, sampling is at temperature 1.0 from the 50 likeliest tokens, and ends at <|endoftext|>. All samples of all
-prompts are drawn side by side, in one batch; with --stream one after the other.
+prompts are drawn side by side, as many at once as memory allows; with --stream one after the other, so that of several
+the draws fall otherwise: a single one is the same either way. Ctrl-C ends it.
 """
 
 import codecs
+import itertools
+import math
 import os
 import re
 import sys
@@ -25,6 +28,13 @@ from generate import pad_left, stream
 from machine import find_device, keep_freed_memory
 from tokenizer import load_tokenizer
 from train_gpt2 import GPT, load_model
+
+SAMPLES_BYTES = 2**31  # for what is kept of the samples that are drawn side by side
+READERS = {  # of an exported model, by its number of tokens
+    50257: "for transformers (AutoModelForCausalLM, AutoTokenizer), lm-eval and llama.cpp's convert_hf_to_gguf.py",
+    257: "for transformers and lm-eval; llama.cpp's converter knows no tokenizer of bytes, and refuses it",
+    None: "without a tokenizer, for it is not known which tokens these are; AutoModelForCausalLM loads it",
+}
 
 
 @dataclass
@@ -49,7 +59,7 @@ def main(config: Config) -> None:
     model, tokenizer_name = load_model(config.model)
     if config.export:
         model.save_pretrained(config.export)
-        print(f"wrote {config.export}: transformers' AutoModelForCausalLM and AutoTokenizer load it")
+        print(f"wrote {config.export} {READERS.get(model.config.n_tokens, READERS[None])}")
         return
     tokenizer = load_tokenizer(tokenizer_name)
     if tokenizer.n_vocab != model.config.n_tokens:
@@ -60,14 +70,15 @@ def main(config: Config) -> None:
     device = find_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    model.to(device).eval()
-    for prompts in batches_of_prompts(config):
-        if config.stream:
-            for text in spoken(model, tokenizer, prompts, config):
+    draw = spoken if config.stream else written
+    try:
+        model.to(device).eval()
+        for prompts in batches_of_prompts(config):
+            for text in draw(model, tokenizer, prompts, config):
                 print(text, end="", flush=True)
-        else:
-            for text in written(model, tokenizer, prompts, config):
-                print(f"{text}\n{'-' * 80}", flush=True)
+    except KeyboardInterrupt:
+        print()  # so that the shell's prompt begins a line
+        raise
 
 
 def check(config: Config) -> None:
@@ -79,10 +90,13 @@ def check(config: Config) -> None:
         raise UserError("--prompt is empty; give it some text, or leave it out and be asked")
     if not 0 < config.top_p <= 1:
         raise UserError(f"--top_p is {config.top_p}; it is a probability, above 0 and up to 1")
-    if config.temperature < 0 or config.repetition_penalty <= 0 or config.top_k < 0:
-        raise UserError("--temperature and --top_k must not be negative, --repetition_penalty must be above 0")
-    if config.num_samples < 1 or config.max_new_tokens < 1:
-        raise UserError("--num_samples and --max_new_tokens must be at least 1")
+    if not (config.temperature == 0 or 1e-3 <= config.temperature < math.inf):
+        raise UserError(f"--temperature is {config.temperature}; it is 0 for the likeliest token, or at least 0.001")
+    if not 0 < config.repetition_penalty < math.inf:
+        raise UserError(f"--repetition_penalty is {config.repetition_penalty}; it must be above 0; 1 changes nothing")
+    for name, least in (("top_k", 0), ("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+        if not least <= getattr(config, name) < 2**63:
+            raise UserError(f"--{name} is {getattr(config, name)}; it must be at least {least}, and below 2^63")
 
 
 def batches_of_prompts(config: Config) -> Iterator[list[str]]:
@@ -91,7 +105,7 @@ def batches_of_prompts(config: Config) -> Iterator[list[str]]:
         yield [config.prompt]
     elif config.prompt_file:
         try:
-            text = Path(config.prompt_file).read_text(encoding="utf-8")
+            text = Path(config.prompt_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"can't read --prompt_file {config.prompt_file}: {error}") from error
         prompts = re.split(r"^---\n", text.removesuffix("\n") + "\n", flags=re.MULTILINE)
@@ -103,10 +117,12 @@ def batches_of_prompts(config: Config) -> Iterator[list[str]]:
     else:
         print("A prompt, then Enter; an empty line ends.", file=sys.stderr)
         try:
-            while line := input("> "):
+            while line := input("> " if sys.stdin.isatty() else ""):
                 yield [line]
         except EOFError:
-            return
+            print(end="\n" if sys.stdin.isatty() else "", file=sys.stderr)
+        except UnicodeDecodeError as error:
+            raise UserError(f"what was typed is not text: {error}") from error
 
 
 def options(model: GPT, tokenizer, config: Config) -> dict:
@@ -117,14 +133,23 @@ def options(model: GPT, tokenizer, config: Config) -> dict:
 
 
 def written(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterator[str]:
-    """Whole samples, drawn side by side: prompt and continuation, up to end-of-text."""
-    ids = [tokenizer.encode(prompt) for prompt in prompts for _ in range(config.num_samples)]
-    idx, padding = pad_left(ids, model.lm_head.weight.device)
-    settings = options(model, tokenizer, config) | {"padding": padding}
-    for begin, row in zip(padding.tolist(), model.generate(idx, config.max_new_tokens, **settings).tolist()):
-        new = row[idx.shape[1] :]
-        new = new[: new.index(tokenizer.eot) if tokenizer.eot in new else len(new)]
-        yield tokenizer.decode(row[begin : idx.shape[1]] + new)
+    """Whole samples, drawn side by side: prompt and continuation, up to end-of-text, and a line."""
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    samples = (ids for ids in encoded for _ in range(config.num_samples))
+    count, settings = at_once(model, max(map(len, encoded)) + config.max_new_tokens), options(model, tokenizer, config)
+    while rows := list(itertools.islice(samples, count)):
+        idx, padding = pad_left(rows, model.lm_head.weight.device)
+        drawn = model.generate(idx, config.max_new_tokens, padding=padding, **settings)
+        for begin, row in zip(padding.tolist(), drawn.tolist()):
+            new = row[idx.shape[1] :]
+            new = new[: new.index(tokenizer.eot) if tokenizer.eot in new else len(new)]
+            yield f"{tokenizer.decode(row[begin : idx.shape[1]] + new)}\n{'-' * 80}\n"
+
+
+def at_once(model: GPT, tokens: int) -> int:
+    """How many samples of so many tokens to draw side by side: their keys and values, and some copies of logits."""
+    c = model.config
+    return max(1, SAMPLES_BYTES // (8 * c.n_layer * c.n_embd * min(tokens, c.block_size) + 24 * c.n_tokens))
 
 
 def spoken(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterator[str]:

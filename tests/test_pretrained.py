@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -142,6 +143,10 @@ def spoil(folder, how: str) -> None:
         tensors["transformer.wpe.weight"] = torch.zeros(31, 32)
     elif how == "extra":
         tensors["transformer.h.3.ln_1.bias"] = torch.zeros(32)
+    elif how == "ints":
+        tensors["transformer.wpe.weight"] = torch.zeros(32, 32, dtype=torch.int64)
+    elif how == "nan":
+        tensors["transformer.wpe.weight"][3, 4] = torch.nan
     elif how == "head":
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
     save_tensors(weights, tensors)
@@ -149,6 +154,10 @@ def spoil(folder, how: str) -> None:
         weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "garbage":
         weights.write_bytes(b"\xff" * 1000)
+    elif how == "header":  # it claims to be half of all that 64 bits can count
+        weights.write_bytes(struct.pack("<Q", 2**63) + weights.read_bytes()[8:])
+    elif how == "git-lfs":
+        weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 548105171\n")
     elif how == "no weights":
         weights.unlink()
     elif how == "no shard":
@@ -156,6 +165,12 @@ def spoil(folder, how: str) -> None:
         save_tensors(folder.parent / "outside.safetensors", tensors)  # it is there, but not in the directory
         index = {"weight_map": {"a": "model-1.safetensors", "b": "../outside.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "no map":
+        weights.unlink()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": null}')
+    elif how == "numbers":
+        weights.unlink()
+        torch.save({1: torch.zeros(2)}, folder / "pytorch_model.bin")
     elif how == "pickle":
         weights.unlink()
         bomb = Bomb()
@@ -163,6 +178,8 @@ def spoil(folder, how: str) -> None:
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"transformer.wte.weight": bomb}, protocol=2))
     elif how == "no json":
         (folder / "config.json").write_text("{")
+    elif how == "deep json":
+        (folder / "config.json").write_text("[" * 100_000)
     elif how == "no config":
         (folder / "config.json").unlink()
 
@@ -174,18 +191,27 @@ def spoil(folder, how: str) -> None:
         ("shape", {}, r"transformer.wpe.weight is \(31, 32\), not \(32, 32\)"),
         ("extra", {}, "transformer.h.3.ln_1.bias is not GPT-2's"),
         ("head", {}, "lm_head.weight differs from wte.weight"),
+        ("ints", {}, "transformer.wpe.weight holds torch.int64"),
+        ("nan", {}, "is spoilt: 1 of its weights hold nan or inf, the first is transformer.wpe.weight"),
         ("truncated", {}, "model.safetensors is damaged"),
+        ("header", {}, "model.safetensors is damaged"),
+        ("git-lfs", {}, "git lfs pull"),
         ("garbage", {}, "model.safetensors is damaged"),
         ("no weights", {}, "no weights"),
         ("no shard", {}, "not there: .*outside.safetensors, model-1.safetensors"),
-        ("pickle", {}, "pytorch_model.bin is damaged, or holds no weights"),
+        ("no map", {}, "index.json names files that are not there: none at all"),
+        ("numbers", {}, "pytorch_model.bin holds other things"),
+        ("pickle", {}, r"pytorch_model.bin wants \w+.mkdir to be called, and nothing in a file is"),
         ("no json", {}, "can't read .*config.json"),
+        ("deep json", {}, "can't read .*config.json"),
         ("no config", {}, "has no config.json"),
         ("", {"model_type": "llama"}, "is a llama, not a GPT-2"),
         ("", {"activation_function": "relu"}, "not a plain GPT-2: .*relu"),
         ("", {"layer_norm_epsilon": 1e-6}, "not a plain GPT-2: .*1e-06"),
         ("", {"n_inner": 96}, "not a plain GPT-2: .*96"),
-        ("", {"n_embd": None}, "no number for n_embd"),
+        ("", {"n_embd": None}, "no sensible number for n_embd"),
+        ("", {"n_head": 0}, "no sensible number for n_head"),
+        ("", {"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
         ("", {"n_layer": 2}, "transformer.h.2.* is not GPT-2's.*more"),
         ("", {"vocab_size": 299}, r"wte.weight is \(300, 32\), not \(299, 32\)"),
     ],
@@ -250,6 +276,11 @@ def test_a_checkpoint_that_would_execute_something_is_refused(tmp_path):
     with pytest.raises(UserError, match="not a whole checkpoint"):
         GPT.from_checkpoint(tmp_path / "a.pt")
     assert not bomb.path.exists()
+
+
+def test_a_file_of_weights_is_no_checkpoint(folder):
+    with pytest.raises(UserError, match="is the weights alone; name the directory"):
+        load_model(str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize("saved", [{"model": {}}, {"model": 3, "model_args": {"n_layer": 2}}, {"weights": {}}, [1, 2]])
@@ -324,6 +355,42 @@ def test_a_round_trip_through_transformers_in_a_fresh_process(tmp_path, n_tokens
     assert torch.equal(back(result["ids"])[0], ours[..., :n_tokens])
 
 
+LAYOUTS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    ids = torch.arange(0, 250, 7)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+    greedy = model.generate(ids[:, :4], attention_mask=torch.ones(1, 4), max_new_tokens=100, do_sample=False)
+    torch.save({"ids": ids, "logits": logits, "greedy": greedy[0]}, folder + "/result.pt")
+"""
+
+
+def test_every_layout_is_the_same_model_in_a_fresh_process(tmp_path):
+    models, command = {}, [sys.executable, "-c", LAYOUTS]
+    for size, shape in SHAPES.items():
+        torch.manual_seed(len(models))
+        models[size] = GPT(GPTConfig(128, 384, **shape, n_tokens=257)).eval()
+        with torch.no_grad():
+            for parameter in models[size].parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        models[size].save_pretrained(str(tmp_path / size))
+        command.append(str(tmp_path / size))
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for size, model in models.items():
+        result = torch.load(tmp_path / size / "result.pt")
+        with torch.no_grad():
+            torch.testing.assert_close(model(result["ids"])[0][..., :257], result["logits"], atol=1e-4, rtol=1e-5)
+        greedy = model.generate(result["ids"][:, :4], 100, temperature=0, stop=256)[0]
+        ends = (result["greedy"] == 256).nonzero()  # transformers stops there, we repeat it
+        length = int(ends[0]) + 1 if len(ends) else 104
+        assert torch.equal(greedy[:length], result["greedy"]), size
+
+
 @pytest.fixture(scope="module")
 def small() -> GPT:
     return GPT(GPTConfig(32, 65, 2, 2, 16))
@@ -334,6 +401,8 @@ def test_config_names_what_readers_ask_for(small, tmp_path):
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["n_ctx"] == config["n_positions"] == 32  # llama.cpp's converter reads n_ctx
     assert config["layer_norm_epsilon"] == 1e-5 and config["eos_token_id"] == 64
+    modes = {path.stat().st_mode for path in (tmp_path / "a").iterdir()}
+    assert len(modes) == 1  # who may read the configuration may read the weights
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors",
     ]  # 65 tokens: nobody knows which  # fmt: skip

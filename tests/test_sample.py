@@ -1,6 +1,7 @@
 """sample.py as it is called: what it prints, what it exports, and one line for a mistake."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from tiny import ROOT
 
 import sample
-from cli import UserError, parse
+from cli import UserError, parse, run
 from tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
@@ -56,6 +57,41 @@ def test_several_prompts_of_a_file_are_each_as_alone(run_dir, tmp_path, capsys):
     assert together == alone and together.startswith("one")
 
 
+def test_more_samples_than_memory_holds_are_drawn_in_batches(run_dir, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("one\n---\nnumber two\n---\n3\n", encoding="utf-8-sig")
+    options = ["--prompt_file", str(tmp_path / "prompts.txt"), "--num_samples", "3", "--temperature", "0"]
+    call(run_dir, *options)
+    together, batches, generate = capsys.readouterr().out, [], GPT.generate
+    assert together.startswith("one") and together.count(LINE) == 9
+    monkeypatch.setattr(
+        GPT, "generate", lambda self, idx, *a, **k: batches.append(len(idx)) or generate(self, idx, *a, **k)
+    )
+    kept = 8 * 2 * 32 * 64 + 24 * 257  # bytes of a sample: keys and values of 64 positions, and logits
+    monkeypatch.setattr(sample, "SAMPLES_BYTES", 4 * kept + 1)
+    call(run_dir, *options)
+    assert capsys.readouterr().out == together and batches == [4, 4, 1]
+
+
+def test_ctrl_c_ends_the_line_and_the_program(run_dir, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        yield torch.tensor([[104]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "stream", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run(sample.main, sample.Config, "", ["--model", str(run_dir), "--device", "cpu", "--prompt", "o", "--stream"])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out, printed.err) == (130, "oh\n", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe that nobody reads is another error there")
+def test_a_reader_that_has_had_enough_is_no_error(run_dir):
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(run_dir), "--device", "cpu", "--prompt", "o"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_a_stream_prints_what_is_printed_at_once(run_dir, capsys):
     options = ["--prompt", "né", "--max_new_tokens", "40", "--top_k", "0", "--temperature", "1.5"]
     call(run_dir, *options, "--seed", "3")
@@ -89,13 +125,16 @@ def test_samples_end_at_end_of_text(run_dir, capsys, monkeypatch):
 def test_without_a_prompt_it_asks(run_dir, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\ncd\n\nnever\n"))
     call(run_dir, "--temperature", "0", "--max_new_tokens", "3")
-    samples = capsys.readouterr().out.replace("> ", "").split(f"\n{LINE}\n")
+    samples = capsys.readouterr().out.split(f"\n{LINE}\n")  # no "> " among them: nobody sits at a terminal
     assert [text[:2] for text in samples] == ["ab", "cd", ""]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\xff\n"), "utf-8"))
+    with pytest.raises(UserError, match="what was typed is not text"):
+        call(run_dir, "--max_new_tokens", "3")
 
 
 def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys):
     call(run_dir, "--export", str(tmp_path / "exported"))
-    assert "exported" in capsys.readouterr().out
+    assert "llama.cpp's converter knows no tokenizer of bytes" in capsys.readouterr().out
     call(tmp_path / "exported", "--prompt", "abc", "--temperature", "0")
     exported = capsys.readouterr().out
     call(run_dir, "--prompt", "abc", "--temperature", "0")
@@ -113,8 +152,14 @@ def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys)
         (["--prompt_file", "EMPTY"], "it is empty"),
         (["--prompt_file", "HOLE"], "its prompt 2 is empty"),
         (["--prompt", "a", "--top_p", "0"], "--top_p is 0"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature"),
-        (["--prompt", "a", "--num_samples", "0"], "--num_samples"),
+        (["--prompt", "a", "--top_p", "nan"], "--top_p is nan"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature is -1"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature is nan"),
+        (["--prompt", "a", "--temperature", "1e-40"], "0 for the likeliest token, or at least 0.001"),
+        (["--prompt", "a", "--repetition_penalty", "inf"], "--repetition_penalty is inf"),
+        (["--prompt", "a", "--num_samples", "0"], "--num_samples is 0"),
+        (["--prompt", "a", "--top_k", "-1"], "--top_k is -1"),
+        (["--prompt", "a", "--seed", "-1"], "--seed is -1"),
         (["--prompt", "a", "--device", "abacus"], "--device abacus"),
     ],
 )
@@ -125,8 +170,10 @@ def test_mistakes_are_named(run_dir, tmp_path, argv, words):
         call(run_dir, *[str(tmp_path / word) if word in ("EMPTY", "HOLE") else word for word in argv])
 
 
-def test_a_model_of_unknown_tokens_is_not_sampled(tmp_path):
+def test_a_model_of_unknown_tokens_is_exported_and_not_sampled(tmp_path, capsys):
     GPT(GPTConfig(32, 65, 1, 1, 8)).save_pretrained(str(tmp_path / "a"))
+    call(tmp_path / "a", "--export", str(tmp_path / "b"))
+    assert "without a tokenizer" in capsys.readouterr().out
     with pytest.raises(UserError, match="has 65 tokens"):
         call(tmp_path / "a", "--prompt", "a")
 
