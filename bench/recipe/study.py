@@ -47,9 +47,9 @@ from files import atomic_file
 SMALL = {"seq_len": 128, "total_batch_size": 8192, "micro_batch": 16, "val_tokens": 65536, "dtype": "auto"}
 SIZES = {  # the model, the batch, and the middle of the grids: max_lr of gpt2, muon_lr of fast
     "tiny": (SMALL | {"n_layer": 2, "n_head": 1, "n_embd": 32, "total_batch_size": 2048}, 6e-3, 1e-2),
-    "0.6M": (SMALL | {"n_layer": 3, "n_head": 2, "n_embd": 128}, 6e-3, 1e-2),
-    "3M": (SMALL | {"n_layer": 7, "n_head": 3, "n_embd": 192}, 4e-3, 7e-3),
-    "124M": ({"model": "gpt2", "val_tokens": 2**21}, 1.2e-3, 3e-3),  # on a GPU
+    "0.6M": (SMALL | {"n_layer": 3, "n_head": 2, "n_embd": 128}, 3e-3, 2e-2),
+    "3M": (SMALL | {"n_layer": 7, "n_head": 3, "n_embd": 192}, 2e-3, 1.4e-2),
+    "124M": ({"model": "gpt2", "val_tokens": 2**21}, 1.2e-3, 3.6e-3),  # on a GPU
 }
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the middle, on both sides
 LENGTHS = (1.8, 2.4, 3.2, 4.3)  # times fewer steps than gpt2; of the first, the rates of fast are tuned
@@ -60,7 +60,7 @@ class Config:
     data_dir: str = knob("", "token shards; empty = the bytes of the built-in corpus, made in OUT/data")
     out: str = knob("log/recipe", "run directories, report.md and curves.png go here")
     sizes: list[str] = knob(["0.6M"], f"of {', '.join(SIZES)}")
-    steps: int = knob(400, "N, of the gpt2 recipe")
+    steps: int = knob(300, "N, of the gpt2 recipe")
     seeds: int = knob(3, "of each length")
     workers: int = knob(2, "trials at a time, one thread each")
     device: str = knob("cpu", "cpu, or cuda with --workers 1")
