@@ -13,6 +13,7 @@ are read as they are. Nothing but files is read: neither the trainer nor a GPU i
 Contents: Config · Logs · Summary · Picture · Panels · Inside a checkpoint · Commands
 """
 
+import io
 import json
 import math
 import re
@@ -440,16 +441,23 @@ def middle_out(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
 
 
-def save(figure, path: Path) -> None:
-    """Write the picture whole or not at all: a viewer that follows it never sees half of one."""
+def save(figure, path: Path, palette: int = 64) -> None:
+    """Write the picture whole or not at all: a viewer that follows it never sees half of one.
+
+    palette: the colors of a PNG. A few lines on white need no more, and less than half the bytes.
+    """
     import matplotlib
+    from PIL import Image
 
     kind = path.suffix[1:].lower()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file, matplotlib.rc_context(STYLE):
-            # No date in it: the same log gives the same bytes.
-            figure.savefig(file, format=kind, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind))
+            if kind == "png":
+                figure.savefig(buffer := io.BytesIO(), format="png")
+                Image.open(buffer).convert("RGB").quantize(palette).save(file, format="png", optimize=True)
+            else:  # no date in it: the same log gives the same bytes
+                figure.savefig(file, format=kind, metadata={"Date" if kind == "svg" else "CreationDate": None})
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}; choose another --out") from error
 
@@ -711,7 +719,9 @@ def draw_model(state: dict, title: str, prompt: str):
 def draw_similarity(figure, ax, similarity: np.ndarray) -> None:
     """(T, T) cosines; an untrained model shows one bright line, a trained one smooth bands around it."""
     ax.set_title("Position embeddings, cosine similarity")
-    image = ax.imshow(similarity, cmap="cividis", vmin=min(0, float(similarity.min())), vmax=1)
+    shown = "nearest" if len(similarity) <= 512 else "auto"  # small ones crisp, large ones averaged
+    low = min(0, float(similarity.min()))
+    image = ax.imshow(similarity, cmap="cividis", vmin=low, vmax=1, interpolation=shown)
     ax.set_xlabel("position")
     ax.set_ylabel("position")
     figure.colorbar(image, ax=ax, orientation="horizontal", shrink=0.7, aspect=40, pad=0.02).outline.set_visible(False)
@@ -723,7 +733,7 @@ def draw_attention(figure, ax, attention: np.ndarray, words: list[str]) -> None:
 
     ax.set_title("Attention, mean of all layers and heads")
     seen = np.where(np.tri(len(words), dtype=bool), attention, math.nan)
-    image = ax.imshow(seen, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
+    image = ax.imshow(seen, cmap="cividis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     size = min(8.5, 150 / len(words))
     ax.set_xticks(range(len(words)), words, rotation=90, fontsize=size)
     ax.set_yticks(range(len(words)), words, fontsize=size)
@@ -808,7 +818,8 @@ def main(config: Config) -> None:
     if config.model:
         path = find_checkpoint(Path(config.model))
         out = check_format(Path(config.out) if config.out else path.with_suffix(".png"))
-        save(draw_model(load_checkpoint(path), f"{path.resolve().parent.name}/{path.name}", config.prompt), out)
+        figure = draw_model(load_checkpoint(path), f"{path.resolve().parent.name}/{path.name}", config.prompt)
+        save(figure, out, palette=128)
         print(f"wrote {out}")
         return
     logs = find_logs(config.run_dirs)
