@@ -191,11 +191,10 @@ class Linear(torch.nn.Linear):
     """
 
     def forward(self, x):
-        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or not HAS_ONEDNN_LINEAR:
-            return super().forward(x)
-        if torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        in_float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if HAS_ONEDNN_LINEAR and in_float32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
 
 
 HAS_ONEDNN_LINEAR = (

@@ -144,4 +144,5 @@ def test_linear_layers_are_nn_linears_with_and_without_gradients():
             torch.testing.assert_close(layer(rows), torch.nn.functional.linear(rows, layer.weight, layer.bias))
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
+        torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
     assert torch.equal(layer(x), expected) and layer(x).requires_grad
