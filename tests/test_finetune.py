@@ -4,13 +4,15 @@ import hashlib
 import json
 import random
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_fineweb import build, build_with_deaths, contents, split_documents
-from tiny import tiny_config
+from tiny import tiny_config, token_set
 
 import fineweb
 import sample
@@ -170,6 +172,34 @@ def test_verify_compares_masks_with_the_source(tmp_path, monkeypatch):
         build(tmp_path / "out", path, format="alpaca", val_size=0)
     with pytest.raises(UserError, match=r"000000.mask.npy does not begin with the tokens of .*data.jsonl"):
         fineweb.main(fineweb.Config(out=str(tmp_path / "out"), verify=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights to begin with
+
+
+def test_a_runs_own_checkpoint_comes_before_init_from(tmp_path, capsys):
+    data = token_set(tmp_path / "data")
+    torch.manual_seed(7)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16}
+    train_gpt2.GPT(train_gpt2.GPTConfig(32, 257, **shape)).save_pretrained(str(tmp_path / "weights"))
+    settings = {"max_steps": 4, "save_every": 2, "val_every": 0, "keep_checkpoints": 0}
+    config = tiny_config(data, tmp_path / "log", init_from=str(tmp_path / "weights"), **settings)
+    train_gpt2.main(replace(config, max_lr=1e-30, min_lr=0.0))  # so that the weights are those it began with
+    begun = train_gpt2.GPT.from_checkpoint(tmp_path / "log/ckpt_000004.pt").state_dict()
+    given = train_gpt2.GPT.from_pretrained(str(tmp_path / "weights")).state_dict()
+    assert all(torch.allclose(begun[name], given[name], rtol=0, atol=1e-20) for name in given)
+    assert "is not used" not in capsys.readouterr().out
+    for folder in ("a", "b"):
+        shutil.copytree(tmp_path / "log", tmp_path / folder)
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"")  # nobody reads it again
+    for folder, init_from in (("a", config.init_from), ("b", "")):
+        train_gpt2.main(replace(config, log_dir=str(tmp_path / folder), init_from=init_from, resume=True, max_steps=6))
+        said = f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint"
+        assert (said in capsys.readouterr().out) == bool(init_from)
+    ends = [train_gpt2.GPT.from_checkpoint(tmp_path / f"{folder}/ckpt_000006.pt").state_dict() for folder in "ab"]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not torch.equal(ends[0]["transformer.wpe.weight"], begun["transformer.wpe.weight"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
