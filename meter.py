@@ -22,6 +22,7 @@ PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
 }  # fmt: skip
 
 
+ESTIMATE_AFTER = 5  # seconds of training
 EVERY = {"val": "val_every", "hella": "hella_every", "samples": "sample_every"}  # evaluation -> the knob that says when
 
 
@@ -169,7 +170,7 @@ class Meter:
         else:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
         self.show(steps[-1], losses[-1], lrs[-1], norms[-1], ms)
-        if self.seconds > 5 and not self.estimated:
+        if self.seconds > ESTIMATE_AFTER and not self.estimated:
             self.estimate()
         self.count_bad(steps, losses, norms)
         self.log.flush()
