@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := log/demo
+PROMPT := Return a list of the names of the files in the directory
 READY := .venv/ready
 
 .PHONY: demo test soak trackers bench lint
@@ -16,6 +17,7 @@ demo: $(READY)
 	    --save_every 500 --sample_prompt "The function returns"
 	$(BIN)/python sample.py --model $(DEMO) --prompt "Return a list of" --max_new_tokens 60
 	$(BIN)/python plot_log.py $(DEMO) --out $(DEMO)/curves.png
+	$(BIN)/python plot_log.py --model $(DEMO) --out $(DEMO)/inside.png --prompt "$(PROMPT)"
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile

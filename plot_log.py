@@ -441,10 +441,10 @@ def middle_out(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
 
 
-def save(figure, path: Path, palette: int = 64) -> None:
+def save(figure, path: Path) -> None:
     """Write the picture whole or not at all: a viewer that follows it never sees half of one.
 
-    palette: the colors of a PNG. A few lines on white need no more, and less than half the bytes.
+    A PNG gets 128 colors, those of rare marks among them, and less than a third of the bytes.
     """
     import matplotlib
     from PIL import Image
@@ -455,7 +455,8 @@ def save(figure, path: Path, palette: int = 64) -> None:
         with atomic_file(path) as file, matplotlib.rc_context(STYLE):
             if kind == "png":
                 figure.savefig(buffer := io.BytesIO(), format="png")
-                Image.open(buffer).convert("RGB").quantize(palette).save(file, format="png", optimize=True)
+                image = Image.open(buffer).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE)
+                image.save(file, format="png", optimize=True)
             else:  # no date in it: the same log gives the same bytes
                 figure.savefig(file, format=kind, metadata={"Date" if kind == "svg" else "CreationDate": None})
     except OSError as error:
@@ -478,6 +479,8 @@ def draw_loss(ax, styled, axis: str) -> None:
         # Joined only where no training curve shows the way: chords between a few points would cut its bends.
         ax.plot(positions(of, at, axis), val, color=look.marks, linestyle="none" if len(train) else look.dashes,
                 zorder=4, label=None if look.name else "validation", **marks)
+        if look.name and len(train):
+            ax.plot([], [], color=INK, alpha=0.28, linewidth=0.7, label="each step")
         if look.name and len(val):
             ax.plot([], [], color=INK, linestyle="none", label="validation", **marks)
         bad = steps[~np.isfinite(train)]
@@ -818,8 +821,7 @@ def main(config: Config) -> None:
     if config.model:
         path = find_checkpoint(Path(config.model))
         out = check_format(Path(config.out) if config.out else path.with_suffix(".png"))
-        figure = draw_model(load_checkpoint(path), f"{path.resolve().parent.name}/{path.name}", config.prompt)
-        save(figure, out, palette=128)
+        save(draw_model(load_checkpoint(path), f"{path.resolve().parent.name}/{path.name}", config.prompt), out)
         print(f"wrote {out}")
         return
     logs = find_logs(config.run_dirs)

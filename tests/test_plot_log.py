@@ -225,6 +225,8 @@ def named(figure) -> set[str]:
     [
         ({}, FINEWEB, True, True),
         ({"max_lr": 18e-4}, FINEWEB, True, False),
+        ({"muon_lr": 0.01}, FINEWEB, True, False),
+        ({"schedule": "linear"}, FINEWEB, True, False),
         ({"total_batch_size": 2**18}, FINEWEB, True, False),
         ({"n_layer": 24}, FINEWEB, True, True),  # what the model is says `# model`, not the flag
         ({"init_from": "gpt2"}, FINEWEB, True, False),
@@ -342,7 +344,7 @@ def test_several_runs_are_told_apart(tmp_path):
     runs = [plot_log.read_log(make_log(tmp_path / f"{i}", 40), f"_run{i}") for i in range(9)]
     figure = plot_log.draw_runs(runs, "steps")
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == [*(f" _run{i}" for i in range(9)), "validation"]
+    assert names == [*(f" _run{i}" for i in range(9)), "each step", "validation"]
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.legends[0].legend_handles[:9]}) == 9
 
 
@@ -355,7 +357,10 @@ def test_the_picture_is_a_png_or_svg_written_whole(tmp_path, capsys, monkeypatch
 
     make_log(tmp_path / "run", 80)
     command(tmp_path / "run")
-    assert Image.open(tmp_path / "run" / "curves.png").size[0] == 1800 and "wrote" in capsys.readouterr().out
+    picture = Image.open(tmp_path / "run" / "curves.png")
+    assert picture.size[0] == 1800 and "wrote" in capsys.readouterr().out
+    colors = {color for _, color in picture.convert("RGB").getcolors()}
+    assert {(255, 255, 255), (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colors, "few colors, but those of the lines"
     for copy in ("a.svg", "b.svg"):
         command(tmp_path / "run" / "log.txt", "--x", "tokens", "--out", tmp_path / "new" / copy)
     svg = (tmp_path / "new" / "a.svg").read_bytes()

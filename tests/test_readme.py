@@ -14,9 +14,26 @@ BLOCKS = re.findall(r"^```(\w+)([^\n]*)\n(.*?)^```", README, re.MULTILINE | re.D
 
 
 def test_every_block_says_what_it_needs():
-    known = {"sh": {"", "make", "needs GPUs", "needs 8 GPUs and a network", "needs SLURM and GPUs", "needs a network"}}
+    gpus = {"needs GPUs", "needs 8 GPUs and a network", "needs SLURM and GPUs"}
     for language, needs, _ in BLOCKS:
-        assert language in ("sh", "python", "text") and (language != "sh" or needs.strip() in known["sh"]), needs
+        known = {"sh": {"", "make", "needs a network", "needs nanoGPT's files"} | gpus, "python": {""}, "text": {""}}
+        assert needs.strip() in known[language], needs
+
+
+def test_every_picture_is_there_and_has_its_command():
+    pictures = re.findall(r"^!\[[^\]]+\]\(([^)]+)\)$", README, re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert len(pictures) >= 4 and {path.name for path in (ROOT / "docs").iterdir()} == {p[5:] for p in pictures}
+    for name in pictures:
+        assert (ROOT / name).stat().st_size < 150_000
+        assert f"--out {name}" in README or f"--out $(DEMO)/{name[5:].replace('demo', 'curves')}" in makefile
+
+
+def test_links_within_the_readme_lead_somewhere():
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    titles = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target[1:] in titles if target.startswith("#") else (ROOT / target).exists(), target
 
 
 def test_commands_run_as_written(tmp_path):
