@@ -41,6 +41,7 @@ READERS = {  # of an exported model, by its number of tokens
 class Config:
     model: str = knob("log", "a checkpoint, a run directory, a hub name or a GPT-2 directory", group="model")
     device: str = knob("auto", "cuda, mps or cpu")
+    compile: bool = knob(False, "torch.compile the model: costs a minute, pays for long texts on a GPU")
     export: str = knob("", "don't sample: write the model to this directory in transformers' form", metavar="DIR")
     prompt: str | None = knob(None, "how the text begins; without it you are asked", group="text", metavar="TEXT")
     prompt_file: str = knob("", "a file with a prompt, or with several between lines of ---", metavar="FILE")
@@ -73,6 +74,8 @@ def main(config: Config) -> None:
     draw = spoken if config.stream else written
     try:
         model.to(device).eval()
+        if config.compile:
+            model.features = torch.compile(model.features)
         for prompts in batches_of_prompts(config):
             for text in draw(model, tokenizer, prompts, config):
                 print(text, end="", flush=True)

@@ -106,6 +106,21 @@ def test_logits_of_padded_rows_equal_those_of_the_text_alone(model):
         torch.testing.assert_close(logits, model(torch.tensor([prompt]))[0][0, -1, :50], atol=1e-4, rtol=1e-5)
 
 
+def test_compiled_generation_is_the_same_and_compiles_once_for_prompts_and_once_for_tokens(model, monkeypatch):
+    idx = torch.randint(0, 60, (2, 5))
+    expected = model.generate(idx, 20, temperature=0)
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(model, "features", torch.compile(model.features, backend=backend, fullgraph=True), raising=True)
+    assert torch.equal(model.generate(idx, 20, temperature=0), expected)
+    assert 2 <= len(graphs) <= 3  # the prompt, a token; and a token with whatever past
+
+
 def test_stop_ends_a_row_and_the_stream(model):
     idx = torch.tensor([[1, 2], [3, 4], [5, 6]])
     free = model.generate(idx, 20, temperature=0)[:, 2:]
