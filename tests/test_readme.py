@@ -36,6 +36,7 @@ def test_links_within_the_readme_lead_somewhere():
         assert target[1:] in titles if target.startswith("#") else (ROOT / target).exists(), target
 
 
+@pytest.mark.timeout(900)  # a dozen processes, each of which imports torch
 def test_commands_run_as_written(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
