@@ -120,9 +120,15 @@ def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
 
 
 def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """What `whole_state` gave. A sharded optimizer takes its share, and AdamW's step counts to where fused AdamW needs
-    them: ZeroRedundancyOptimizer leaves them on the CPU."""
+    """What `whole_state` gave; but its settings, weight decay among them, stay those of this run.
+
+    A sharded optimizer takes its share. AdamW's step counts go to where its fused kernels need them:
+    ZeroRedundancyOptimizer leaves them on the CPU.
+    """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, settings):
+        group.update(values)
     for parameter, values in getattr(optimizer, "optim", optimizer).state.items():
         values["step"] = values["step"].to(parameter.device)
 

@@ -175,7 +175,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # (2, B, nh, S, hs): the first `start` positions are there, these T come behind them
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
-        # is_causal puts the triangle in the top left corner: right for whole sequences; one token may look at all its past
+        # is_causal puts the triangle in the top left corner: right for whole sequences; a single token may look at all
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 

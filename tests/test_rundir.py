@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import files
+import machine
 import rundir
 from cli import UserError
 from rundir import Log, Saver, path_of, read, read_newest, saved_steps, write
@@ -229,3 +230,14 @@ def test_the_log_grows_and_the_last_value_of_a_step_wins(tmp_path):
     assert text == "# config {}\n3 train 5.000000\n4 train 4.500000\n4 train 4.250000\n4 lr 0.0006\n"
     again = Log(tmp_path, writes=False)
     assert again.values == {"train": {3: 5.0, 4: 4.25}, "lr": {4: 6e-4}} and again.last() == {"train": 4.25, "lr": 6e-4}
+
+
+def test_a_resumed_optimizer_has_the_settings_of_its_run_and_the_moments_of_the_checkpoint():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.full((3,), 2.0)
+    before, after = (torch.optim.AdamW([parameter], weight_decay=decay) for decay in (0.1, 0.3))
+    before.step()
+    machine.load_whole_state(after, rundir.to_host(before.state_dict()))
+    assert after.param_groups[0]["weight_decay"] == 0.3
+    assert torch.equal(after.state[parameter]["exp_avg"], before.state[parameter]["exp_avg"])
+    assert after.state[parameter]["step"] == 1

@@ -59,6 +59,7 @@ def test_a_sharded_optimizers_step_counts_are_where_its_parameters_are():
     parameter = torch.nn.Parameter(torch.empty(3, device="meta"))
 
     class Sharded:
+        param_groups = ()
         optim = torch.optim.AdamW([parameter])
 
         def load_state_dict(self, state):
