@@ -108,7 +108,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if default in (None, "", [], argparse.SUPPRESS) or isinstance(default, bool):
             return action.help
         if isinstance(default, list):
-            default = " ".join(default)
+            default = " ".join(map(str, default))
         shown = f"{default:g}" if isinstance(default, float) else default
         return f"{action.help} (default: {shown})".replace("%%", "%").replace("%", "%%")
 

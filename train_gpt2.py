@@ -488,7 +488,7 @@ def draw_samples(run: "Run", stop: StopSignal, n: int = 4, length: int = 32) -> 
         with run.autocast():
             ids = run.raw_model.generate(idx, max(1, length - len(prompt)), top_k=50, generator=generator)
         for row in ids.tolist():
-            print(f"  > {run.tokenizer.decode(row)}", flush=True)
+            print("  >", run.tokenizer.decode(row).replace("\n", "\\n"), flush=True)
     return {}
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ def test_failures_are_one_line(error, line, capsys):
         cli.run(main, importlib.import_module("sample").Config, "", [])
     said = capsys.readouterr().err
     assert exit_.value.code == 2 and line in said and said.count("\n") == 1
+
+
+def test_help_shows_lists_as_they_are_typed(capsys):
+    @dataclass
+    class Lists:
+        words: list[str] = cli.knob(["a", "b"], "some")
+        numbers: list[int] = cli.knob([1, 16], "more")
+
+    with pytest.raises(SystemExit):
+        cli.parse(Lists, "", ["--help"])
+    output = capsys.readouterr().out
+    assert "some (default: a b)" in output and "more (default: 1 16)" in output
 
 
 def test_what_is_not_the_users_keeps_its_traceback():
