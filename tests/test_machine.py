@@ -1,0 +1,45 @@
+"""Ranks that start together find each other, and nobody else."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from machine import name_this_start
+
+
+def names_of(store, world_size: int, delays: list[float]) -> list[str]:
+    """What each of the ranks takes for the name of this start, when they come as late as `delays` says."""
+    names = [""] * world_size
+
+    def come(rank: int) -> None:
+        time.sleep(delays[rank])
+        names[rank] = name_this_start(store, rank, world_size, seconds=20)
+
+    threads = [threading.Thread(target=come, args=(rank,)) for rank in range(world_size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return names
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_ranks_of_a_start_share_a_name_that_no_other_start_had():
+    """Ranks of a restart find in the store all that those before them wrote, and come in any order."""
+    store, rng, seen = dist.HashStore(), random.Random(0), set()
+    for _ in range(6):
+        names = names_of(store, 3, [rng.uniform(0, 0.2) for _ in range(3)])
+        assert len(set(names)) == 1 and names[0] not in seen | {""}
+        seen.add(names[0])
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_a_rank_that_waits_for_nobody_gives_up():
+    store = dist.HashStore()
+    names_of(store, 2, [0, 0])
+    for rank in (0, 1):
+        with pytest.raises(TimeoutError, match=f"rank {rank}: not all of the 2 ranks came within 0 s"):
+            name_this_start(store, rank, 2, seconds=0.2)
