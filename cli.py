@@ -68,9 +68,13 @@ def run(main: Callable, config_class: type, description: str, argv: Sequence[str
         fail(f"out of memory: a smaller batch, window or model fits better, see --help ({reason})", every_rank=True)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
-        sys.exit(141)
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # whoever read our output, `head` for one, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+            sys.exit(141)
+        raise
 
 
 def fail(message: str, every_rank: bool) -> None:

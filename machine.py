@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -30,9 +31,12 @@ class Ranks:
     device: torch.device
 
     def say(self, text: str) -> None:
-        """Print, once for all ranks."""
+        """Print, once for all ranks. That nobody reads it any more, `tee` after Ctrl-C for one, must not end a run."""
         if self.rank == 0:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # BrokenPipeError; on Windows another
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def find_device(name: str) -> torch.device:
@@ -62,6 +66,8 @@ def join_ranks(kind: str) -> Ranks:
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     )
     device = find_device(kind)
+    if device.type == "mps" and world_size > 1:
+        raise UserError("MPS can't average over ranks; start one process, or add --device cpu")
     if device.type == "cuda":
         if torch.cuda.device_count() < local_world_size:
             count = torch.cuda.device_count()
@@ -81,6 +87,7 @@ def join_ranks(kind: str) -> Ranks:
         store = dist.PrefixStore(name_this_start(store, rank, world_size, limit.total_seconds()), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        dist.all_reduce(torch.zeros(1, device=device if device.type == "cuda" else "cpu"))  # NCCL's handshake is here
         set_timeout(30)
     return Ranks(rank, world_size, device)
 
@@ -158,7 +165,10 @@ def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     ZeroRedundancyOptimizer leaves them on the CPU.
     """
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"the checkpoint has another optimizer, AdamW or Muon; keep its recipe ({error})") from error
     for group, values in zip(optimizer.param_groups, settings):
         group.update(values)
     for parameter, values in getattr(optimizer, "optim", optimizer).state.items():
@@ -222,6 +232,10 @@ def casts_to_bfloat16(device: torch.device) -> bool:
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
+def is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class Linear(torch.nn.Linear):
     """nn.Linear, whose float32 forwards without gradients are oneDNN's on x86, as bfloat16's are anyway.
 
@@ -230,7 +244,7 @@ class Linear(torch.nn.Linear):
 
     def forward(self, x):
         in_float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if HAS_ONEDNN_LINEAR and in_float32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if HAS_ONEDNN_LINEAR and in_float32 and not torch.is_grad_enabled() and not is_traced():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 

@@ -137,7 +137,8 @@ class Meter:
             self.log.track.end(step >= self.config.max_steps)
 
     def restart_clock(self) -> None:
-        """After what is not training."""
+        """After what is not training, on whichever rank it was."""
+        self.stop.agreed()
         self.clock = time.perf_counter()
 
     def saved(self) -> None:
@@ -175,7 +176,7 @@ class Meter:
         self.count_bad(steps, losses, norms)
         self.log.flush()
         self.every = max(1, min(self.config.log_every, int(2000 / ms)))  # a slow step is shown at once
-        self.restart_clock()
+        self.clock = time.perf_counter()
         return stopping > 0
 
     def show(self, step: int, loss: float, lr: float, norm: float, ms: float) -> None:

@@ -88,6 +88,8 @@ class Muon(torch.optim.AdamW):
         """One update of a group; `skip`, a bool on the device, is applied and never read: no wait for the device."""
         parameters, momentum, rate = group["params"], group["momentum"], group["lr"] * group["lr_ratio"]
         grad = torch.stack(lay([p.grad for p in parameters], group["parts"]))  # (k, m, n)
+        for parameter in parameters:
+            parameter.grad = None
         state, decay = self.state[parameters[0]], rate * group["weight_decay"]
         if not state:  # AdamW's loading looks for a count of steps in every state
             state.update(step=grad.new_zeros(()), momentum=torch.zeros_like(grad))
@@ -95,16 +97,14 @@ class Muon(torch.optim.AdamW):
         mean = before.lerp(grad, 1 - momentum)
         ahead = grad.lerp_(mean, momentum)  # Nesterov
         if skip is not None:
-            mean, ahead, decay = mean.where(~skip, before), ahead.where(~skip, 0), decay * ~skip
+            mean, ahead, decay = torch.where(skip, before, mean, out=mean), ahead.masked_fill_(skip, 0), decay * ~skip
         state["momentum"] = mean
+        del before, mean, grad  # the stack is large, and what follows needs room
         state["step"] += 1 if skip is None else ~skip
-        update = orthogonalize_together(ahead, self.dtype).float()
-        update *= -0.2 * math.sqrt(max(update.shape[1:])) * rate
+        update = orthogonalize_together(ahead, self.dtype)
         weights = lay(parameters, group["parts"])
         torch._foreach_mul_(weights, 1 - decay)
-        torch._foreach_add_(weights, update.unbind())
-        for parameter in parameters:
-            parameter.grad = None
+        torch._foreach_add_(weights, update.unbind(), alpha=-0.2 * math.sqrt(max(update.shape[1:])) * rate)
 
 
 def make_muon(named_parameters, muon_lr: float, momentum: float, weight_decay: float, dtype, **settings) -> Muon:

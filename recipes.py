@@ -46,6 +46,14 @@ def fill_in(config) -> None:
             setattr(config, name, value)
 
 
+def check_recipe(config) -> None:
+    """UserError for what can't be right together."""
+    if config.muon_momentum >= 1:
+        raise UserError(f"--muon_momentum is {config.muon_momentum}; it must be below 1, or no matrix ever moves")
+    if config.zero and config.muon_lr:
+        raise UserError("--zero shares out AdamW's moments, and Muon has but one, of the blocks; drop --zero")
+
+
 def lr_at(step: int, config) -> float:
     """Of AdamW; Muon's is muon_lr / max_lr times it.
 

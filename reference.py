@@ -28,7 +28,8 @@ def on_fineweb_edu(source: dict | str | None, tokenizer: str | None) -> bool:
 
 def follows_recipe(settings: dict) -> bool:
     """Is a run on FineWeb-Edu with these settings, of train_gpt2.Config and GPTConfig, the one of REFERENCE_CURVE?"""
-    differs = [key for key, value in RECIPE.items() if settings.get(key) not in (None, 0, value)]
+    sizes = ("n_layer", "n_head", "n_embd")  # of which 0 is the model's own
+    differs = [k for k, v in RECIPE.items() if settings.get(k) not in (None, v) and (settings[k] or k not in sizes)]
     return not differs and not settings.get("init_from") and settings.get("model") in (None, "gpt2")
 
 

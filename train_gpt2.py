@@ -38,7 +38,7 @@ from generate import stream
 from headloss import HeadLoss
 from machine import SDPA_KERNELS, Linear, Ranks, StopSignal, join_ranks, leave_ranks, sum_over_ranks
 from meter import Meter
-from recipes import RECIPES, by_recipe, fill_in, lr_at
+from recipes import RECIPES, by_recipe, check_recipe, fill_in, lr_at
 from shards import Shard, bytes_per_token, fingerprint, open_shards, read_manifest
 from tokenizer import load_tokenizer
 from track import TRACKERS, open_tracker, require_tracker
@@ -131,13 +131,12 @@ def check(config: Config) -> None:
         raise UserError(
             f"--total_batch_size {config.total_batch_size} is not a multiple of --seq_len {config.seq_len}; try {near}"
         )
-    if config.zero and config.muon_lr:
-        raise UserError("--zero shares out AdamW's moments, and Muon has but one, of the blocks; drop --zero")
+    check_recipe(config)
     require_tracker(config.track)
 
 
 CHECKPOINT_KEYS = ("model", "model_config", "optimizer", "loader", "step", "config", "versions")
-FIXED = ("model", "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size", "order", "seed", "muon_lr")  # of a run
+FIXED = ("model", "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size", "order", "seed")  # of a run, for good
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
@@ -235,6 +234,8 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens are more than this model's block_size {self.config.block_size}")
+        if T > 1 and start and mask is None:
+            raise ValueError("several tokens behind a past need a mask")
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
@@ -488,7 +489,7 @@ def draw_samples(run: "Run", stop: StopSignal, n: int = 4, length: int = 32) -> 
         with run.autocast():
             ids = run.raw_model.generate(idx, max(1, length - len(prompt)), top_k=50, generator=generator)
         for row in ids.tolist():
-            print("  >", run.tokenizer.decode(row).replace("\n", "\\n"), flush=True)
+            run.ranks.say("  > " + run.tokenizer.decode(row).replace("\n", "\\n"))
     return {}
 
 

@@ -1,11 +1,14 @@
 """Ranks that start together find each other, and nobody else."""
 
 import random
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch.distributed as dist
+from tiny import ROOT
 
 from machine import name_this_start
 
@@ -43,3 +46,22 @@ def test_a_rank_that_waits_for_nobody_gives_up():
     for rank in (0, 1):
         with pytest.raises(TimeoutError, match=f"rank {rank}: not all of the 2 ranks came within 0 s"):
             name_this_start(store, rank, 2, seconds=0.2)
+
+
+SPEAKER = """
+import sys, torch, machine
+ranks = machine.Ranks(0, 1, torch.device("cpu"))
+sys.stdin.read()
+for line in ("nobody reads this", "nor this"):
+    ranks.say(line)
+print("saved", file=sys.stderr)
+"""
+
+
+def test_a_reader_that_is_gone_ends_no_run():
+    """Ctrl-C in `train_gpt2.py | tee screen.txt` ends `tee`, too; the run has yet to save."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", SPEAKER], cwd=ROOT, text=True, **pipes)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == "saved\n" and process.wait(timeout=60) == 0

@@ -133,6 +133,8 @@ def test_vocab_50304_is_gpt2_s_50257_padded():
 def test_too_long_a_text_is_refused(padded):
     with pytest.raises(ValueError, match=r"17 tokens .* 16"):
         padded[0](torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="need a mask"):
+        padded[0].features(torch.zeros(1, 3, dtype=torch.long), start=2)
 
 
 def test_linear_layers_are_nn_linears_with_and_without_gradients():
@@ -145,4 +147,5 @@ def test_linear_layers_are_nn_linears_with_and_without_gradients():
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
+        torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
     assert torch.equal(layer(x), expected) and layer(x).requires_grad

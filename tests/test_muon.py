@@ -190,7 +190,7 @@ def resume(straight, log_dir, go, data):
 
 def test_a_resumed_run_is_bit_for_bit_the_run(data, alone, tmp_path):
     resume(alone, tmp_path / "resumed", main, data)
-    with pytest.raises(UserError, match="muon_lr was"):
+    with pytest.raises(UserError, match="has another optimizer"):
         main(tiny_config(data, tmp_path / "resumed", resume=True, order="shuffle"))
 
 
@@ -230,6 +230,8 @@ def test_what_is_said_goes_before_the_recipe():
     assert not any(p.any() for name, p in tiny.named_parameters() if name.endswith("c_proj.weight"))
     with pytest.raises(UserError, match="--recipe slow"):
         Config(recipe="slow")
+    with pytest.raises(UserError, match="it must be below 1"):
+        main(Config(recipe="fast", muon_momentum=1.0))
     with pytest.raises(UserError, match="drop --zero"):
         main(Config(recipe="fast", zero=True))
 

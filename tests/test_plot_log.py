@@ -226,6 +226,7 @@ def named(figure) -> set[str]:
         ({}, FINEWEB, True, True),
         ({"max_lr": 18e-4}, FINEWEB, True, False),
         ({"muon_lr": 0.01}, FINEWEB, True, False),
+        ({"warmup_steps": 0}, FINEWEB, True, False),
         ({"schedule": "linear"}, FINEWEB, True, False),
         ({"total_batch_size": 2**18}, FINEWEB, True, False),
         ({"n_layer": 24}, FINEWEB, True, True),  # what the model is says `# model`, not the flag
