@@ -65,6 +65,8 @@ def join_ranks(kind: str) -> Ranks:
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
     )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     device = find_device(kind)
     if device.type == "mps" and world_size > 1:
         raise UserError("MPS can't average over ranks; start one process, or add --device cpu")
@@ -90,6 +92,16 @@ def join_ranks(kind: str) -> Ranks:
         dist.all_reduce(torch.zeros(1, device=device if device.type == "cuda" else "cpu"))  # NCCL's handshake is here
         set_timeout(30)
     return Ranks(rank, world_size, device)
+
+
+def die_with_parent() -> None:
+    """On Linux: who kills torchrun by SIGKILL kills its ranks, too: they would go on, beside the next run."""
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (AttributeError, OSError, TypeError):
+        return  # not Linux
+    pr_set_pdeathsig = 1
+    prctl(pr_set_pdeathsig, int(getattr(signal, "SIGKILL", 0)))
 
 
 def name_this_start(store, rank: int, world_size: int, seconds: float) -> str:

@@ -215,6 +215,17 @@ def test_torchrun_restarts_after_a_rank_was_killed(data, tmp_path):
     assert "# restart" in (tmp_path / "log" / "log.txt").read_text()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_ranks_end_with_torchrun(data, tmp_path):
+    """Or they would write into the directory of the run that is started next."""
+    settings = {"max_steps": 100_000, "save_every": 0, "val_every": 0, "log_every": 1, "micro_batch": 4}
+    line = command(tiny_config(data, tmp_path / "log", **settings), 2)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert wait_for(process, "step     3 |")
+    process.kill()
+    process.communicate(timeout=30)  # the output ends when the last that could write to it has
+
+
 DRIVER = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
