@@ -29,6 +29,7 @@ PLAIN = {  # what a GPT-2 must not say otherwise in its config.json, for then it
     "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8 bits and fewer would need their scales
 END = "<|endoftext|>"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def shape_of(config: dict, source: str) -> dict:
         raise UserError(f"{source} is a {kind or 'model of unknown type'}, not a GPT-2 (model_type in its config.json)")
     names = {"block_size": "n_positions", "vocab_size": "vocab_size"}
     names |= {name: name for name in ("n_layer", "n_head", "n_embd")}
-    bad = [name for name in names.values() if type(config.get(name)) is not int or not 0 < config[name] <= 2**20]
+    bad = [name for name in names.values() if not is_size(name, config.get(name))]
     if bad:
         raise UserError(f"the config.json of {source} has no sensible number for {', '.join(bad)}")
     other = {name: config[name] for name, value in PLAIN.items() if config.get(name, value) != value}
@@ -98,6 +99,11 @@ def shape_of(config: dict, source: str) -> dict:
     if other:
         raise UserError(f"{source} is not a plain GPT-2: {json.dumps(other)}")
     return {ours: config[theirs] for ours, theirs in names.items()}
+
+
+def is_size(name: str, size) -> bool:
+    """Whether a model can have that size; what a file claims is looked at before memory is taken for it."""
+    return type(size) is int and 0 < size <= (2**12 if name == "n_layer" else 2**20)
 
 
 def read_json(path: Path) -> dict:
@@ -140,14 +146,24 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def is_weight(name, tensor) -> bool:
-    return isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    """Whether these are a name and a dense tensor whose every number is in the file, not an expanded or a meta one."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    if not (isinstance(name, str) and plain and tensor.device.type == "cpu" and not tensor.is_nested):
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def flaw(path: Path, error: Exception) -> str:
     """What to say of a weights file that could not be read."""
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            return "is not the weights but where git-lfs has them; git lfs pull fetches them"
+    try:  # safetensors and torch may say of a file without read permission that there is none
+        with open(path, "rb") as file:
+            begin = file.read(40)
+    except OSError as denied:
+        error = denied
+    if isinstance(error, OSError):
+        return f"can't be read: {error.strerror or error}"
+    if begin.startswith(b"version https://git-lfs"):
+        return "is not the weights but where git-lfs has them; git lfs pull fetches them"
     code = re.search(r"GLOBAL ([\w.]+)", str(error))
     if code:
         return f"wants {code[1]} to be called, and nothing in a file is; take the weights as safetensors"
@@ -175,22 +191,23 @@ def layout(shape: dict) -> dict[str, tuple[int, ...]]:
 def fit(state: dict, shape: dict, source: str) -> dict:
     """The state in float32, in memory of its own, with its tied head. UserError that names what does not fit."""
     expected, state = layout(shape), {name: tensor for name, tensor in state.items() if not BUFFER.search(name)}
-    head, wte = state.pop("lm_head.weight", None), state.get("transformer.wte.weight")
+    expected |= {"lm_head.weight": expected["transformer.wte.weight"]} if "lm_head.weight" in state else {}
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is not GPT-2's" for name in state if name not in expected]
     sizes = {name: tuple(tensor.shape) for name, tensor in state.items() if name in expected}
     problems += [f"{name} is {size}, not {expected[name]}" for name, size in sizes.items() if size != expected[name]]
-    if not problems and head is not None and not torch.equal(head, wte):
-        problems.append("lm_head.weight differs from wte.weight, which GPT-2 ties")
-    problems += [f"{name} holds {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]
+    problems += [f"{name} holds {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in FLOATS]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"the weights in {source} don't fit its configuration: {'; '.join(problems[:3])}{more}")
+    head, wte = state.pop("lm_head.weight", None), state["transformer.wte.weight"]
     own = {"dtype": torch.float32, "copy": True, "memory_format": torch.contiguous_format}
     state = {name: tensor.to(**own) for name, tensor in state.items()}
     wild = [name for name, tensor in state.items() if not (tensor.sum().isfinite() or tensor.isfinite().all())]
     if wild:
         raise UserError(f"{source} is spoilt: {len(wild)} of its weights hold nan or inf, the first is {wild[0]}")
+    if head is not None and not torch.equal(head, wte):  # nan would not equal itself
+        raise UserError(f"the weights in {source} don't fit: lm_head.weight differs from wte.weight, which GPT-2 ties")
     return state | {"lm_head.weight": state["transformer.wte.weight"]}
 
 
@@ -221,19 +238,23 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
         raise UserError(f"{path} is the weights alone; name the directory, where config.json is beside them")
     with torch.serialization.safe_globals([(PickledConfig, "__main__.GPTConfig")]):
         saved = rundir.read(path, ("model",))
-    config = saved.get("model_config") or saved.get("model_args") or saved.get("config")
+    config = next((saved[key] for key in ("model_config", "model_args", "config") if key in saved), None)
     config = vars(config) if isinstance(config, PickledConfig) else config
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    if not isinstance(config, dict) or any(type(config.get(name)) is not int for name in names):
+    if not isinstance(config, dict):
         raise UserError(f"{path} is no GPT-2 checkpoint: it does not tell {', '.join(names)}")
+    bad = [name for name in names if not is_size(name, config.get(name))]
+    tokens = config.get("n_tokens", 0)
+    if not bad and not (type(tokens) is int and 0 <= tokens <= config["vocab_size"]):
+        bad = ["n_tokens"]
+    if bad:
+        raise UserError(f"{path} is no GPT-2 checkpoint: it has no sensible number for {', '.join(bad)}")
     shape = {name: config[name] for name in (*names, "n_tokens") if name in config}
-    if min(shape[name] for name in names) < 1:
-        raise UserError(f"{path} is no GPT-2 checkpoint: its sizes are {shape}")
-    if not isinstance(saved["model"], dict) or not all(isinstance(t, torch.Tensor) for t in saved["model"].values()):
-        raise UserError(f"{path} is no GPT-2 checkpoint: its model is not a dict of tensors")
+    if not isinstance(saved["model"], dict) or not all(map(is_weight, saved["model"], saved["model"].values())):
+        raise UserError(f"{path} is no GPT-2 checkpoint: its model is not a dict of names and dense tensors")
     state = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
     if config.get("bias") is False:  # nanoGPT can leave them out: that is, they are 0
-        state |= {name: torch.zeros(size) for name, size in layout(shape).items() if name.endswith("bias")}
+        state |= {name: torch.zeros(1).expand(size) for name, size in layout(shape).items() if name.endswith("bias")}
     return shape, fit(state, shape, str(path))
 
 

@@ -97,9 +97,9 @@ def check(config: Config) -> None:
         raise UserError(f"--temperature is {config.temperature}; it is 0 for the likeliest token, or at least 0.001")
     if not 0 < config.repetition_penalty < math.inf:
         raise UserError(f"--repetition_penalty is {config.repetition_penalty}; it must be above 0; 1 changes nothing")
-    for name, least in (("top_k", 0), ("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
-        if not least <= getattr(config, name) < 2**63:
-            raise UserError(f"--{name} is {getattr(config, name)}; it must be at least {least}, and below 2^63")
+    for name, least, bits in (("top_k", 0, 63), ("num_samples", 1, 63), ("max_new_tokens", 1, 31), ("seed", 0, 63)):
+        if not least <= getattr(config, name) < 2**bits:
+            raise UserError(f"--{name} is {getattr(config, name)}; it must be at least {least}, and below 2^{bits}")
 
 
 def batches_of_prompts(config: Config) -> Iterator[list[str]]:

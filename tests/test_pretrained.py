@@ -211,6 +211,7 @@ def spoil(folder, how: str) -> None:
         ("", {"n_inner": 96}, "not a plain GPT-2: .*96"),
         ("", {"n_embd": None}, "no sensible number for n_embd"),
         ("", {"n_head": 0}, "no sensible number for n_head"),
+        ("", {"n_layer": 2**12 + 1}, "no sensible number for n_layer"),
         ("", {"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
         ("", {"n_layer": 2}, "transformer.h.2.* is not GPT-2's.*more"),
         ("", {"vocab_size": 299}, r"wte.weight is \(300, 32\), not \(299, 32\)"),
@@ -223,6 +224,36 @@ def test_what_does_not_fit_is_named(folder, tmp_path, how, changes, words):
         GPT.from_pretrained(str(tmp_path))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_may_not_be_read_are_named(folder, tmp_path, monkeypatch, name):
+    """They that read tensors say there is no such file, or what the system says; our own look at it is denied, too."""
+    copied(folder, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    def absent(path, *_, **__):
+        raise FileNotFoundError(f"No such file or directory: {path}")
+
+    monkeypatch.setattr("safetensors.safe_open", absent)
+    monkeypatch.setattr(torch, "load", denied)
+    monkeypatch.setattr(pretrained, "open", denied, raising=False)
+    with pytest.raises(UserError, match=rf"{name} can't be read: Permission denied$"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_what_the_system_says_while_weights_are_read_is_told(folder, tmp_path, monkeypatch):
+    copied(folder, tmp_path)
+
+    def broken(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("safetensors.safe_open", broken)
+    with pytest.raises(UserError, match=r"model.safetensors can't be read: Input/output error$"):
+        GPT.from_pretrained(str(tmp_path))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -296,6 +327,46 @@ def test_a_checkpoint_with_a_missing_weight_is_refused(tmp_path):
     del state["transformer.ln_f.bias"]
     torch.save({"model": state, "model_config": vars(model.config)}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=r"transformer.ln_f.bias is missing"):
+        GPT.from_checkpoint(tmp_path / "a.pt")
+
+
+WTE, WPE = "transformer.wte.weight", "transformer.wpe.weight"
+
+
+@pytest.mark.parametrize(
+    "weights, sizes, words",
+    [
+        ({3: torch.zeros(2)}, {}, "its model is not a dict of names and dense tensors"),
+        ({WPE: torch.zeros(32, 16).to_sparse()}, {}, "dense tensors"),
+        ({WPE: torch.zeros(32, 16, device="meta")}, {}, "dense tensors"),
+        ({WPE: torch.zeros(1).expand(2**20, 2**20)}, {"block_size": 2**20, "n_embd": 2**20}, "dense tensors"),
+        ({WPE: torch.zeros(32, 16, dtype=torch.float8_e4m3fn)}, {}, "wpe.weight holds torch.float8_e4m3fn"),
+        ({"lm_head.weight": torch.zeros(65, 16, dtype=torch.float8_e4m3fn)}, {}, "lm_head.weight holds torch.float8"),
+        ({}, {"n_tokens": "x"}, "no sensible number for n_tokens"),
+        ({}, {"n_tokens": 3.5}, "no sensible number for n_tokens"),
+        ({}, {"n_tokens": None}, "no sensible number for n_tokens"),
+        ({}, {"n_tokens": 66}, "no sensible number for n_tokens"),
+        ({}, {"n_tokens": -3}, "no sensible number for n_tokens"),
+        ({}, {"n_layer": 2**12 + 1}, "no sensible number for n_layer"),
+        ({}, {"n_embd": 2**20 + 1, "block_size": 0}, "no sensible number for block_size, n_embd"),
+        ({}, {"n_head": True}, "no sensible number for n_head"),
+        ({WTE: torch.full((65, 16), torch.nan)}, {}, "spoilt: 1 of its weights hold nan or inf, the first is .*wte"),
+    ],
+)
+def test_a_strange_checkpoint_is_one_line(tmp_path, weights, sizes, words):
+    model = GPT(GPTConfig(32, 65, 2, 2, 16))
+    state = model.state_dict() | weights
+    if WTE in weights:
+        state["lm_head.weight"] = state[WTE]  # as a run saves it that went astray
+    torch.save({"model": state, "model_config": vars(model.config) | sizes}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=words) as raised:
+        GPT.from_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_configuration_of_tensors_is_refused(tmp_path):
+    torch.save({"model": {}, "model_config": torch.zeros(2)}, tmp_path / "a.pt")  # which is neither true nor false
+    with pytest.raises(UserError, match="does not tell block_size"):
         GPT.from_checkpoint(tmp_path / "a.pt")
 
 

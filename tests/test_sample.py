@@ -158,6 +158,7 @@ def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys)
         (["--prompt", "a", "--temperature", "1e-40"], "0 for the likeliest token, or at least 0.001"),
         (["--prompt", "a", "--repetition_penalty", "inf"], "--repetition_penalty is inf"),
         (["--prompt", "a", "--num_samples", "0"], "--num_samples is 0"),
+        (["--prompt", "a", "--max_new_tokens", str(2**31)], "--max_new_tokens is 2147483648; .* below 2\\^31"),
         (["--prompt", "a", "--top_k", "-1"], "--top_k is -1"),
         (["--prompt", "a", "--seed", "-1"], "--seed is -1"),
         (["--prompt", "a", "--device", "abacus"], "--device abacus"),
