@@ -72,8 +72,15 @@ def plain_head_loss(x, weight, targets, n_tokens, _rows, _needs_grad):
 def without_fusion(make_optimizer):
     def make(*args):
         optimizer = make_optimizer(*args)
+        step = optimizer.step
+
+        def step_without_flag():
+            optimizer.found_inf = None  # only the fused kernels know it
+            return step()
+
         for group in optimizer.param_groups:
             group.update(fused=False, foreach=True)
+        optimizer.step = step_without_flag
         return optimizer
 
     return make
@@ -262,8 +269,8 @@ def work(pipe, config: Config, variant: str) -> None:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the next variant needs it
-    except (UserError, RuntimeError) as error:
-        pipe.send(error if isinstance(error, UserError) else UserError(f"{variant}: {str(error).splitlines()[0]}"))
+    except Exception as error:  # whatever a peer or a lever may raise, the others are measured
+        pipe.send(error if isinstance(error, UserError) else UserError(f"{variant}: {error!r}".splitlines()[0]))
 
 
 def measure(config: Config) -> dict[str, dict]:
@@ -272,6 +279,7 @@ def measure(config: Config) -> dict[str, dict]:
     for variant in config.variants:
         pipes[variant], there = context.Pipe()
         context.Process(target=work, args=(there, config, variant), daemon=True).start()
+        there.close()  # or we would wait for a process that died
         results[variant] = {"seconds": [], "cpu": [], "loss": []}
         first = turn(pipes[variant], variant, config.warmup)
         if first is None:
