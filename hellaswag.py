@@ -7,7 +7,7 @@ HellaSwag (Zellers et al. 2019): which of four endings does a model find likelie
     python hellaswag.py -m gpt2 --out a.jsonl              # what it answered to every example
     python hellaswag.py --compare a.jsonl b.jsonl          # are two models different? (McNemar)
 
-A checkpoint is first exported: `GPT.from_checkpoint("log/ckpt_019073.pt").save_pretrained("exported")`.
+A checkpoint is first exported: `python sample.py --model log --export exported`.
 
 The usual way forwards the context four times, once in front of each ending, and takes the logits of every position.
 Here an example is one tree row; positions restart behind the context, and a mask hides the endings from each other, so
@@ -572,7 +572,7 @@ def load_model(name_or_dir: str, device: torch.device):
 
     if Path(name_or_dir).is_file():
         raise UserError(
-            f"{name_or_dir} is a file; export a checkpoint first: GPT.from_checkpoint(path).save_pretrained(directory)"
+            f"{name_or_dir} is a file; export a checkpoint first: python sample.py --model {name_or_dir} --export DIR"
         )
     try:
         settings = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}

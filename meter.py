@@ -103,7 +103,10 @@ class Meter:
             ideal = (total - run.start * config.total_batch_size) * self.flops / self.peak / ranks.world_size
             lines["time"] = f"{duration(ideal / 0.4)} at an MFU of 40%, evaluations apart (measured: below)"
         if run.start:
-            lines["resumed"] = f"at step {run.start}"
+            done = "; all is done, a larger --max_steps goes on" if run.start >= config.max_steps else ""
+            lines["resumed"] = f"at step {run.start}{done}"
+        if config.warmup_steps >= config.max_steps:
+            lines["note"] = f"--warmup_steps {config.warmup_steps:,} is not over when the run is"
         if self.log.was_there:
             self.log.comment("restart", {"step": run.start})
         for name, text in lines.items():
@@ -117,7 +120,8 @@ class Meter:
 
     def tell_end(self, step: int) -> None:
         """A block of `key: value`, made for grep."""
-        facts = {"step": step, **{name: value for name, value in self.log.last().items() if name not in ("lr", "ms")}}
+        fresh = {name for name, values in self.log.values.items() if max(values) >= step - 1} - {"lr", "ms"}
+        facts = {"step": step, **{name: value for name, value in self.log.last().items() if name in fresh}}
         if self.steps:
             speed = self.steps * self.config.total_batch_size / self.seconds
             facts["tokens_per_second"] = round(speed)

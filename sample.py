@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -76,8 +76,8 @@ def main(config: Config) -> None:
         model.to(device).eval()
         if config.compile:
             model.features = torch.compile(model.features)
-        for prompts in batches_of_prompts(config):
-            for text in draw(model, tokenizer, prompts, config):
+        for asked, prompts in enumerate(batches_of_prompts(config)):  # who asks again wants another answer
+            for text in draw(model, tokenizer, prompts, replace(config, seed=config.seed + asked)):
                 print(text, end="", flush=True)
     except KeyboardInterrupt:
         print()  # so that the shell's prompt begins a line
@@ -165,7 +165,7 @@ def spoken(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterato
         for token in stream(model, idx, config.max_new_tokens, **settings):
             if token.item() != tokenizer.eot:
                 yield characters.decode(tokenizer.decode_bytes([token.item()]))
-        yield characters.decode(b"", final=True) + "\n"
+        yield f"{characters.decode(b'', final=True)}\n{'-' * 80}\n"
 
 
 if __name__ == "__main__":

@@ -234,8 +234,7 @@ class GPT(nn.Module):
         T = idx.shape[1]
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens are more than this model's block_size {self.config.block_size}")
-        if T > 1 and start and mask is None:
-            raise ValueError("several tokens behind a past need a mask")
+        assert T == 1 or not start or mask is not None, "several tokens behind a past need a mask"
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
@@ -315,8 +314,10 @@ class Windows:
         counts = [max((len(s.tokens) - keep) // seq_len, (len(s.tokens) - 1) // seq_len > 0) for s in shards]
         self.counts = np.array(counts, dtype=np.int64)  # windows of each shard
         if not len(self):
-            longest = max(len(shard.tokens) for shard in shards)
-            raise UserError(f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only {longest}; lower it")
+            raise UserError(
+                f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only {max(len(s.tokens) for s in shards)}"
+                "; lower it, or, if the val split is that small, raise fineweb.py's --val_size"
+            )
         self.has_masks = any(shard.targets is not None for shard in shards)
         self.plan = lru_cache(maxsize=2)(self._plan)
         self.shuffled = lru_cache(maxsize=4)(self._shuffled)
