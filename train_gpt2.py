@@ -315,8 +315,8 @@ class Windows:
         self.counts = np.array(counts, dtype=np.int64)  # windows of each shard
         if not len(self):
             raise UserError(
-                f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only {max(len(s.tokens) for s in shards)}"
-                "; lower it, or, if the val split is that small, raise fineweb.py's --val_size"
+                f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only "
+                f"{max(len(s.tokens) for s in shards)}; lower it, or raise fineweb.py's --val_size if val is so short"
             )
         self.has_masks = any(shard.targets is not None for shard in shards)
         self.plan = lru_cache(maxsize=2)(self._plan)
