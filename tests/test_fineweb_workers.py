@@ -179,7 +179,7 @@ def test_killed_twenty_times_and_started_again(whole, tmp_path):
 
 @POSIX
 def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
-    process = start(whole[0].parent, tmp_path / "out", SLOW)
+    process = start(whole[0].parent, tmp_path / "out", GATED)  # nobody opens the gate: it can't be done before
     while not list((tmp_path / "out").glob("*.tmp")) and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
