@@ -5,14 +5,14 @@ DEMO := log/demo
 PROMPT := Return a list of the names of the files in the directory
 READY := .venv/ready
 # two processes, unless there is one accelerator to share
-RANKS := "import torch as t; print(1 if t.cuda.device_count() == 1 or t.backends.mps.is_available() else 2)"
+RANKS = $(shell $(BIN)/python -c "import torch as t; print(1 if t.cuda.device_count() == 1 or t.backends.mps.is_available() else 2)")
 
 .PHONY: demo test soak trackers bench lint
 
 demo: $(READY)
 	rm -rf $(DEMO)
 	$(BIN)/python fineweb.py --dataset python-docs --out data/python-docs
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$$($(BIN)/python -c $(RANKS)) train_gpt2.py \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt2.py \
 	    --data_dir data/python-docs --log_dir $(DEMO) \
 	    --n_layer 4 --n_head 4 --n_embd 128 --seq_len 256 --total_batch_size 512 --micro_batch 1 \
 	    --max_steps 1000 --warmup_steps 20 --max_lr 4e-3 --min_lr 0 --val_every 100 --sample_every 500 --hella_every 0 \
