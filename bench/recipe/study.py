@@ -11,7 +11,7 @@ runs of different lengths end. The stages, for each size:
 
     grid      max_lr of gpt2 and the rates of fast, equally many of each: gpt2 at N steps, fast at N / 1.8
     levers    what makes gpt2 fast, added one by one, N steps each
-    lengths   gpt2 at N steps; fast at N / 1.8, N / 2.4, N / 3.2 and N / 4.3: three seeds of each
+    lengths   gpt2 at N steps; fast at N / 1.8, N / 2.4 and N / 3.2: three seeds of each
     clock     steps of both by turns, in one process
 
 The answer is N over the length at which fast would end where gpt2 ends: interpolated between its lengths. Every trial
@@ -52,7 +52,7 @@ SIZES = {  # the model, the batch, and the middle of the grids: max_lr of gpt2, 
     "124M": ({"model": "gpt2", "val_tokens": 2**21}, 1.2e-3, 3.6e-3),  # on a GPU
 }
 FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the middle, on both sides
-LENGTHS = (1.8, 2.4, 3.2, 4.3)  # times fewer steps than gpt2; of the first, the rates of fast are tuned
+LENGTHS = (1.8, 2.4, 3.2)  # times fewer steps than gpt2; of the first, the rates of fast are tuned
 
 
 @dataclass
