@@ -2,7 +2,7 @@
 Recipes: what the knobs of an optimization are if nothing is said, and the learning rate they make.
 
     gpt2   the paper's and build-nanogpt's: AdamW, a cosine to a tenth
-    fast   the same loss from about half the tokens, in exactly the same model: Muon, higher rates, a line to zero
+    fast   the same loss from fewer tokens (README), in exactly the same model: Muon, higher rates, a line to zero
 
 A recipe is nothing but these defaults: every lever is a knob, and works alone, too. bench/recipe/ measures them.
 """

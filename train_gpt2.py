@@ -77,7 +77,7 @@ class Config:
 
     max_steps: int = knob(19073, "updates; 19,073 are 10B tokens at the default batch", group="optimization")
     epochs: float = knob(0.0, "instead of --max_steps: how often to read the train split", metavar="N")
-    recipe: str = knob("gpt2", "defaults of the next six: the paper's, or half the tokens", choices=list(RECIPES))
+    recipe: str = knob("gpt2", "defaults of the next six: the paper's, or ours for fewer tokens", choices=list(RECIPES))
     warmup_steps: int | None = by_recipe("warmup_steps", "linear warm-up")
     schedule: str | None = by_recipe("schedule", "from max_lr to min_lr", choices=["cosine", "linear"])
     max_lr: float | None = by_recipe("max_lr", "learning rate after the warm-up")
