@@ -123,7 +123,7 @@ def in_background(function: Callable, *args) -> Future:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work, name="fetch", daemon=True).start()
     return future
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -453,9 +454,17 @@ def build_with_deaths(out: Path, moments: list[int], *inputs: Path, **flags) -> 
             try:
                 build(out, *inputs, **flags)
             except Killed:
+                end_of_fetching()
                 continue
             break
     build(out, *inputs, **flags)
+
+
+def end_of_fetching() -> None:
+    """A process that is killed takes its threads along; here the next attempt must not meet those of the last."""
+    for thread in threading.enumerate():
+        if thread.name == "fetch":
+            thread.join()
 
 
 @pytest.mark.parametrize("flags", [{}, {"shuffle": 3}, {"max_tokens": 500}, {"val_size": 10**6}], ids=str)

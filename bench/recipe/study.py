@@ -10,7 +10,7 @@ Learning rates fall to their end with a run's last step, so a run cut short says
 runs of different lengths end. The stages, for each size:
 
     grid      max_lr of gpt2 and the rates of fast, equally many of each: gpt2 at N steps, fast at N / 1.8
-    levers    what makes gpt2 fast, added one by one, N steps each
+    levers    what makes gpt2 fast, each alone and all together, N steps, three seeds of each
     lengths   gpt2 at N steps; fast at N / 1.8, N / 2.4 and N / 3.2: three seeds of each
     clock     steps of both by turns, in one process
 
@@ -174,18 +174,24 @@ def tuned(size: str, config: Config) -> tuple[float, float] | None:
     return (dict(chosen[0].knobs)["max_lr"], dict(chosen[1].knobs)["muon_lr"]) if all(chosen) else None
 
 
-def levers(size: str, config: Config, max_lr: float, muon_lr: float) -> dict[str, Trial]:
-    """From gpt2 to fast in steps, all as long as gpt2. With Muon the other rates are those of fast."""
+def levers(size: str, config: Config, max_lr: float, muon_lr: float) -> dict[str, list[Trial]]:
+    """Seeds of each lever alone and of all together, as long as gpt2. With Muon the other rates are those of fast."""
     others = dict(fast(size, 1, muon_lr).knobs)["max_lr"]
-    line, muon = {"schedule": "linear", "min_lr": 0.0}, {"muon_lr": muon_lr}
-    return {
-        "gpt2, tuned": gpt2(size, config.steps, max_lr),
-        "a line to zero": gpt2(size, config.steps, max_lr, "line", **line),
-        "a line to zero, twice the rate": gpt2(size, config.steps, 2 * max_lr, "line", **line),
-        "Muon": gpt2(size, config.steps, others, "muon", **muon),
-        "Muon, a line to zero": gpt2(size, config.steps, others, "muon_line", **muon, **line),
-        "Muon, a line to zero, zero_init: fast": fast(size, config.steps, muon_lr),
+    line, muon, zero = {"schedule": "linear", "min_lr": 0.0}, {"muon_lr": muon_lr}, {"zero_init": True}
+    arms = {
+        "gpt2, tuned": (max_lr, "gpt2", {}),
+        "a line to zero": (max_lr, "line", line),
+        "a line to zero, twice the rate": (2 * max_lr, "line", line),
+        "zero_init": (max_lr, "zero", zero),
+        "Muon": (others, "muon", muon),
+        "Muon, a line to zero": (others, "muon_line", muon | line),
     }
+    seeds = range(1, config.seeds + 1)
+    trials = {
+        name: [gpt2(size, config.steps, lr, arm, seed, **knobs) for seed in seeds]
+        for name, (lr, arm, knobs) in arms.items()
+    }
+    return trials | {"all three: fast": [fast(size, config.steps, muon_lr, seed) for seed in seeds]}
 
 
 def lengths(size: str, config: Config, max_lr: float, muon_lr: float) -> tuple[list[Trial], dict[float, list[Trial]]]:
@@ -237,6 +243,8 @@ def times_fewer(target: float, ends: dict[float, float]) -> tuple[float, str]:
 
 
 def spread(losses: list[float]) -> str:
+    if not all(map(math.isfinite, losses)):
+        return "not done"
     return f"{statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
 
 
@@ -261,7 +269,10 @@ def report(size: str, config: Config) -> list[str]:
     rates = tuned(size, config)
     if rates is None:
         return [*text, ""]
-    steps = [(name, f"{trial.loss(config):.4f}") for name, trial in levers(size, config, *rates).items()]
+    steps = [
+        (name, spread([trial.loss(config) for trial in trials]))
+        for name, trials in levers(size, config, *rates).items()
+    ]
     slow, quick = lengths(size, config, *rates)
     target = [trial.loss(config) for trial in slow]
     ends = {times: [trial.loss(config) for trial in trials] for times, trials in quick.items()}
@@ -270,7 +281,8 @@ def report(size: str, config: Config) -> list[str]:
     for times, losses in ends.items():
         below = "yes" if max(losses) < min(target) else "no"
         rows.append((f"fast, {times} times fewer", quick[times][0].steps, spread(losses), below))
-    text += table((f"levers: {config.steps} steps, one seed", "validation loss"), *steps) + table(*rows)
+    head = (f"levers: {config.steps} steps, {config.seeds} seeds", "validation loss: mean (lowest to highest)")
+    text += table(head, *steps) + table(*rows)
     if all(map(math.isfinite, chain(target, *ends.values()))):
         of_mean, sign = times_fewer(statistics.mean(target), {t: statistics.mean(v) for t, v in ends.items()})
         each = [times_fewer(one, {t: v[i] for t, v in ends.items()})[0] for i, one in enumerate(target)]
@@ -333,7 +345,7 @@ def main(config: Config) -> None:
             carry_out_all(chain(slow, *quick.values()), config)
             step_seconds(size, config, *rates)
             tell(config)
-            carry_out_all(levers(size, config, *rates).values(), config)
+            carry_out_all(chain(*zip(*levers(size, config, *rates).values())), config)  # seed by seed
     tell(config)
 
 
