@@ -10,7 +10,8 @@ A variant is a name and settings behind commas. `ours` takes the trainer's own k
 `ours,sdpa=cudnn`, `ours,micro_batch=32`) and levers taken out of it, one at a time (`ours,no_chunks`; LEVERS lists
 them). A peer has the name of its directory: the model and the optimizer come out of its file, whose training does not
 run, and the step is the one its loop makes, in bfloat16. `transformers` is its GPT-2 with fused AdamW. `compile` says
-torch.compile to any of them.
+torch.compile to any of them, and `ours,ranks=2` runs two processes in DDP, with as many micro-batches each. DDP goes
+around the compiled model; `ours,ranks=2,compile,ddp_inside` is the other order, the graph cut at DDP's buckets.
 
 Every variant lives in a process of its own, since allocator settings and peak memory belong to a process; they get the
 turn one after another, round by round, and begin with the same weights and batches. Their losses stand in the table:
@@ -26,14 +27,17 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # thi
 import ast
 import gc
 import multiprocessing
+import socket
 import statistics
 import time
 import types
 import typing
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import machine
 import train_gpt2
@@ -86,6 +90,10 @@ def without_fusion(make_optimizer):
     return make
 
 
+def compile_around(ddp):
+    return lambda model, **settings: torch.compile(ddp(model._orig_mod, **settings), dynamic=False)
+
+
 def without_padding(make_model):
     def make(config, n_tokens):
         model = make_model(config, n_tokens)
@@ -96,14 +104,19 @@ def without_padding(make_model):
     return make
 
 
-LEVERS = {  # what takes one out: what stands in its place
+LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_kept_memory": lambda: setattr(machine, "keep_freed_memory", lambda: None),
     "no_chunks": lambda: setattr(train_gpt2, "HeadLoss", types.SimpleNamespace(apply=plain_head_loss)),
     "no_fusion": lambda: setattr(train_gpt2, "make_optimizer", without_fusion(train_gpt2.make_optimizer)),
     "no_padding": lambda: setattr(train_gpt2, "make_model", without_padding(train_gpt2.make_model)),
     "no_bf16_residual": lambda: setattr(machine, "casts_to_bfloat16", lambda device: False),
+    "ddp_inside": lambda: setattr(train_gpt2, "DistributedDataParallel", compile_around(DistributedDataParallel)),
     "no_frozen_garbage": lambda: setattr(machine, "freeze_garbage", lambda: None),
 }
+
+
+def ranks_of(settings: list[str]) -> int:
+    return next((int(setting[6:]) for setting in settings if setting.startswith("ranks=")), 1)
 
 
 def our_config(config: Config, settings: list[str]) -> train_gpt2.Config:
@@ -112,11 +125,13 @@ def our_config(config: Config, settings: list[str]) -> train_gpt2.Config:
         "data_dir": config.data_dir, "log_dir": os.path.join("bench", "out", "unused"), "model": config.model,
         "n_layer": config.n_layer, "seq_len": config.seq_len, "order": "sequential", "hella_every": 0,
         "micro_batch": config.micro_batch, "device": config.device, "compile": False, "warmup_steps": 0,
-        "total_batch_size": config.micro_batch * config.seq_len * config.accumulate,
+        "total_batch_size": config.micro_batch * config.seq_len * config.accumulate * ranks_of(settings),
     }  # fmt: skip
     hints = typing.get_type_hints(train_gpt2.Config)
     for setting in settings:
         name, _, value = setting.partition("=")
+        if name == "ranks":
+            continue
         if name in LEVERS:
             LEVERS[name]()
         elif name in hints:
@@ -145,9 +160,7 @@ def definitions(path: str) -> types.ModuleType:
         tree = ast.parse(file.read())
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
     foreign = {"hellaswag", "tiktoken"}  # of their evaluations
-    tree.body = [
-        node for node in tree.body if isinstance(node, kinds) and getattr(node, "module", None) not in foreign
-    ]
+    tree.body = [node for node in tree.body if isinstance(node, kinds) and getattr(node, "module", None) not in foreign]
     module = types.ModuleType("peer")
     sys.modules["peer"] = module  # where dataclasses look for it
     module.master_process = False  # build-nanogpt's optimizer reads it
@@ -255,8 +268,9 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def work(pipe, config: Config, variant: str) -> None:
+def work(pipe, config: Config, variant: str, environment: dict) -> None:
     """A variant's process: for each number of steps it is sent, their seconds, CPU seconds, last loss, peak memory."""
+    os.environ.update(environment)
     try:
         name, *settings = variant.split(",")
         device = machine_device(config.device)
@@ -279,11 +293,9 @@ def work(pipe, config: Config, variant: str) -> None:
 
 def measure(config: Config) -> dict[str, dict]:
     """variant -> seconds and CPU seconds of each turn, losses of each turn, peak memory, seconds before the first."""
-    context, pipes, results = multiprocessing.get_context("spawn"), {}, {}
+    pipes, results = {}, {}
     for variant in config.variants:
-        pipes[variant], there = context.Pipe()
-        context.Process(target=work, args=(there, config, variant), daemon=True).start()
-        there.close()  # or we would wait for a process that died
+        pipes[variant] = start(config, variant)
         results[variant] = {"seconds": [], "cpu": [], "loss": []}
         first = turn(pipes[variant], variant, config.warmup)
         if first is None:
@@ -304,21 +316,49 @@ def measure(config: Config) -> dict[str, dict]:
             results[variant]["loss"].append(loss)
             times = f"{1000 * seconds / config.steps:.1f} ms, CPU {cpu / config.steps:.2f} s"
             print(f"{variant}: {times}, loss {loss:.4f}", flush=True)
-    for pipe in pipes.values():
+    for pipe in chain(*pipes.values()):
         pipe.send(0)
     return results
 
 
-def turn(pipe, variant: str, count: int):
-    pipe.send(count)
-    try:
-        answer = pipe.recv()
-    except EOFError:
-        answer = UserError(f"{variant}: its process died")
-    if isinstance(answer, UserError):
-        print(f"{variant} is left out: {answer}", flush=True)
-        return None
-    return answer
+def start(config: Config, variant: str) -> list:
+    """Pipes to the processes of a variant, one a rank."""
+    context, pipes, world_size = multiprocessing.get_context("spawn"), [], ranks_of(variant.split(","))
+    port = str(free_port())
+    for rank in range(world_size):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        environment = {name: str(value) for name, value in environment.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun has it
+        pipe, there = context.Pipe()
+        context.Process(
+            target=work, args=(there, config, variant, environment if world_size > 1 else {}), daemon=True
+        ).start()
+        there.close()  # or we would wait for a process that died
+        pipes.append(pipe)
+    return pipes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def turn(pipes: list, variant: str, count: int):
+    """What `work` answers: the first rank's seconds, all ranks' CPU seconds, their mean loss, the highest peak."""
+    for pipe in pipes:
+        pipe.send(count)
+    answers = []
+    for pipe in pipes:
+        try:
+            answers.append(pipe.recv())
+        except EOFError:
+            answers.append(UserError(f"{variant}: its process died"))
+        if isinstance(answers[-1], UserError):
+            print(f"{variant} is left out: {answers[-1]}", flush=True)
+            return None
+    seconds, cpu, losses, peaks = zip(*answers)
+    return seconds[0], sum(cpu), sum(losses) / len(losses), max(peaks)
 
 
 def show(config: Config, results: dict[str, dict]) -> bool:
@@ -326,7 +366,7 @@ def show(config: Config, results: dict[str, dict]) -> bool:
     device = machine_device(config.device)
     sizes = SIZES[config.model] | ({"n_layer": config.n_layer} if config.n_layer else {})
     flops, peak = flops_per_token(GPTConfig(config.seq_len, 50304, **sizes), config.seq_len), peak_flops(device)
-    tokens = config.micro_batch * config.seq_len * config.accumulate
+    micro_batches = config.micro_batch * config.seq_len * config.accumulate  # of a rank
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores"
     print(f"\n{config.model}, {config.accumulate} x {config.micro_batch} x {config.seq_len} tokens a step, {card}, "
           f"torch {torch.__version__}, medians of {config.rounds} turns of {config.steps}\n")  # fmt: skip
@@ -336,7 +376,9 @@ def show(config: Config, results: dict[str, dict]) -> bool:
     base, base_cpu = statistics.median(first["seconds"]), statistics.median(first["cpu"])
     for variant, result in results.items():
         seconds, cpu = statistics.median(result["seconds"]), statistics.median(result["cpu"])
-        mfu = f"{100 * tokens / seconds * flops / peak:.1f}%" if peak else "n/a"
+        world_size = ranks_of(variant.split(","))
+        tokens = micro_batches * world_size
+        mfu = f"{100 * micro_batches / seconds * flops / peak:.1f}%" if peak else "n/a"
         cells = [
             variant, f"{1000 * seconds:.1f}", f"{tokens / seconds:,.0f}", mfu, f"{cpu:.2f}", f"{result['peak']:.2f}",
             f"{result['loss'][-1]:.4f}", f"{result['first']:.0f} s", f"{base / seconds:.3f}", f"{base_cpu / cpu:.3f}",

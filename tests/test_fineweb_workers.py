@@ -179,10 +179,12 @@ def test_killed_twenty_times_and_started_again(whole, tmp_path):
 
 @POSIX
 def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
-    process = start(whole[0].parent, tmp_path / "out", GATED)  # nobody opens the gate: it can't be done before
+    gate = tmp_path / "gate"  # it can't be done before
+    process = start(whole[0].parent, tmp_path / "out", GATED.replace("GATE", str(gate)))
     while not list((tmp_path / "out").glob("*.tmp")) and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    gate.touch()  # a worker ends the unit it is at
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr
     assert not list((tmp_path / "out").glob("*.tmp")) and group_is_gone(process.pid)
