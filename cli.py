@@ -6,6 +6,7 @@ is derived from that page. A mistake of the user's is a `UserError`: one line on
 """
 
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -89,7 +90,10 @@ def fail(message: str, every_rank: bool) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.75) if unknown else []
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{message}; {hint}--help lists the flags")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -6,8 +6,10 @@ The same mathematics? Loss curves of the trainer beside a plain loop, from the s
 
 `plain` is the reference: transformers' GPT-2, eager, in float32, the loss of all logits at once, AdamW neither fused
 nor grouped by kernel. `autocast` is the same under bfloat16 autocast and nothing else: its distance from `plain` is
-the noise that bfloat16 makes. `ours` are the trainer's steps: in float32, which must be `plain` but for rounding, and
-as they run by default, with the residual stream in bfloat16, the head's loss in slices and a fused optimizer.
+the noise that bfloat16 makes. `nudged` is `plain` from weights of which each is moved to a neighbouring number,
+up or down by chance: its distance is what rounding alone makes of 200 steps. `ours` are the trainer's steps: in
+float32, which must be `plain` but for rounding, and as they run by default, with the residual stream in bfloat16, the
+head's loss in slices and a fused optimizer.
 """
 
 import os
@@ -66,7 +68,7 @@ def ours(config: Config, dtype: str, compile: bool = False):
         yield train_gpt2.train_step(trainer, trainer.batch(step), lr_at(step, trainer.config))[0].item()
 
 
-def plain(config: Config, autocast: bool):
+def plain(config: Config, autocast: bool = False, nudge: bool = False):
     """Losses of the loop that one would write without us."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -76,6 +78,11 @@ def plain(config: Config, autocast: bool):
     model = GPT2LMHeadModel(GPT2Config(**shape, n_embd=c.n_embd, **none))
     state = transpose_conv1d(trainer.raw_model.state_dict())
     model.load_state_dict({name: state[name][: len(value)] for name, value in model.state_dict().items()})
+    if nudge:
+        generator = torch.Generator().manual_seed(1)
+        for p in model.state_dict().values():
+            direction = torch.randint(0, 2, p.shape, generator=generator) * 2.0 - 1
+            p.copy_(torch.nextafter(p, direction * torch.inf))
     model.to(trainer.device)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
@@ -99,22 +106,24 @@ def plain(config: Config, autocast: bool):
 
 def main(config: Config) -> None:
     ways = {
-        "plain, float32": plain(config, autocast=False),
+        "plain, float32": plain(config),
+        "plain, float32, nudged": plain(config, nudge=True),
         "plain, bfloat16 autocast": plain(config, autocast=True),
         "ours, float32": ours(config, "float32"),
         "ours, bfloat16": ours(config, "bfloat16"),
     }
     if config.compile:
         ways["ours, bfloat16, compiled"] = ours(config, "bfloat16", compile=True)
-    curves = {name: np.array(list(tqdm(way, name, config.steps))) for name, way in ways.items()}
+    curves = {name: np.array(list(tqdm(way, name, config.steps, disable=None))) for name, way in ways.items()}
     reference = curves["plain, float32"]
     print(f"\nloss {reference[0]:.4f} -> {reference[-10:].mean():.4f}, mean of the last 10 of {config.steps} steps\n")
-    print("| distance from plain, float32 | largest | mean | mean with sign, last half |")
-    print("|---|--:|--:|--:|")
+    print("| distance from plain, float32 | largest | of the loss | mean | mean with sign, last half |")
+    print("|---|--:|--:|--:|--:|")
     for name, curve in list(curves.items())[1:]:
         gap = curve - reference
-        numbers = np.abs(gap).max(), np.abs(gap).mean(), gap[config.steps // 2 :].mean()
-        print(f"| {name} | {numbers[0]:.2e} | {numbers[1]:.2e} | {numbers[2]:+.2e} |")
+        numbers = [np.abs(gap).max(), (np.abs(gap) / reference).max(), np.abs(gap).mean()]
+        cells = [f"{number:.2e}" for number in numbers] + [f"{gap[config.steps // 2 :].mean():+.2e}"]
+        print(f"| {name} | {' | '.join(cells)} |")
     draw(config, curves, reference)
 
 

@@ -101,6 +101,8 @@ def test_an_old_torch_is_named(monkeypatch):
     [
         (["train_gpt2.py"], "no train shards in 'edu_fineweb10B'; run fineweb.py first"),
         (["train_gpt2.py", "--max_steps", "ten"], "argument --max_steps: invalid int value: 'ten'; --help lists"),
+        (["train_gpt2.py", "--max-step", "9"], "--max_step 9; did you mean --max_steps? --help lists"),
+        (["train_gpt2.py", "--quark"], "unrecognized arguments: --quark; --help lists the flags"),
         (["train_gpt2.py", "--total-batch-size=100000"], "is not a multiple of --seq_len 1024; try 100352"),
         (["sample.py", "--prompt", "a"], "no run in log/; name a checkpoint"),
         (["plot_log.py"], "no log file"),
