@@ -5,16 +5,18 @@
 #   bench/gpu.sh peers [flags]          ours beside the checkouts in peers/ and transformers: the 124M recipe's step
 #   bench/gpu.sh levers [flags]         ours with one lever changed at a time
 #   bench/gpu.sh sizes [flags]          350M, 774M and 1558M
+#   bench/gpu.sh ddp [flags]            several ranks: DDP around the compiled model, and inside torch.compile
 #   bench/gpu.sh where [flags]          the profile, the wait for data, and the time of evaluations
 #   bench/gpu.sh rehearse               all of it in miniature, on the CPU
 #
-# Flags go to bench/train_step.py, after ours. Wants data/python-docs (makes it if it isn't there) and, for `peers`,
-# peers/build-nanogpt and peers/nanoGPT. $PYTHON is the Python to use; each part ends within ten minutes on an H200.
+# Flags go to bench/train_step.py, after ours; RANKS=2 says how many ranks `ddp` has. Wants data/python-docs (makes it if
+# it isn't there) and, for `peers`, peers/build-nanogpt and peers/nanoGPT. $PYTHON is the Python to use; each part ends
+# within ten minutes on an H200.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/out}
-what=${1:?check, peers, levers, sizes, where or rehearse}
+what=${1:?check, peers, levers, sizes, ddp, where or rehearse}
 shift
 mkdir -p "$OUT"
 step="$PYTHON bench/train_step.py --device cuda --micro_batch 64 --accumulate 8 --rounds 3 --steps 2"
@@ -45,17 +47,24 @@ sizes)
             --variants ours,compile ours,compile,recompute "$@" | tee -a "$OUT/sizes.md"
     done
     ;;
+ddp)
+    ranks=ours,ranks=${RANKS:-2}
+    for accumulate in 1 4; do
+        $step --variants "$ranks" "$ranks,compile" "$ranks,compile,ddp_inside" "$@" --accumulate $accumulate |
+            tee -a "$OUT/ddp.md"
+    done
+    ;;
 where)
     $PYTHON bench/profile.py --compile --micro_batch 64 --trace "$OUT/trace.json" "$@" | tee "$OUT/where.md"
     $PYTHON bench/data_wait.py --compile "$@" | tee -a "$OUT/where.md"
     ;;
 rehearse)
     small="--device cpu --n_layer 1 --seq_len 64 --micro_batch 2 --accumulate 2 --rounds 1 --steps 1 --warmup 1"
-    for part in peers levers sizes; do
+    for part in check peers levers sizes ddp; do
         # shellcheck disable=SC2086
         PYTHON=$PYTHON OUT=$OUT/rehearsal sh bench/gpu.sh $part $small
     done
     PYTHON=$PYTHON OUT=$OUT/rehearsal sh bench/gpu.sh where --device cpu --n_layer 1 --seq_len 64 --micro_batch 2
     ;;
-*) echo "bench/gpu.sh: $what is none of check, peers, levers, sizes, where, rehearse" >&2 && exit 2 ;;
+*) echo "bench/gpu.sh: $what is none of check, peers, levers, sizes, ddp, where, rehearse" >&2 && exit 2 ;;
 esac
