@@ -3,6 +3,7 @@ How long the step waits for its data: the share of the training time in which th
 
     python bench/data_wait.py                       # 124M, 4 x 1024 tokens a micro-batch
     python bench/data_wait.py --compile --micro_batch 64 --total_batch_size 524288
+    python bench/data_wait.py --steps 0 --micro_batch 64 --total_batch_size 524288    # how fast are the data alone?
 
 Each shard is dropped from the page cache before every step (POSIX; elsewhere it stays), so that all reads are cold, and
 windows are in order "shuffle", so that none is read on from the last. Prints the wait of each step, and what reading a
@@ -34,7 +35,7 @@ class Config:
     total_batch_size: int = knob(0, "tokens per update; 0 = one micro-batch")
     device: str = knob("auto", "cuda, mps or cpu")
     compile: bool = knob(False, "the step as torch.compile makes it")
-    steps: int = knob(5, "how many to look at, after the first")
+    steps: int = knob(5, "how many to look at, after the first; 0 = none, only read")
 
 
 def drop_from_cache(paths: list[str]) -> None:
@@ -53,11 +54,17 @@ def main(config: Config) -> None:
     trainer = train_gpt2.set_up(ours, machine.join_ranks(ours.device))
     paths = [str(shard.path) for shard in trainer.train.shards]
     cold = []
-    for step in range(3):
+    for step in range(5):
         drop_from_cache(paths)
         began = time.perf_counter()
         trainer.batch(step)
         cold.append(time.perf_counter() - began)
+    tokens = ours.total_batch_size
+    print(f"{trainer.device.type}, torch {torch.__version__}, {tokens:,} tokens a step")
+    print(f"a batch takes {1000 * statistics.median(cold):.2f} ms to read from a cold cache: "
+          f"{tokens / statistics.median(cold):,.0f} tokens/s", flush=True)  # fmt: skip
+    if not config.steps:
+        return
     batches, waits, total = train_gpt2.prefetched(trainer.batch, 0, config.steps + 1), [], 0.0
     for step in range(config.steps + 1):
         drop_from_cache(paths)
@@ -69,8 +76,6 @@ def main(config: Config) -> None:
         if step:  # the first batch has nothing to hide behind
             waits.append(ready - began)
             total += time.perf_counter() - began
-    print(f"{trainer.device.type}, torch {torch.__version__}, {ours.total_batch_size} tokens a step")
-    print(f"a batch takes {1000 * statistics.median(cold):.2f} ms to read, cold")
     print(f"a step takes {1000 * total / config.steps:.1f} ms and waits {1000 * sum(waits) / config.steps:.3f} ms: "
           f"{100 * sum(waits) / total:.3f}%")  # fmt: skip
 
