@@ -151,7 +151,8 @@ def succeeded(future: Future) -> bool:
 
 def submit(pool: ProcessPoolExecutor, unit: Unit, job: Job) -> Future:
     try:
-        return pool.submit(tokenize_unit, unit, job)
+        with unseen_by_children(signal.SIGINT):
+            return pool.submit(tokenize_unit, unit, job)
     except BrokenProcessPool as error:  # a worker died since the last result
         future = Future()
         future.set_exception(error)
@@ -159,7 +160,26 @@ def submit(pool: ProcessPoolExecutor, unit: Unit, job: Job) -> Future:
 
 
 def start_workers(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context(START_METHOD), initializer=begin_worker)
+    """They all start with the first task, before the pool's thread looks after them.
+
+    Else one that dies while another starts could leave that thread waiting for ever: CPython's race, as of 3.11.
+    """
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(START_METHOD), initializer=begin_worker)
+    pool._safe_to_dynamically_spawn_children = False
+    return pool
+
+
+@contextlib.contextmanager
+def unseen_by_children(number: int) -> Iterator[None]:
+    """Processes that start in here don't get that signal, not even before `begin_worker`: they inherit the mask."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def begin_worker() -> None:
@@ -175,7 +195,9 @@ def tokenize_with_care(unit: Unit, job: Job) -> Tokens:
     def attempt(start, stop):
         try:
             with start_workers(1) as pool:
-                return [pool.submit(tokenize_unit, unit, job, slice(start, stop)).result()]
+                with unseen_by_children(signal.SIGINT):
+                    future = pool.submit(tokenize_unit, unit, job, slice(start, stop))
+                return [future.result()]
         except BrokenProcessPool as error:
             stop = len(documents_of(unit, job)[0]) if stop is None else stop
             if stop - start <= 1:

@@ -53,8 +53,8 @@ class Hub(socketserver.ThreadingMixIn, http.server.HTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, folder: Path, port: int = 0):
-        super().__init__(("127.0.0.1", port), Answer)
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Answer)
         self.folder, self.faults, self.requests = folder, [], []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -199,7 +199,7 @@ def test_a_cut_download_goes_on_where_it_was(hub, tmp_path, monkeypatch):
     assert len(ranges) == 2 and ranges[0] is None and ranges[1].startswith("bytes=")
 
 
-def test_no_server_then_a_server(hub, tmp_path):
+def test_no_server_then_a_server(hub, tmp_path, monkeypatch):
     """What could not be reached is said; what is committed stays; the second run finishes the job."""
     out, port = tmp_path / "out", hub.server_port
     hub.shutdown()
@@ -207,7 +207,8 @@ def test_no_server_then_a_server(hub, tmp_path):
     with pytest.raises(UserError, match=rf"could not get dataset {REPO} from http://127.0.0.1:{port}"):
         build(out)
     assert not out.exists()
-    again = Hub(hub.folder, port)
+    again = Hub(hub.folder)  # on another port: the old one may be taken by now
+    monkeypatch.setenv("HF_ENDPOINT", again.url)
     again.faults = [((method, "002_00000"), 500) for method in ("HEAD", "GET") for _ in range(200)]
     threading.Thread(target=again.serve_forever, daemon=True).start()
     try:

@@ -97,11 +97,17 @@ def test_every_start_method(whole, tmp_path, method):
 GATED = """
 encode = units.encode_documents
 def gated(texts, *arguments):
+    open(f"GATE.{os.getpid()}", "w").close()  # its beginning is behind it
     while any(text.startswith("document 300:") for text in texts) and not os.path.exists("GATE"):
         time.sleep(0.02)
     return encode(texts, *arguments)
 units.encode_documents = gated
 """
+
+
+def at_work(gate: Path) -> set[int]:
+    """Workers of a gated run that have begun a unit: where one is killed or interrupted before, others may start."""
+    return {int(path.suffix[1:]) for path in gate.parent.glob("gate.*")}
 
 
 @POSIX
@@ -112,8 +118,8 @@ def test_a_worker_that_is_killed(whole, tmp_path):
     deadline = time.monotonic() + 100
     while process.poll() is None and killed < 2 and time.monotonic() < deadline:
         workers = set(children(process.pid))
-        if workers - known and list((tmp_path / "out").glob("*.npy*")):
-            os.kill(min(workers - known), signal.SIGKILL)
+        if (fresh := (workers - known) & at_work(gate)) and list((tmp_path / "out").glob("*.npy*")):
+            os.kill(min(fresh), signal.SIGKILL)
             killed, known = killed + 1, known | workers
         time.sleep(0.1)
     gate.touch()
@@ -181,10 +187,22 @@ def test_killed_twenty_times_and_started_again(whole, tmp_path):
 def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
     gate = tmp_path / "gate"  # it can't be done before
     process = start(whole[0].parent, tmp_path / "out", GATED.replace("GATE", str(gate)))
-    while not list((tmp_path / "out").glob("*.tmp")) and process.poll() is None:
+    while process.poll() is None and not (len(at_work(gate)) == 2 and list((tmp_path / "out").glob("*.npy.tmp"))):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     gate.touch()  # a worker ends the unit it is at
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr
     assert not list((tmp_path / "out").glob("*.tmp")) and group_is_gone(process.pid)
+
+
+@POSIX
+def test_ctrl_c_while_the_workers_start(whole, tmp_path):
+    """They are told to leave it to their parent only once they run."""
+    process = start(whole[0].parent, tmp_path / "out", SLOW)
+    while not children(process.pid) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert group_is_gone(process.pid)
