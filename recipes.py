@@ -18,7 +18,6 @@ RECIPES = {
         "warmup_steps": 715,  # 375M tokens, as GPT-3
         "schedule": "cosine",
         "muon_lr": 0.0,
-        "zero_init": False,
     },
     "fast": {
         "max_lr": 1.8e-3,  # three times the paper's; here of embeddings and vectors alone
@@ -26,7 +25,6 @@ RECIPES = {
         "warmup_steps": 250,  # no second moments have to settle first, but the embeddings'
         "schedule": "linear",  # spends fewer steps at rates that are too small
         "muon_lr": 3.6e-3,  # updates of RMS 7e-4: at width 768 Muon's usual 0.02, in the units of Jordan et al.
-        "zero_init": True,  # every block begins as the identity
     },
 }
 

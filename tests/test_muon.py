@@ -222,11 +222,11 @@ def test_the_papers_recipe_is_what_it_was():
 
 
 def test_what_is_said_goes_before_the_recipe():
-    said = parse(Config, "", ["--recipe", "fast", "--muon_lr=0.5", "--no-zero_init", "--warmup_steps=0"])
-    assert (said.muon_lr, said.zero_init, said.warmup_steps, said.schedule) == (0.5, False, 0, "linear")
+    said = parse(Config, "", ["--recipe", "fast", "--muon_lr=0.5", "--no-compile", "--warmup_steps=0"])
+    assert (said.muon_lr, said.compile, said.warmup_steps, said.schedule) == (0.5, False, 0, "linear")
     fast = Config(recipe="fast")
-    assert fast.muon_lr > 0 and fast.min_lr == 0 and fast.zero_init
-    tiny = make_model(Config(recipe="fast", n_layer=1, n_head=1, n_embd=8), 257)
+    assert fast.muon_lr > 0 and fast.min_lr == 0 and fast.schedule == "linear"
+    tiny = make_model(Config(zero_init=True, n_layer=1, n_head=1, n_embd=8), 257)
     assert not any(p.any() for name, p in tiny.named_parameters() if name.endswith("c_proj.weight"))
     with pytest.raises(UserError, match="--recipe slow"):
         Config(recipe="slow")

@@ -64,6 +64,7 @@ class Config:
     seeds: int = knob(3, "of each length")
     workers: int = knob(2, "trials at a time, one thread each")
     device: str = knob("cpu", "cpu, or cuda with --workers 1")
+    picture: str = knob("", "the last size's picture goes there, too")
     report: bool = knob(False, "only report what is there")
 
 
@@ -178,20 +179,21 @@ def levers(size: str, config: Config, max_lr: float, muon_lr: float) -> dict[str
     """Seeds of each lever alone and of all together, as long as gpt2. With Muon the other rates are those of fast."""
     others = dict(fast(size, 1, muon_lr).knobs)["max_lr"]
     line, muon, zero = {"schedule": "linear", "min_lr": 0.0}, {"muon_lr": muon_lr}, {"zero_init": True}
+    all_three = muon | line | zero
     arms = {
-        "gpt2, tuned": (max_lr, "gpt2", {}),
         "a line to zero": (max_lr, "line", line),
         "a line to zero, twice the rate": (2 * max_lr, "line", line),
         "zero_init": (max_lr, "zero", zero),
         "Muon": (others, "muon", muon),
-        "Muon, a line to zero": (others, "muon_line", muon | line),
+        "Muon, a line to zero, zero_init": (others, "muon_line_zero", all_three),
     }
     seeds = range(1, config.seeds + 1)
     trials = {
         name: [gpt2(size, config.steps, lr, arm, seed, **knobs) for seed in seeds]
         for name, (lr, arm, knobs) in arms.items()
     }
-    return trials | {"all three: fast": [fast(size, config.steps, muon_lr, seed) for seed in seeds]}
+    slow = {"gpt2, tuned": [gpt2(size, config.steps, max_lr, seed=seed) for seed in seeds]}
+    return slow | trials | {"Muon, a line to zero: fast": [fast(size, config.steps, muon_lr, seed) for seed in seeds]}
 
 
 def lengths(size: str, config: Config, max_lr: float, muon_lr: float) -> tuple[list[Trial], dict[float, list[Trial]]]:
@@ -303,21 +305,24 @@ def draw(size: str, config: Config, slow: list[Trial], quick: list[Trial], secon
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    batch = train_gpt2.Config(**SIZES[size][0]).total_batch_size
-    target = statistics.mean(trial.loss(config) for trial in slow)
-    panels = zip(figure.subplots(1, 2, sharey=True), ("tokens", "seconds of training"), ([batch, batch], seconds))
+    millions = train_gpt2.Config(**SIZES[size][0]).total_batch_size / 1e6
+    target, least = (pick(trial.loss(config) for trial in slow + quick) for pick in (max, min))
+    units = ([millions, millions], seconds)
+    panels = zip(figure.subplots(1, 2, sharey=True), ("million tokens", "seconds of training"), units)
     for axes, name, units in panels:
         for color, unit, trials in (("tab:gray", units[0], slow), ("tab:red", units[1], quick)):
             for i, trial in enumerate(trials):
                 losses, label = trial.losses(config), None if i else f"--recipe {trial.arm}"
                 axes.plot([step * unit for step in losses], list(losses.values()), color=color, lw=0.8, label=label)
-        axes.axhline(target, color="tab:gray", ls=":", lw=0.8)
-        axes.set(xlabel=name, ylim=(0.9 * target, 1.5 * target))
+            for trial in trials:  # where it ended
+                axes.plot(trial.steps * unit, trial.loss(config), ".", color=color, ms=5)
+        axes.set(xlabel=name, ylim=(0.95 * least, 1.3 * target))
     figure.axes[0].set_ylabel("validation loss, nats a token")
     figure.axes[0].legend(frameon=False)
     figure.suptitle(f"{size}: whole runs of several lengths, {config.seeds} seeds of each", fontsize="medium")
-    with atomic_file(Path(config.out) / f"curves_{size}.png") as file:
-        figure.savefig(file, dpi=150)
+    for path in [Path(config.out) / f"curves_{size}.png", *([Path(config.picture)] if config.picture else [])]:
+        with atomic_file(path) as file:
+            figure.savefig(file, dpi=100)
 
 
 def tell(config: Config) -> None:
