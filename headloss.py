@@ -6,6 +6,8 @@ import math
 
 import torch
 
+LONGEST_SUM = {"mps": 2**15}  # M1 and M2 add up longer ones wrongly until torch 2.14 (pytorch issue 177116)
+
 
 class HeadLoss(torch.autograd.Function):
     """Summed cross-entropy of the tied head, a few rows at a time: (B*T, V) logits or gradients never exist.
@@ -20,6 +22,7 @@ class HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(x.device.type) if on else x.dtype
         x_low, w_low = x.to(dtype), weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        width = LONGEST_SUM.get(x.device.type, len(weight))
         grad_x = torch.empty_like(x_low) if needs_grad else None
         grad_w = torch.zeros_like(weight) if needs_grad else None
         for first in range(0, len(x), rows):
@@ -33,7 +36,10 @@ class HeadLoss(torch.autograd.Function):
                 grad = logits.sub_(log_z).exp_()
                 grad.scatter_add_(1, target, -torch.ones_like(log_z))
                 grad = grad.mul_(valid).to(dtype)
-                torch.mm(grad, w_low, out=grad_x[part])
+                torch.mm(grad[:, :width], w_low[:width], out=grad_x[part])
+                for column in range(width, len(weight), width):
+                    columns = slice(column, column + width)
+                    grad_x[part] += grad[:, columns] @ w_low[columns]
                 if dtype == weight.dtype:
                     grad_w.addmm_(grad.t(), x_low[part])
                 else:

@@ -414,7 +414,7 @@ def collate(rows: list[Row], device: torch.device) -> tuple[torch.Tensor, ...]:
     tensors = [torch.from_numpy(array.astype(np.int64, copy=False)) for array in (batch, sources, targets)]
     if device.type == "cuda":  # so that the copies queue up behind the batch before, and the host goes on
         tensors = [tensor.pin_memory() for tensor in tensors]
-    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+    return tuple(tensor.to(device, non_blocking=device.type == "cuda") for tensor in tensors)
 
 
 def batch_nats(features, head, batch, sources, targets, max_logits) -> tuple[torch.Tensor, torch.Tensor]:

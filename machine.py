@@ -2,15 +2,18 @@
 The machine under a run: its ranks, their devices, and the signals that ask it to stop. Knows nothing of models.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
 import platform
+import re
 import signal
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from cli import UserError
 
 OLDEST_TORCH = (2, 11)  # 2.10 compiled gives NaNs on A100
+OLDEST_TORCH_OF_MPS = (2, 13)  # before, fused AdamW takes bad steps, too; 2.11's attention is wrong for few queries
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Ranks:
 
 def find_device(name: str) -> torch.device:
     """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError if it is none, or not one of this machine's."""
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < OLDEST_TORCH:
         raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -52,6 +57,8 @@ def find_device(name: str) -> torch.device:
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(f"--device {name}: there is none here; CUDA devices: {counts['cuda']}, MPS: {counts['mps']}")
+    if device.type == "mps" and version < OLDEST_TORCH_OF_MPS:
+        raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install -U torch, or --device cpu")
     return device
 
 
@@ -137,9 +144,19 @@ def set_timeout(minutes: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
 
 
-def leave_ranks() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextlib.contextmanager
+def joined_ranks(kind: str) -> Iterator[Ranks]:
+    """`join_ranks`, and leave them at the end.
+
+    But not after an error, with NCCL: it would wait for the others, who wait for this rank, before a word is said.
+    """
+    ranks, failed = join_ranks(kind), True
+    try:
+        yield ranks
+        failed = False
+    finally:
+        if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+            dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -166,6 +183,8 @@ def whole_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
     """As if one rank had had all of it; of a sharded optimizer only on rank 0. All ranks call it."""
     if hasattr(optimizer, "consolidate_state_dict"):
         optimizer.consolidate_state_dict()
+        if ranks.device.type == "cuda":  # it copies without waiting
+            torch.cuda.synchronize(ranks.device)
         return optimizer.state_dict() if ranks.rank == 0 else {}
     return optimizer.state_dict()
 
@@ -294,6 +313,17 @@ def rehearse(run, micro_batch: int) -> None:
         run.optimizer.zero_grad(set_to_none=True)
 
 
+def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
+    """What --compile asked for; else whether this is CUDA with Triton: Windows' wheels lack it, old cards do, too."""
+    if asked is not None or ranks.device.type != "cuda":
+        return bool(asked)
+    from torch.utils._triton import has_triton
+
+    if not (there := has_triton()):
+        ranks.say("compile  off: there is no Triton for this card or system; training is slower without")
+    return there
+
+
 def fit_micro_batch(run) -> int:
     """run.micro_batch if every rank has the memory for it, or else the half of it that fits; the batch stays.
 
@@ -306,7 +336,7 @@ def fit_micro_batch(run) -> int:
         try:
             rehearse(run, B)
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on MPS
-            if "out of memory" not in str(error):
+            if not re.search("out of memory|ALLOC_FAILED", str(error)):  # the latter from cuBLAS
                 raise
             failed = 1.0
         if not sum_over_ranks(torch.tensor(failed), ranks):
@@ -324,6 +354,7 @@ def fit_micro_batch(run) -> int:
         B = half
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(ranks.device)
 
 
 SDPA_KERNELS = {  # what F.scaled_dot_product_attention may choose from; "math", in plain PyTorch, is always there

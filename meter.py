@@ -18,7 +18,8 @@ from machine import freeze_garbage, set_timeout, sum_over_ranks
 from reference import GPT2_HELLASWAG, GPT2_LOSS, follows_recipe, on_fineweb_edu, reference_loss
 
 PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
-    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+    "H200": 989, "GH200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
 }  # fmt: skip
 
 
@@ -35,13 +36,17 @@ def flops_per_token(shape, seq_len: int) -> int:
 def peak_flops(device: torch.device) -> float:
     """bf16 FLOP/s of one device by its maker's data sheet, 0 for a card that is not in PEAK_TFLOPS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if card in name.split() or card in name), 0.0)
+    words = set(name.replace("-", " ").split())
+    if words & ({"NVL", "Laptop", "D", "Ti", "MIG"} | ({"PCIe"} if "A100" not in words else set())):
+        return 0.0  # of the same name, but slower; all A100 are alike
+    return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if set(card.split()) <= words), 0.0)
 
 
 def hardware(device: torch.device) -> str:
     """What the device is, and its memory."""
     if device.type == "cuda":
         free, total = (number / 2**30 for number in torch.cuda.mem_get_info(device))
+        free += (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2**30  # ours to use
         return f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GiB free"
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30

@@ -36,7 +36,7 @@ import rundir
 from cli import LocalError, UserError, knob, run
 from generate import stream
 from headloss import HeadLoss
-from machine import SDPA_KERNELS, Linear, Ranks, StopSignal, join_ranks, leave_ranks, sum_over_ranks
+from machine import SDPA_KERNELS, Linear, Ranks, StopSignal, joined_ranks, sum_over_ranks
 from meter import Meter
 from recipes import RECIPES, by_recipe, check_recipe, fill_in, lr_at
 from shards import Shard, bytes_per_token, fingerprint, open_shards, read_manifest
@@ -629,7 +629,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
         origin = saved["loader"]["sample"] - start * (config.total_batch_size // config.seq_len)
     if sum_over_ranks(torch.tensor(float(start)), ranks) != start * ranks.world_size:
         raise UserError(f"the ranks find different checkpoints in {config.log_dir}; all nodes must share it")
-    use_compile = ranks.device.type == "cuda" if config.compile is None else config.compile
+    use_compile = machine.wants_compile(config.compile, ranks)
     if config.recompute:
         for block in raw_model.transformer.h:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -688,12 +688,8 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
 def main(config: Config) -> dict[str, float]:
     """Train as `config` says, and return the last value of each stream of the log."""
     check(config)
-    ranks = join_ranks(config.device)
-    try:
-        with StopSignal(ranks) as stop:
-            return train(set_up(config, ranks), stop)
-    finally:
-        leave_ranks()
+    with joined_ranks(config.device) as ranks, StopSignal(ranks) as stop:
+        return train(set_up(config, ranks), stop)
 
 
 if __name__ == "__main__":

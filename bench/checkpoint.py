@@ -65,7 +65,7 @@ def main(config: Config) -> None:
 
 def timed(device: str, function, *arguments) -> float:
     if device != "cpu":
-        torch.cuda.synchronize()
+        getattr(torch, torch.device(device).type).synchronize()
     began = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - began

@@ -5,7 +5,7 @@
 #   bench/gpu.sh peers [flags]          ours beside the checkouts in peers/ and transformers: the 124M recipe's step
 #   bench/gpu.sh levers [flags]         ours with one lever changed at a time
 #   bench/gpu.sh sizes [flags]          350M, 774M and 1558M
-#   bench/gpu.sh ddp [flags]            several ranks: DDP around the compiled model, and inside torch.compile
+#   bench/gpu.sh ddp [flags]            several ranks: what torch.compile does to DDP, in both orders
 #   bench/gpu.sh where [flags]          the profile, the wait for data, and the time of evaluations
 #   bench/gpu.sh rehearse               all of it in miniature, on the CPU
 #
@@ -48,10 +48,12 @@ sizes)
     done
     ;;
 ddp)
+    $PYTHON -c "import sys, torch; sys.exit(0 < torch.cuda.device_count() < ${RANKS:-2})" ||
+        { echo "bench/gpu.sh: ddp wants ${RANKS:-2} cards; set RANKS" >&2 && exit 2; }
     ranks=ours,ranks=${RANKS:-2}
     for accumulate in 1 4; do
-        $step --variants "$ranks" "$ranks,compile" "$ranks,compile,ddp_inside" "$@" --accumulate $accumulate |
-            tee -a "$OUT/ddp.md"
+        $step --variants "$ranks" "$ranks,compile" "$ranks,compile,ddp_whole" "$ranks,compile,ddp_inside" \
+            "$@" --accumulate $accumulate | tee -a "$OUT/ddp.md"
     done
     ;;
 where)

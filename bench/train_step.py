@@ -10,8 +10,9 @@ A variant is a name and settings behind commas. `ours` takes the trainer's own k
 `ours,sdpa=cudnn`, `ours,micro_batch=32`) and levers taken out of it, one at a time (`ours,no_chunks`; LEVERS lists
 them). A peer has the name of its directory: the model and the optimizer come out of its file, whose training does not
 run, and the step is the one its loop makes, in bfloat16. `transformers` is its GPT-2 with fused AdamW. `compile` says
-torch.compile to any of them, and `ours,ranks=2` runs two processes in DDP, with as many micro-batches each. DDP goes
-around the compiled model; `ours,ranks=2,compile,ddp_inside` is the other order, the graph cut at DDP's buckets.
+torch.compile to any of them, and `ours,ranks=2` runs two processes in DDP, with as many micro-batches each. There
+torch.compile cuts the graph at DDP's buckets, so that averaging may overlap: `ddp_whole` keeps it in one, `ddp_inside`
+puts torch.compile around DDP instead of inside.
 
 Every variant lives in a process of its own, since allocator settings and peak memory belong to a process; they get the
 turn one after another, round by round, and begin with the same weights and batches. Their losses stand in the table:
@@ -111,6 +112,7 @@ LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_padding": lambda: setattr(train_gpt2, "make_model", without_padding(train_gpt2.make_model)),
     "no_bf16_residual": lambda: setattr(machine, "casts_to_bfloat16", lambda device: False),
     "ddp_inside": lambda: setattr(train_gpt2, "DistributedDataParallel", compile_around(DistributedDataParallel)),
+    "ddp_whole": lambda: setattr(torch._dynamo.config, "optimize_ddp", False),
     "no_frozen_garbage": lambda: setattr(machine, "freeze_garbage", lambda: None),
 }
 
@@ -202,6 +204,8 @@ def peer_step(config: Config, name: str, settings: list[str]):
     """The update that the loops of these trainers make; transformers' gets it, too."""
     data = our_config(config, [])
     ranks = machine.Ranks(0, 1, machine_device(config.device))
+    if ranks.device.type == "cuda" and ranks.device.index is not None:
+        torch.cuda.set_device(ranks.device)
     torch.set_float32_matmul_precision("high")
     model, optimizer = make_peer(config, name, ranks.device)
     raw_model, model = model, torch.compile(model) if "compile" in settings else model

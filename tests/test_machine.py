@@ -1,5 +1,6 @@
 """Ranks that start together find each other, and nobody else."""
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -7,9 +8,12 @@ import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from tiny import ROOT
 
+import machine
+from cli import UserError
 from machine import name_this_start
 
 
@@ -65,3 +69,37 @@ def test_a_reader_that_is_gone_ends_no_run():
     process.stdout.close()
     process.stdin.close()
     assert process.stderr.read() == "saved\n" and process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("backend, fails, leaves", [("nccl", True, False), ("nccl", False, True), ("gloo", True, True)])
+def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, fails, leaves):
+    """NCCL's end is a collective: the message of the one that failed came after it, if ever."""
+    told = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: told.append("left"))
+    with contextlib.suppress(ZeroDivisionError), machine.joined_ranks("cpu") as ranks:
+        assert ranks.world_size == 1 and not told
+        if fails:
+            1 / 0  # noqa: B018
+    assert told == ["left"] * leaves
+
+
+def test_no_compiler_is_no_traceback(monkeypatch, capsys):
+    cuda, cpu = (machine.Ranks(0, 1, torch.device(kind)) for kind in ("cuda", "cpu"))
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert not machine.wants_compile(None, cuda) and "there is no Triton" in capsys.readouterr().out
+    assert machine.wants_compile(True, cuda) and machine.wants_compile(True, cpu)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert machine.wants_compile(None, cuda) and not machine.wants_compile(None, cpu)
+    assert not machine.wants_compile(False, cuda) and not capsys.readouterr().out
+
+
+def test_mps_wants_a_newer_torch(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", "2.12.1")
+    with pytest.raises(UserError, match=r"MPS needs torch 2\.13, not 2\.12\.1: .* or --device cpu"):
+        machine.find_device("mps")
+    assert machine.find_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    assert machine.find_device("mps").type == "mps"

@@ -69,3 +69,18 @@ def test_the_estimate_counts_steps_and_evaluations_and_is_said_once(monkeypatch)
 )  # fmt: skip
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+CARDS = {
+    "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA H200": 989,
+    "NVIDIA H100 80GB HBM3": 989, "NVIDIA GH200 480GB": 989, "NVIDIA GeForce RTX 4090": 165.2, "NVIDIA L4": 121,
+    "NVIDIA L40S": 362, "NVIDIA H100 PCIe": 0, "NVIDIA H100 NVL": 0, "NVIDIA L40": 0, "NVIDIA RTX A1000": 0,
+    "NVIDIA GeForce RTX 4090 D": 0, "NVIDIA GeForce RTX 4090 Laptop GPU": 0, "NVIDIA GeForce RTX 3090 Ti": 0,
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb": 0, "Tesla T4": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_no_card_is_taken_for_another(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert meter.peak_flops(torch.device("cuda")) == CARDS[name] * 1e12

@@ -174,7 +174,7 @@ before, run.micro_batch = run.micro_batch, machine.fit_micro_batch(run)
 loss = train_gpt2.train_step(run, run.batch(0), 1e-3)[0]
 mean = float(machine.sum_over_ranks(loss, ranks)) / 2
 print(f"rank {{ranks.rank}}: {{before}} {{run.micro_batch}} {{mean:.6f}}\\n", end="", flush=True)
-machine.leave_ranks()
+torch.distributed.destroy_process_group()
 """
 
 
