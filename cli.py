@@ -90,8 +90,8 @@ def fail(message: str, every_rank: bool) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.75) if unknown else []
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.81) if unknown else []
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"{message}; {hint}--help lists the flags")
 

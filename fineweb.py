@@ -122,7 +122,10 @@ def tokenize_all(units: Iterable, job: Job, workers: int) -> Iterator[tuple[tupl
     if workers == 0:
         yield from ((key, tokenize_unit(unit, job)) for key, unit in units)
         return
-    units, pending, suspect, pool = iter(units), deque(), None, start_workers(workers)
+    units = iter(units)
+    first = list(itertools.islice(units, workers))
+    workers = max(1, len(first))  # they all start at once: no more than there is work for
+    units, pending, suspect, pool = itertools.chain(first, units), deque(), None, start_workers(workers)
     try:
         while True:
             for key, unit in itertools.islice(units, 3 * workers + 4 - len(pending)):
@@ -171,15 +174,23 @@ def start_workers(workers: int) -> ProcessPoolExecutor:
 
 @contextlib.contextmanager
 def unseen_by_children(number: int) -> Iterator[None]:
-    """Processes that start in here don't get that signal, not even before `begin_worker`: they inherit the mask."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
+    """Processes that start in here don't get that signal, not even before `begin_worker`: they inherit the mask.
+
+    For us it waits until the end of the block; by the mask alone it would come through another of our threads.
+    """
+    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+        yield  # there is no mask on Windows
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    came = []
+    handler = signal.signal(number, lambda *_: came.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(number, handler)
+        if came:
+            signal.raise_signal(number)
 
 
 def begin_worker() -> None:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-LONGEST_SUM = {"mps": 2**15}  # M1 and M2 add up longer ones wrongly until torch 2.14 (pytorch issue 177116)
+LONGEST_SUM = {"mps": 2**14}  # M1 and M2 add up 32,767 or more wrongly until torch 2.14 (pytorch issues 177116, 195163)
 
 
 class HeadLoss(torch.autograd.Function):

@@ -58,7 +58,7 @@ def find_device(name: str) -> torch.device:
     if (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(f"--device {name}: there is none here; CUDA devices: {counts['cuda']}, MPS: {counts['mps']}")
     if device.type == "mps" and version < OLDEST_TORCH_OF_MPS:
-        raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install -U torch, or --device cpu")
+        raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
     return device
 
 
@@ -246,6 +246,10 @@ def pick_micro_batch(config, shape, ranks: Ranks) -> int:
             f"--total_batch_size {config.total_batch_size} is not a multiple of micro_batch * seq_len * ranks = "
             f"{B or 1} * {config.seq_len} * {ranks.world_size} = {unit}; try {near}"
         )
+    if ranks.device.type == "mps" and B * config.seq_len > 2**14:  # a weight's gradient: headloss.LONGEST_SUM
+        raise UserError(
+            f"--micro_batch {B} * --seq_len {config.seq_len} is over 16,384: MPS sums that wrongly; lower it"
+        )
     if B:
         return B
     most = 4096 // config.seq_len  # on a CPU small is fast: what is worked on should stay in the cache
@@ -315,6 +319,8 @@ def rehearse(run, micro_batch: int) -> None:
 
 def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     """What --compile asked for; else whether this is CUDA with Triton: Windows' wheels lack it, old cards do, too."""
+    if asked and ranks.device.type == "mps":
+        raise UserError("--compile on MPS sums the head's gradient wrongly on M1 and M2; leave it out")
     if asked is not None or ranks.device.type != "cuda":
         return bool(asked)
     from torch.utils._triton import has_triton

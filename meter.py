@@ -37,8 +37,8 @@ def peak_flops(device: torch.device) -> float:
     """bf16 FLOP/s of one device by its maker's data sheet, 0 for a card that is not in PEAK_TFLOPS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     words = set(name.replace("-", " ").split())
-    if words & ({"NVL", "Laptop", "D", "Ti", "MIG"} | ({"PCIe"} if "A100" not in words else set())):
-        return 0.0  # of the same name, but slower; all A100 are alike
+    if words & ({"NVL", "Laptop", "Max", "D", "Ti", "MIG"} | ({"PCIe"} if "A100" not in words else set())):
+        return 0.0  # of a like name, but others; all A100 are alike
     return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if set(card.split()) <= words), 0.0)
 
 

@@ -110,7 +110,7 @@ class Config:
     sdpa: str = knob("auto", "attention kernel on CUDA; auto = PyTorch's choice", choices=list(SDPA_KERNELS))
     dtype: str = knob("auto", "autocast dtype", choices=["auto", "bfloat16", "float16", "float32"])
     timeout_minutes: float = knob(10.0, "end the run if the ranks wait for one of them as long as this")
-    compile: bool | None = knob(None, "torch.compile the training step; default: on CUDA")
+    compile: bool | None = knob(None, "torch.compile the training step; default: on CUDA, with Triton")
 
     def __post_init__(self):
         fill_in(self)

@@ -80,9 +80,9 @@ def plain(config: Config, autocast: bool = False, nudge: bool = False):
     model.load_state_dict({name: state[name][: len(value)] for name, value in model.state_dict().items()})
     if nudge:
         generator = torch.Generator().manual_seed(1)
-        for p in model.state_dict().values():
+        for p in model.parameters():
             direction = torch.randint(0, 2, p.shape, generator=generator) * 2.0 - 1
-            p.copy_(torch.nextafter(p, direction * torch.inf))
+            p.data.copy_(torch.nextafter(p.data, direction * torch.inf))
     model.to(trainer.device)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},

@@ -16,8 +16,9 @@ puts torch.compile around DDP instead of inside.
 
 Every variant lives in a process of its own, since allocator settings and peak memory belong to a process; they get the
 turn one after another, round by round, and begin with the same weights and batches. Their losses stand in the table:
-they must differ by no more than rounding, which is checked. Reading the data is in our time and not in the peers'.
-The first steps (compilation) are apart. CPU seconds count all threads: on a busy machine they say more than the clock.
+with equally many ranks they must differ by no more than rounding, which is checked. Reading the data is in our time and
+not in the peers'. The first steps (compilation) are apart. CPU seconds count all threads: on a busy machine they say
+more than the clock.
 """
 
 import os
@@ -28,6 +29,7 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # thi
 import ast
 import gc
 import multiprocessing
+import multiprocessing.connection
 import socket
 import statistics
 import time
@@ -118,7 +120,10 @@ LEVERS = {  # what takes one out, or turns it around: what stands in its place
 
 
 def ranks_of(settings: list[str]) -> int:
-    return next((int(setting[6:]) for setting in settings if setting.startswith("ranks=")), 1)
+    number = next((setting.removeprefix("ranks=") for setting in settings if setting.startswith("ranks=")), "1")
+    if not number.isdecimal() or int(number) < 1:
+        raise UserError(f"ranks={number} is no number of processes; ranks=2 is one")
+    return int(number)
 
 
 def our_config(config: Config, settings: list[str]) -> train_gpt2.Config:
@@ -202,6 +207,8 @@ def make_peer(config: Config, name: str, device: torch.device):
 
 def peer_step(config: Config, name: str, settings: list[str]):
     """The update that the loops of these trainers make; transformers' gets it, too."""
+    if set(settings) - {"compile"}:
+        raise UserError(f"{name} knows compile and no other setting")
     data = our_config(config, [])
     ranks = machine.Ranks(0, 1, machine_device(config.device))
     if ranks.device.type == "cuda" and ranks.device.index is not None:
@@ -325,6 +332,9 @@ def measure(config: Config) -> dict[str, dict]:
     return results
 
 
+PROCESSES = {}  # variant -> its processes
+
+
 def start(config: Config, variant: str) -> list:
     """Pipes to the processes of a variant, one a rank."""
     context, pipes, world_size = multiprocessing.get_context("spawn"), [], ranks_of(variant.split(","))
@@ -334,9 +344,9 @@ def start(config: Config, variant: str) -> list:
         environment = {name: str(value) for name, value in environment.items()}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # as torchrun has it
         pipe, there = context.Pipe()
-        context.Process(
-            target=work, args=(there, config, variant, environment if world_size > 1 else {}), daemon=True
-        ).start()
+        arguments = (there, config, variant, environment if world_size > 1 else {})
+        PROCESSES.setdefault(variant, []).append(context.Process(target=work, args=arguments, daemon=True))
+        PROCESSES[variant][-1].start()
         there.close()  # or we would wait for a process that died
         pipes.append(pipe)
     return pipes
@@ -350,18 +360,23 @@ def free_port() -> int:
 
 def turn(pipes: list, variant: str, count: int):
     """What `work` answers: the first rank's seconds, all ranks' CPU seconds, their mean loss, the highest peak."""
-    for pipe in pipes:
-        pipe.send(count)
-    answers = []
-    for pipe in pipes:
-        try:
-            answers.append(pipe.recv())
-        except EOFError:
-            answers.append(UserError(f"{variant}: its process died"))
-        if isinstance(answers[-1], UserError):
-            print(f"{variant} is left out: {answers[-1]}", flush=True)
-            return None
-    seconds, cpu, losses, peaks = zip(*answers)
+    answers = {}
+    try:
+        for pipe in pipes:
+            pipe.send(count)
+        while len(answers) < len(pipes):  # whoever speaks first: the others may wait for one that failed
+            for pipe in multiprocessing.connection.wait([pipe for pipe in pipes if pipe not in answers]):
+                answers[pipe] = pipe.recv()
+                if isinstance(answers[pipe], UserError):
+                    raise answers[pipe]
+    except (EOFError, OSError, UserError) as error:
+        why = error if isinstance(error, UserError) else "its process died"
+        print(f"{variant} is left out: {why}", flush=True)
+        for process in PROCESSES[variant]:
+            process.terminate()
+            process.join()
+        return None
+    seconds, cpu, losses, peaks = zip(*(answers[pipe] for pipe in pipes))
     return seconds[0], sum(cpu), sum(losses) / len(losses), max(peaks)
 
 
@@ -370,8 +385,9 @@ def show(config: Config, results: dict[str, dict]) -> bool:
     device = machine_device(config.device)
     sizes = SIZES[config.model] | ({"n_layer": config.n_layer} if config.n_layer else {})
     flops, peak = flops_per_token(GPTConfig(config.seq_len, 50304, **sizes), config.seq_len), peak_flops(device)
-    micro_batches = config.micro_batch * config.seq_len * config.accumulate  # of a rank
-    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} cores"
+    per_rank = config.micro_batch * config.seq_len * config.accumulate  # tokens
+    ranks = {variant: ranks_of(variant.split(",")) for variant in results}
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
     print(f"\n{config.model}, {config.accumulate} x {config.micro_batch} x {config.seq_len} tokens a step, {card}, "
           f"torch {torch.__version__}, medians of {config.rounds} turns of {config.steps}\n")  # fmt: skip
     print("| variant | ms a step | tokens/s | MFU | CPU s | peak GiB | loss | first steps | times the first | CPU |")
@@ -380,15 +396,16 @@ def show(config: Config, results: dict[str, dict]) -> bool:
     base, base_cpu = statistics.median(first["seconds"]), statistics.median(first["cpu"])
     for variant, result in results.items():
         seconds, cpu = statistics.median(result["seconds"]), statistics.median(result["cpu"])
-        world_size = ranks_of(variant.split(","))
-        tokens = micro_batches * world_size
-        mfu = f"{100 * micro_batches / seconds * flops / peak:.1f}%" if peak else "n/a"
+        tokens, times = per_rank * ranks[variant], ranks[variant] / next(iter(ranks.values()))
+        mfu = f"{100 * per_rank / seconds * flops / peak:.1f}%" if peak else "n/a"
         cells = [
             variant, f"{1000 * seconds:.1f}", f"{tokens / seconds:,.0f}", mfu, f"{cpu:.2f}", f"{result['peak']:.2f}",
-            f"{result['loss'][-1]:.4f}", f"{result['first']:.0f} s", f"{base / seconds:.3f}", f"{base_cpu / cpu:.3f}",
+            f"{result['loss'][-1]:.4f}", f"{result['first']:.0f} s", f"{times * base / seconds:.3f}",
+            f"{times * base_cpu / cpu:.3f}",
         ]  # fmt: skip
         print(f"| {' | '.join(cells)} |")
-    far = [name for name, each in results.items() if abs(each["loss"][-1] - first["loss"][-1]) > config.tolerance]
+    alike = [name for name in results if ranks[name] == next(iter(ranks.values()))]  # the others' batch is another
+    far = [name for name in alike if abs(results[name]["loss"][-1] - first["loss"][-1]) > config.tolerance]
     for variant in far:
         print(f"\n{variant}: the loss is not that of {config.variants[0]}")
     return not far

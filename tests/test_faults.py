@@ -61,7 +61,7 @@ def wreck(line: list[str], rng: random.Random) -> bool:
             return False
     time.sleep(rng.uniform(0, 0.2))
     landed, number = process.poll() is None, rng.choice([signal.SIGKILL, signal.SIGTERM])
-    with contextlib.suppress(ProcessLookupError):  # it came too late
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it came too late
         os.killpg(process.pid, number)  # as a scheduler does: everybody is told
     process.stdout.read()
     process.wait(timeout=60)

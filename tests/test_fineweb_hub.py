@@ -51,7 +51,6 @@ class Hub(socketserver.ThreadingMixIn, http.server.HTTPServer):
     """Serves `folder` as the dataset REPO. faults: ((method, part of the path), what to do), each used up once."""
 
     daemon_threads = True
-    allow_reuse_address = True
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -132,8 +131,6 @@ def hub(tmp_path, monkeypatch):
     server.texts = make_files(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when the library was imported

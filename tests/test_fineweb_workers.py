@@ -48,7 +48,21 @@ def start(folder: Path, out: Path, before: str = "", workers: int = 2) -> subpro
         f"if __name__ == '__main__':\n    config = fineweb.Config(**{config!r})\n"
         "    fineweb.run(lambda _: fineweb.main(config), fineweb.Config, '', [])\n"
     )
-    return subprocess.Popen([sys.executable, str(script)], stdout=-1, stderr=-1, text=True, start_new_session=True)
+    command = [sys.executable, str(script)]
+    STARTED.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True))
+    return STARTED[-1]
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_survivors():
+    """A test that fails in the middle leaves nobody behind who waits at a gate."""
+    yield
+    while STARTED:
+        with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
 
 
 SLOW = """
@@ -199,7 +213,7 @@ def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
 @POSIX
 def test_ctrl_c_while_the_workers_start(whole, tmp_path):
     """They are told to leave it to their parent only once they run."""
-    process = start(whole[0].parent, tmp_path / "out", SLOW)
+    process = start(whole[0].parent, tmp_path / "out", SLOW, workers=8)
     while not children(process.pid) and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)

@@ -10,7 +10,7 @@ Learning rates fall to their end with a run's last step, so a run cut short says
 runs of different lengths end. The stages, for each size:
 
     grid      max_lr of gpt2 and the rates of fast, equally many of each: gpt2 at N steps, fast at N / 1.8
-    levers    what makes gpt2 fast, each alone and all together, N steps, three seeds of each
+    levers    each alone and together, N steps, three seeds of each
     lengths   gpt2 at N steps; fast at N / 1.8, N / 2.4 and N / 3.2: three seeds of each
     clock     steps of both by turns, in one process
 
@@ -43,6 +43,7 @@ import rundir
 import train_gpt2
 from cli import UserError, knob, run
 from files import atomic_file
+from recipes import RECIPES
 
 SMALL = {"seq_len": 128, "total_batch_size": 8192, "micro_batch": 16, "val_tokens": 65536, "dtype": "auto"}
 SIZES = {  # the model, the batch, and the middle of the grids: max_lr of gpt2, muon_lr of fast
@@ -61,7 +62,7 @@ class Config:
     out: str = knob("log/recipe", "run directories, report.md and curves.png go here")
     sizes: list[str] = knob(["0.6M"], f"of {', '.join(SIZES)}")
     steps: int = knob(300, "N, of the gpt2 recipe")
-    seeds: int = knob(3, "of each length")
+    seeds: int = knob(3, "of each length and lever")
     workers: int = knob(2, "trials at a time, one thread each")
     device: str = knob("cpu", "cpu, or cuda with --workers 1")
     picture: str = knob("", "the last size's picture goes there, too")
@@ -101,6 +102,12 @@ class Trial:
         path = self.log_dir(config) / "log.txt"
         if not path.exists() or "# done" not in path.read_text(encoding="utf-8"):
             return {}
+        text = path.read_text(encoding="utf-8")
+        begun = next(line for line in text.splitlines() if line.startswith("# config "))
+        was, now = json.loads(begun.removeprefix("# config ")), vars(train_gpt2.Config(**self.settings(config)))
+        for name in (*RECIPES["fast"], "zero_init"):
+            if was.get(name) != now[name]:
+                raise UserError(f"{path.parent} was run with --{name} {was.get(name)}, not {now[name]}: another --out")
         return rundir.Log(str(path.parent), writes=False).values["val"]
 
     def loss(self, config: Config) -> float:
@@ -306,9 +313,9 @@ def draw(size: str, config: Config, slow: list[Trial], quick: list[Trial], secon
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     millions = train_gpt2.Config(**SIZES[size][0]).total_batch_size / 1e6
-    target, least = (pick(trial.loss(config) for trial in slow + quick) for pick in (max, min))
-    units = ([millions, millions], seconds)
-    panels = zip(figure.subplots(1, 2, sharey=True), ("million tokens", "seconds of training"), units)
+    most, least = (pick(trial.loss(config) for trial in slow + quick) for pick in (max, min))
+    scales = ([millions, millions], seconds)
+    panels = zip(figure.subplots(1, 2, sharey=True), ("million tokens", "seconds of training"), scales)
     for axes, name, units in panels:
         for color, unit, trials in (("tab:gray", units[0], slow), ("tab:red", units[1], quick)):
             for i, trial in enumerate(trials):
@@ -316,13 +323,13 @@ def draw(size: str, config: Config, slow: list[Trial], quick: list[Trial], secon
                 axes.plot([step * unit for step in losses], list(losses.values()), color=color, lw=0.8, label=label)
             for trial in trials:  # where it ended
                 axes.plot(trial.steps * unit, trial.loss(config), ".", color=color, ms=5)
-        axes.set(xlabel=name, ylim=(0.95 * least, 1.3 * target))
+        axes.set(xlabel=name, ylim=(0.95 * least, 1.3 * most))
     figure.axes[0].set_ylabel("validation loss, nats a token")
     figure.axes[0].legend(frameon=False)
     figure.suptitle(f"{size}: whole runs of several lengths, {config.seeds} seeds of each", fontsize="medium")
     for path in [Path(config.out) / f"curves_{size}.png", *([Path(config.picture)] if config.picture else [])]:
         with atomic_file(path) as file:
-            figure.savefig(file, dpi=100)
+            figure.savefig(file, format=path.suffix[1:] or "png", dpi=100)
 
 
 def tell(config: Config) -> None:
