@@ -582,6 +582,9 @@ def main(config: Config) -> None:
             verify(out, config)
         else:
             tokenize(out, config)
+    except KeyboardInterrupt:
+        print("\nstopped; what is committed is safe, and the same command goes on from there", file=sys.stderr)
+        raise
     except OSError as error:
         if error.errno is None:
             raise

@@ -156,7 +156,10 @@ def joined_ranks(kind: str) -> Iterator[Ranks]:
         failed = False
     finally:
         if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+            threads_stay = dist.get_backend() == "gloo"  # once there was a model in DDP
             dist.destroy_process_group()
+            if threads_stay:  # those that let go of a last tensor at the interpreter's end abort (pytorch pull 179291)
+                time.sleep(0.5)
 
 
 def keep_freed_memory() -> None:
@@ -199,7 +202,9 @@ def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
     try:
         optimizer.load_state_dict(state)
     except ValueError as error:
-        raise UserError(f"the checkpoint has another optimizer, AdamW or Muon; keep its recipe ({error})") from error
+        raise UserError(
+            "the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with"
+        ) from error
     for group, values in zip(optimizer.param_groups, settings):
         group.update(values)
     for parameter, values in getattr(optimizer, "optim", optimizer).state.items():
@@ -242,9 +247,11 @@ def pick_micro_batch(config, shape, ranks: Ranks) -> int:
     unit = (B or 1) * config.seq_len * ranks.world_size
     if config.total_batch_size % unit:
         near = max(1, config.total_batch_size // unit) * unit
+        fits = config.total_batch_size % (config.seq_len * ranks.world_size) == 0
+        better = f"--micro_batch {largest_divisor(per_rank, B)}" if fits else f"--total_batch_size {near}"
         raise UserError(
-            f"--total_batch_size {config.total_batch_size} is not a multiple of micro_batch * seq_len * ranks = "
-            f"{B or 1} * {config.seq_len} * {ranks.world_size} = {unit}; try {near}"
+            f"--total_batch_size {config.total_batch_size} is not a multiple of {f'{B} windows * ' if B else ''}"
+            f"--seq_len {config.seq_len} * {ranks.world_size} ranks = {unit}; try {better}, or other ranks"
         )
     if ranks.device.type == "mps" and B * config.seq_len > 2**14:  # a weight's gradient: headloss.LONGEST_SUM
         raise UserError(

@@ -10,6 +10,7 @@ with Hugging Face's names and nn.Linear's layout. Every weight must be there, an
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -45,7 +46,9 @@ def load(name_or_dir: str, block_size: int | None = None) -> tuple[dict, dict]:
         raise UserError(f"{name_or_dir} is a file; GPT.from_checkpoint reads checkpoints, this reads a directory")
     path = find(name_or_dir, "config.json")
     if path is None:
-        raise UserError(f"{name_or_dir} has no config.json; a GPT-2 directory has one, and a run ckpt_*.pt")
+        runs = sorted({str(path.parent) for path in Path(name_or_dir).glob("*/ckpt_*.pt")})
+        hint = f"; there is a run in {', '.join(runs[:5])}" if runs else ""
+        raise UserError(f"{name_or_dir} has no config.json; a GPT-2 directory has one, and a run ckpt_*.pt{hint}")
     shape = shape_of(read_json(path), name_or_dir)
     found = next((path for path in (find(name_or_dir, file) for file in WEIGHTS) if path), None)
     if found is None:
@@ -64,9 +67,13 @@ def find(name_or_dir: str, file: str) -> Path | None:
     if os.path.isdir(name_or_dir):
         path = Path(name_or_dir, file)
         return path if path.is_file() else None
+    if (folder := os.path.dirname(name_or_dir)) and os.path.isdir(folder):
+        there = ", ".join(sorted(os.listdir(folder))[:8])
+        raise UserError(f"{name_or_dir} is not there; {folder} holds {there or 'nothing'}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each attempt of five, without a network
     try:
         return Path(hf_hub_download(name_or_dir, file))
     except LocalEntryNotFoundError as error:  # not in the cache, and no network

@@ -69,12 +69,15 @@ def read_newest(log_dir: str, needs: tuple[str, ...] = ()) -> tuple[dict | None,
     return None, passed_over
 
 
+SHAPE = ("model", "n_layer", "n_head", "n_embd")
+
+
 def open_run(log_dir: str, config: dict, loader: dict, needs: tuple, fixed: tuple, say) -> dict | None:
     """The checkpoint that a run in `log_dir` goes on from; None for a run that begins. Writes nothing.
 
     config and loader: what the run is to be, against what the checkpoint was; `say` tells the differences. UserError
     for a directory that holds a run already, unless config["resume"]; and for another loader or another of the `fixed`
-    keys, unless config["force"].
+    keys, unless config["force"], which can't change the shape of the weights.
     """
     if not config["resume"] and (saved_steps(log_dir) or os.path.exists(os.path.join(log_dir, "log.txt"))):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
@@ -87,11 +90,15 @@ def open_run(log_dir: str, config: dict, loader: dict, needs: tuple, fixed: tupl
         return None
     before, now = saved["config"] | saved["loader"], config | loader
     changed = [key for key in now if key in before and before[key] != now[key] and key not in ("resume", "force")]
-    told = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in changed)
-    if {*changed} & {*fixed, *loader} and not config["force"]:
-        raise UserError(f"{log_dir} can't go on as the same run: {told}; --force does it all the same")
+    told = {key: f"{key} was {before[key]}, is {now[key]}" for key in changed}
+    shape = "; ".join(told[key] for key in changed if key in SHAPE)
+    if shape:
+        raise UserError(f"{log_dir} can't go on with weights of another shape: {shape}; choose another --log_dir")
+    others = "; ".join(told[key] for key in changed if key in (*fixed, *loader))
+    if others and not config["force"]:
+        raise UserError(f"{log_dir} can't go on as the same run: {others}; --force does it all the same")
     if told:
-        say(f"resuming with other settings: {told}")
+        say(f"resuming with other settings: {'; '.join(told.values())}")
     if config["init_from"]:
         say(f"--init_from {config['init_from']} is not used: the run goes on from its own checkpoint")
     return saved

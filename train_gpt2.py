@@ -131,6 +131,8 @@ def check(config: Config) -> None:
         raise UserError(
             f"--total_batch_size {config.total_batch_size} is not a multiple of --seq_len {config.seq_len}; try {near}"
         )
+    if config.epochs and config.max_steps != Config.max_steps:
+        raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
     check_recipe(config)
     require_tracker(config.track)
 
@@ -481,14 +483,14 @@ def score_hellaswag(run: "Run", stop: StopSignal) -> dict[str, float] | None:
     return {"hella": scores["acc_norm"], "hella_se": scores["stderr_norm"]}
 
 
-def draw_samples(run: "Run", stop: StopSignal, n: int = 4, length: int = 32) -> dict:
-    """Print continuations of the prompt, `length` tokens with it, of the 50 likeliest: the same seed each time."""
+def draw_samples(run: "Run", stop: StopSignal, n: int = 4, length: int = 24) -> dict:
+    """Print continuations of the prompt, `length` tokens, of the 50 likeliest: the same seed each time."""
     if run.ranks.rank == 0:
         prompt = run.tokenizer.encode(run.config.sample_prompt) or [run.tokenizer.eot]
         idx = torch.tensor([prompt[-run.val.T :]] * n, device=run.device)
         generator = torch.Generator(run.device).manual_seed(run.config.seed)
         with run.autocast():
-            ids = run.raw_model.generate(idx, max(1, length - len(prompt)), top_k=50, generator=generator)
+            ids = run.raw_model.generate(idx, length, top_k=50, generator=generator)
         for row in ids.tolist():
             run.ranks.say("  > " + run.tokenizer.decode(row).replace("\n", "\\n"))
     return {}

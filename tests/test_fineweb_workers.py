@@ -206,7 +206,7 @@ def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     gate.touch()  # a worker ends the unit it is at
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in stderr
+    assert process.returncode == 130 and "Traceback" not in stderr and "the same command goes on" in stderr
     assert not list((tmp_path / "out").glob("*.tmp")) and group_is_gone(process.pid)
 
 

@@ -122,6 +122,12 @@ def test_a_hub_name_is_read_from_the_cache(folder, tmp_path, monkeypatch):
     assert torch.equal(GPT.from_pretrained("someone/tiny")(IDS)[0], GPT.from_pretrained(str(folder))(IDS)[0])
     with pytest.raises(UserError, match="someone/other is not here, and the hub can't be reached"):
         GPT.from_pretrained("someone/other")
+    (tmp_path / "log" / "a").mkdir(parents=True)
+    (tmp_path / "log" / "a" / "ckpt_000001.pt").touch()
+    with pytest.raises(UserError, match=r"log/b is not there; .*log holds a$"):
+        GPT.from_pretrained(str(tmp_path / "log" / "b"))
+    with pytest.raises(UserError, match=r"has no config.json; .*; there is a run in .*log/a$"):
+        GPT.from_pretrained(str(tmp_path / "log"))
     with pytest.raises(UserError, match="no name for one on the hub"):
         GPT.from_pretrained("some/where/else")
     with pytest.raises(UserError, match=r"config.json is a file"):

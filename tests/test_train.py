@@ -215,7 +215,7 @@ def broken_weights(tmp_path):
     [
         ({"data_dir": "nowhere"}, "no train shards in 'nowhere'; run fineweb.py first"),
         ({"total_batch_size": 250}, r"--total_batch_size 250 is not a multiple of --seq_len 32; try 256"),
-        ({"micro_batch": 3}, r"micro_batch \* seq_len \* ranks = 3 \* 32 \* 1 = 96; try 192"),
+        ({"micro_batch": 3}, r"3 windows \* --seq_len 32 \* 1 ranks = 96; try --micro_batch 2, or"),
         ({"n_embd": 33}, "n_embd 33 is not a multiple of n_head 2"),
         ({"seq_len": 4096, "total_batch_size": 4096}, "only 3000; lower it"),
         ({"max_steps": 0}, "--max_steps is 0"),
@@ -244,9 +244,13 @@ def test_a_used_directory_is_refused_and_left_alone(data, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "log").iterdir()}
     with pytest.raises(UserError, match="already holds a run: --resume goes on"):
         main(config)
-    for changes in ({"seed": 5}, {"total_batch_size": 512}, {"n_layer": 3}):
-        with pytest.raises(UserError, match=f"{next(iter(changes))} was .*--force"):
-            main(Config(**vars(config) | {"resume": True} | changes))
+    for changes in ({"seed": 5}, {"total_batch_size": 512}):
+        with pytest.raises(UserError, match=rf"same run: {next(iter(changes))} was \d+, is \d+; --force"):
+            main(Config(**vars(config) | {"resume": True, "max_steps": 3} | changes))
+    with pytest.raises(UserError, match="another shape: n_layer was 2, is 3; choose another"):
+        main(Config(**vars(config) | {"resume": True, "force": True, "n_layer": 3}))
+    with pytest.raises(UserError, match="--epochs 2 and --max_steps 2: give one of them"):
+        main(Config(**vars(config) | {"resume": True, "epochs": 2.0}))
     other = token_set(tmp_path / "other", (2000, 3100))
     with pytest.raises(UserError, match="data was"):
         main(Config(**vars(config) | {"resume": True, "data_dir": str(other)}))
@@ -277,7 +281,7 @@ def test_a_flag_that_does_not_fit(line):
 
 
 def test_epochs_instead_of_steps(data, tmp_path):
-    last = main(tiny_config(data, tmp_path / "log", epochs=0.5, order="shuffle"))
+    last = main(tiny_config(data, tmp_path / "log", epochs=0.5, max_steps=Config.max_steps, order="shuffle"))
     assert last["val"] and max(read_log(tmp_path / "log")["train"]) == 10  # 5472 tokens are 21.4 steps of 256
 
 
