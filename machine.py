@@ -156,9 +156,9 @@ def joined_ranks(kind: str) -> Iterator[Ranks]:
         failed = False
     finally:
         if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
-            threads_stay = dist.get_backend() == "gloo"  # once there was a model in DDP
+            is_gloo = dist.get_backend() == "gloo"
             dist.destroy_process_group()
-            if threads_stay:  # those that let go of a last tensor at the interpreter's end abort (pytorch pull 179291)
+            if is_gloo:  # DDP keeps its threads alive: one that frees a tensor as Python ends aborts (pytorch 179291)
                 time.sleep(0.5)
 
 

@@ -69,7 +69,7 @@ def read_newest(log_dir: str, needs: tuple[str, ...] = ()) -> tuple[dict | None,
     return None, passed_over
 
 
-SHAPE = ("model", "n_layer", "n_head", "n_embd")
+SHAPE = ("model", "n_layer", "n_head", "n_embd")  # of the weights: what not even --force can change
 
 
 def open_run(log_dir: str, config: dict, loader: dict, needs: tuple, fixed: tuple, say) -> dict | None:
