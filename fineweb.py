@@ -66,8 +66,8 @@ from extras.sources import (
     is_compressed,
     local_source,
 )
-from extras.tokenizer import TOKENIZERS, load_tokenizer
-from extras.units import DIALOGUES, Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
+from extras.tokenizer import load_tokenizer
+from extras.units import Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
 
 FORMAT = 1  # of the manifest
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -90,7 +90,7 @@ class Config:
     text_column: str = "text"  # the column or JSON field that holds the text
     revision: str | None = None  # branch, tag or commit of the hub dataset (default: main as it is today)
     max_tokens: int | None = None  # stop after so many tokens (default: all)
-    shuffle: int | None = None  # seed: shuffle row groups over all files, and documents in them; fetches all files first
+    shuffle: int | None = None  # seed: shuffle row groups over all files, and documents in them; fetches all first
     part: str | None = None  # I/N: tokenize the I-th of N parts, for job arrays; all share --out
     skip_bad: bool = False  # leave out documents that can't be read, and count them
 

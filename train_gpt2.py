@@ -18,20 +18,17 @@ is imported where a setting asks for it: HellaSwag, samples, --init_from, --reci
 import contextlib
 import ctypes
 import gc
-import glob
 import hashlib
 import io
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
 import sys
 import threading
 import time
-import typing
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -70,12 +67,9 @@ RECIPES = {  # a recipe is a set of defaults and nothing else; bench/recipe/ mea
     },
 }
 SDPA_KERNELS = {  # for --sdpa: what scaled_dot_product_attention may choose from; "math" is always there
-    "auto": ("flash", "cudnn", "mem_efficient"),
-    "flash": ("flash", "mem_efficient"),  # the second takes the masks that flash does not
-    "cudnn": ("cudnn",),
-    "efficient": ("mem_efficient",),
-    "math": (),
-}
+    "auto": ("flash", "cudnn", "mem_efficient"), "flash": ("flash", "mem_efficient"),  # flash takes no masks
+    "cudnn": ("cudnn",), "efficient": ("mem_efficient",), "math": (),
+}  # fmt: skip
 MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 
 
@@ -150,25 +144,20 @@ def resolve(config: Config) -> Config:
 
 def check(config: Config) -> None:
     """Raise UserError for a value that can't be right, before anything is opened or written."""
-    for name, hint in typing.get_type_hints(Config).items():
-        value, kinds = getattr(config, name), (hint, *typing.get_args(hint))
-        choices = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in typing.get_args(kind)]
-        if choices and value not in choices:
-            raise UserError(f"--{name} {value} is none of {', '.join(choices)}")
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise UserError(f"--{name} is {value}; it must not be negative")
-    for name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name} is {getattr(config, name)}; it must be more than 0")
+    if config.recipe not in RECIPES or config.model not in SIZES:
+        raise UserError(f"--recipe {config.recipe} --model {config.model}: choose of {[*RECIPES]} and {[*SIZES]}")
+    for name, value in asdict(config).items():
+        positive = name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every")
+        if isinstance(value, (int, float)) and not (value > 0 if positive else value >= 0):
+            raise UserError(f"--{name} is {value}; it must be {'more than 0' if positive else '0 or more'}")
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower it (a tenth is usual)")
     if config.muon_momentum >= 1:
         raise UserError(f"--muon_momentum is {config.muon_momentum}; it must be below 1, or no matrix ever moves")
     if config.total_batch_size % config.seq_len:
-        near = max(config.seq_len, round(config.total_batch_size / config.seq_len) * config.seq_len)
-        raise UserError(
-            f"--total_batch_size {config.total_batch_size} is not a multiple of --seq_len {config.seq_len}; try {near}"
-        )
+        near = max(1, round(config.total_batch_size / config.seq_len)) * config.seq_len
+        multiple = f"a multiple of --seq_len {config.seq_len}; try {near}"
+        raise UserError(f"--total_batch_size {config.total_batch_size} is not {multiple}")
     if config.epochs and config.max_steps != Config.max_steps:
         raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
     if config.track != "none":
@@ -183,11 +172,10 @@ def optional(wanted_by: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        top, name = error.name.split(".")[0], error.name.replace(".", "/")
-        if top in ("extras", "hellaswag"):
-            missing = f"{name}.py" if name != "extras" else "extras/"
-            raise UserError(f"{wanted_by} needs {missing}, which is not beside {os.path.basename(__file__)}") from error
-        raise UserError(f"{wanted_by} needs the package {top}: pip install {top}") from error
+        if error.name.split(".")[0] not in ("extras", "hellaswag"):
+            raise UserError(f"{wanted_by} needs the package {error.name}: pip install {error.name}") from error
+        file = "extras/" if error.name == "extras" else error.name.replace(".", "/") + ".py"
+        raise UserError(f"{wanted_by} needs {file}, which is not beside train_gpt2.py") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,14 +248,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            "ln_f": nn.LayerNorm(config.n_embd),
+        })  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # one tensor: Press & Wolf 2017
         for name, parameter in self.named_parameters():
@@ -312,22 +298,22 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, **options) -> torch.Tensor:
         """(B, T) ids -> (B, T + new) ids; the options are those of `extras.generation.stream`."""
-        with optional("GPT.generate"):
-            from extras.generation import stream
+        from extras.generation import stream
+
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
         """A GPT-2 of the hub ("gpt2" ... "gpt2-xl") or a directory, cropped to `block_size`; every weight must fit."""
-        with optional("GPT.from_pretrained"):
-            from extras.pretrained import load
+        from extras.pretrained import load
+
         return cls.of(*load(name_or_dir, block_size))
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "GPT":
         """The model of a checkpoint: of this trainer, of build-nanogpt or of nanoGPT."""
-        with optional("GPT.from_checkpoint"):
-            from extras.checkpoints import load_checkpoint
+        from extras.checkpoints import load_checkpoint
+
         return cls.of(*load_checkpoint(path))
 
     @classmethod
@@ -344,8 +330,8 @@ class GPT(nn.Module):
 
     def save_pretrained(self, directory: str) -> None:
         """Write a new directory for `transformers`, lm-eval and llama.cpp: the tokens that exist, without padding."""
-        with optional("GPT.save_pretrained"):
-            from extras.pretrained import save
+        from extras.pretrained import save
+
         save(directory, self)
 
 
@@ -364,13 +350,14 @@ def head_loss(x, weight, targets, n_tokens: int):
     return HeadLoss.apply(x, weight, targets, n_tokens, rows, torch.is_grad_enabled())
 
 
+LONGEST_SUM = {"mps": 2**14}  # M1 and M2 sum 32,767 or more terms wrongly until torch 2.14 (pytorch issue 177116)
+
+
 class HeadLoss(torch.autograd.Function):
     """The loss a few rows at a time, for where no compiler fuses it: (N, V) logits or gradients never exist.
 
     The gradients are made together with the loss, while a slice of logits is in the cache, and wait for `backward`.
     """
-
-    LONGEST_SUM = {"mps": 2**14}  # M1 and M2 sum 32,767 or more terms wrongly until torch 2.14 (pytorch issue 177116)
 
     @staticmethod
     def forward(ctx, x, weight, targets, n_tokens, rows, needs_grad):
@@ -379,7 +366,7 @@ class HeadLoss(torch.autograd.Function):
         x_low, w_low = x.to(dtype), weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x, grad_w = (torch.empty_like(x_low), torch.zeros_like(weight)) if needs_grad else (None, None)
-        width = HeadLoss.LONGEST_SUM.get(x.device.type, len(weight))
+        width = LONGEST_SUM.get(x.device.type, len(weight))
         for part in (slice(first, first + rows) for first in range(0, len(x), rows)):
             target, valid = targets[part, None].clamp(min=0), targets[part, None] >= 0
             logits = torch.mm(x_low[part], w_low.t()).float()  # (rows, V)
@@ -433,20 +420,18 @@ def read_manifest(data_dir: str) -> dict:
 
 def open_shards(data_dir: str, split: str, manifest: dict) -> list[Shard]:
     """Memory-map the shards of a split, in order. UserError for none, or for one that is not what it should be."""
-    paths = sorted(p for p in glob.glob(f"{glob.escape(data_dir)}/*_{split}_*.npy") if not p.endswith(".mask.npy"))
+    paths = {path.name: path for path in sorted(Path(data_dir).glob(f"*_{split}_*.npy")) if ".mask" not in path.name}
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"] if shard["split"] == split}
-    missing = sorted(set(listed) - {os.path.basename(path) for path in paths})
-    if missing:
+    if missing := sorted(set(listed) - set(paths)):
         raise UserError(f"{data_dir} lacks {', '.join(missing[:3])} of manifest.json; run fineweb.py --verify")
-    strays = [path for path in paths if listed and os.path.basename(path) not in listed]
-    if strays:
-        raise UserError(f"{strays[0]} is not in manifest.json: it belongs to another set; move it away")
+    if strays := sorted(set(paths) - set(listed or paths)):
+        raise UserError(f"{paths[strays[0]]} is not in manifest.json: it belongs to another set; move it away")
     if not paths:
         raise UserError(f"no {split} shards in {data_dir!r}; run fineweb.py first, or point --data_dir at its output")
-    return [open_shard(path, listed.get(os.path.basename(path))) for path in paths]
+    return [open_shard(path, listed.get(name)) for name, path in paths.items()]
 
 
-def open_shard(path: str, listed_tokens: int | None) -> Shard:
+def open_shard(path: Path, listed_tokens: int | None) -> Shard:
     def load(path, dtype):
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -456,12 +441,12 @@ def open_shard(path: str, listed_tokens: int | None) -> Shard:
             raise UserError(f"{path} holds {array.dtype}{list(array.shape)}, not {dtype}[n]; run fineweb.py again")
         return array
 
-    tokens, mask_path = load(path, "uint16"), path.removesuffix(".npy") + ".mask.npy"
-    mask = load(mask_path, "uint8") if os.path.exists(mask_path) else None
+    tokens, mask_path = load(path, "uint16"), path.with_suffix(".mask.npy")
+    mask = load(mask_path, "uint8") if mask_path.exists() else None
     for what, length in (("manifest.json", listed_tokens), (mask_path, None if mask is None else len(mask))):
         if length not in (None, len(tokens)):
             raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
-    return Shard(path, tokens, mask)
+    return Shard(str(path), tokens, mask)
 
 
 def fingerprint(shards: list[Shard], manifest: dict) -> str:
@@ -661,8 +646,11 @@ def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
         if stop.agreed():
             return None
     nats, count = all_reduce(sums, run.ranks).tolist()
-    val = nats / max(1, count)
-    return {"val": val, "bpb": val / math.log(2) / run.bytes_per_token} if run.bytes_per_token else {"val": val}
+    values = {"val": nats / max(1, count)}
+    listed = [shard for shard in run.manifest["shards"] if shard["split"] == "val"]
+    if text_bytes := 0 if run.val.has_masks else sum(shard.get("bytes", 0) for shard in listed):
+        values["bpb"] = values["val"] / math.log(2) * sum(shard["tokens"] for shard in listed) / text_bytes
+    return values
 
 
 def score_hellaswag(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
@@ -699,24 +687,26 @@ EVALUATIONS = {  # name -> the setting that says how often, and the function; a 
 }
 
 
-def load_tokenizer_and_hellaswag(config: Config, name: str, ranks: "Ranks") -> tuple:
-    """What samples and HellaSwag need. None for what is not to be had, and a line that says so: training goes on."""
+def can_evaluate(run: "Run", name: str) -> bool:
+    return {"hella": run.hella_rows, "samples": run.tokenizer}.get(name, ()) is not None
+
+
+def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
+    """Tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
     tokenizer = rows = None
     try:
         with optional("--sample_every"):
             from extras.tokenizer import load_tokenizer
         tokenizer = load_tokenizer(name)
-        if config.hella_every:
-            with optional("--hella_every"):
-                import hellaswag
-            for turn in (True, False):  # rank 0 first: it may have to download the file for the others
-                if turn == (ranks.rank == 0):
-                    rows = hellaswag.rows_or_none(config.hella_data, config.hella_limit, config.seed, tokenizer, config.seq_len)
-                if not any_rank(rows is not None, ranks):
-                    break
+        with optional("--hella_every"):
+            from hellaswag import rows_or_none
+        how = (config.hella_data, config.hella_limit, config.seed, tokenizer, config.seq_len)
+        rows = rows_or_none(*how) if config.hella_every and ranks.rank == 0 else None  # it may have to download a file
+        if any_rank(rows is not None, ranks):
+            rows = rows_or_none(*how) if ranks.rank else rows
             rows = None if any_rank(rows is None, ranks) else rows
     except UserError as error:
-        if config.sample_every or config.hella_every:
+        if config.hella_every or (config.sample_every and not tokenizer):
             ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {error}")
     return tokenizer, rows
 
@@ -759,54 +749,40 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def read_ranks() -> tuple[int, int, int, int]:
-    """Rank, rank on this node, ranks, ranks on this node, as torchrun says in the environment; or one process."""
-    found = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    found = {name: os.environ.get(name, default) for name, default in found.items()}
-    numbers = [int(value) if value.isdecimal() else -1 for value in found.values()]
-    if min(numbers) < 0 or numbers[0] >= numbers[2] or numbers[3] == 0:
-        values = " ".join(f"{name}={value}" for name, value in found.items())
-        raise LocalError(f"the environment says {values}, which are no ranks; unset these, or start with torchrun")
-    return tuple(numbers)
-
-
 def join_ranks(kind: str) -> Ranks:
-    """Read what torchrun set, choose the device (`kind`: auto, cuda, mps, cpu, cuda:N), form the process group.
-
-    The ranks find each other within 3 minutes or not at all. From then on a rank waits up to 30 minutes for the others,
-    since downloads and compilation may take some; after the first step --timeout_minutes.
-    """
-    rank, local_rank, world_size, local_world_size = read_ranks()
+    """Read what torchrun set, choose the device (`kind`: auto, cuda, mps, cpu, cuda:N), form the process group."""
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    found = [os.environ.get(name, default) for name, default in names.items()]
+    rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
+    if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
+        raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
     device = find_device(kind)
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks must not live on
-    if device.type == "mps" and world_size > 1:
-        raise UserError("MPS can't average over ranks; start one process, or add --device cpu")
+    if W > 1 and (device.type == "mps" or device.index is not None):
+        raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
     if device.type == "cuda":
-        if torch.cuda.device_count() < local_world_size:
-            count = torch.cuda.device_count()
-            raise UserError(f"{local_world_size} ranks on this node, but {count} CUDA devices; lower --nproc_per_node")
-        if device.index is not None and world_size > 1:
-            raise UserError(f"--device {kind} under torchrun would put every rank on one card; use --device cuda")
+        if (cards := torch.cuda.device_count()) < local_W:
+            raise UserError(f"{local_W} ranks on this node, but {cards} CUDA devices; lower --nproc_per_node")
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
         keep_freed_memory()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world_size))
-    if world_size > 1:
-        limit = timedelta(minutes=3)
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
+    if W > 1:
+        limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             with optional("torchrun --max-restarts"):
                 from extras.elastic import name_this_start
-            store = dist.PrefixStore(name_this_start(store, rank, world_size, limit.total_seconds()), store)
+            store = dist.PrefixStore(name_this_start(store, rank, W, limit.total_seconds()), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-        dist.all_reduce(torch.zeros(1, device=device if device.type == "cuda" else "cpu"))  # NCCL connects here
+        dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
+        dist.all_reduce(torch.zeros(1, device=device if backend == "nccl" else "cpu"))  # NCCL connects here
         set_timeout(30)
-    return Ranks(rank, world_size, device)
+    return Ranks(rank, W, device)
 
 
 def set_timeout(minutes: float) -> None:
@@ -826,20 +802,19 @@ def joined_ranks(kind: str) -> Iterator[Ranks]:
         backend = dist.get_backend() if dist.is_initialized() else None
         if backend == "gloo" or (backend and not failed):  # NCCL would wait for ranks that wait for this one's message
             dist.destroy_process_group()
-        if backend == "gloo":  # DDP keeps its threads alive: one that frees a tensor as Python ends aborts (torch 179291)
+        if backend == "gloo":  # DDP's threads live on: one that frees a tensor as Python ends aborts (pytorch 179291)
             time.sleep(0.5)
 
 
 def call_libc(function: str, *arguments: int) -> None:
-    """A function of the C library, where it has one of that name: prctl on Linux, mallopt in glibc."""
+    """Call a function of the C library, where it has one of that name: prctl on Linux, mallopt in glibc."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed: each step asks for the same, and a new page costs a fault."""
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    for parameter, value in ((m_trim_threshold, 2**31 - 1), (m_top_pad, 2**28), (m_mmap_threshold, 2**30)):
+    for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # M_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD
         call_libc("mallopt", parameter, value)
 
 
@@ -895,14 +870,12 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks) -> int:
     """Sequences per forward: --micro_batch, which must divide the batch, or the largest divisor that should fit."""
     B, T, W, total = config.micro_batch, config.seq_len, ranks.world_size, config.total_batch_size
     if total % ((B or 1) * T * W):
+        of = f"of {f'--micro_batch {B} * ' if B else ''}--seq_len {T} * {W} ranks = {(B or 1) * T * W}"
         near = max(1, total // ((B or 1) * T * W)) * (B or 1) * T * W
-        divides = total % (T * W) == 0
-        better = f"--micro_batch {largest_divisor(total // T // W, B)}" if divides else f"--total_batch_size {near}"
-        raise UserError(
-            f"--total_batch_size {total} is not a multiple of {f'{B} sequences * ' if B else ''}--seq_len {T} * "
-            f"{W} ranks = {(B or 1) * T * W}; try {better}, or other ranks"
-        )
-    if ranks.device.type == "mps" and B * T > 2**14:  # as many terms are in a weight's gradient, see HeadLoss
+        divisor = largest_divisor(total // T // W, B)
+        better = f"--total_batch_size {near}" if total % (T * W) else f"--micro_batch {divisor}"
+        raise UserError(f"--total_batch_size {total} is not a multiple {of}; try {better}, or other ranks")
+    if ranks.device.type == "mps" and LONGEST_SUM["mps"] < B * T:  # as many terms are in a weight's gradient
         raise UserError(f"--micro_batch {B} * --seq_len {T} is over 16,384: MPS sums that wrongly; lower it")
     if B:
         return B
@@ -916,7 +889,7 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks) -> int:
 
 
 def try_micro_batch(run: "Run", micro_batch: int) -> None:
-    """Two micro-batches of zeros, forward and backward, with room for the moments: all the memory that a step needs.
+    """All the memory that a step needs: two micro-batches of zeros, forward and backward, with room for the moments.
 
     Compiles what there is to compile. No rank waits for another in here: one alone may run out of memory.
     """
@@ -935,11 +908,8 @@ def try_micro_batch(run: "Run", micro_batch: int) -> None:
 
 
 def fit_micro_batch(run: "Run") -> int:
-    """run.micro_batch if every rank has the memory for it, or else the half of it that fits; the batch stays.
-
-    A --micro_batch that was asked for is not changed: UserError if it doesn't fit, or if one sequence doesn't.
-    """
-    B, config, began = run.micro_batch, run.config, time.perf_counter()
+    """run.micro_batch, or the half of it for which every rank has the memory; the batch of an update stays."""
+    B, began = run.micro_batch, time.perf_counter()
     while True:
         failed = False
         try:
@@ -949,17 +919,13 @@ def fit_micro_batch(run: "Run") -> int:
                 raise
             failed = True
         if not any_rank(failed, run.ranks):
-            run.ranks.print0(f"ready    micro-batch of {B} compiled and tried in {time.perf_counter() - began:.1f} s")
+            run.ranks.print0(f"ready    micro-batch {B} compiled and tried in {time.perf_counter() - began:.1f} s")
             return B
-        if config.micro_batch and B > 1:
-            raise UserError(f"out of memory with --micro_batch {B}; leave it at 0, and what fits is found")
-        if B == 1:
-            raise UserError(
-                "out of memory with one sequence per forward; lower --seq_len, choose a smaller --model, or turn on "
-                "--recompute"
-            )
-        B = largest_divisor(config.total_batch_size // config.seq_len // run.ranks.world_size, B // 2)
-        run.ranks.print0(f"memory   a larger micro-batch does not fit; trying {B}")
+        if B == 1 or run.config.micro_batch:  # one that was asked for is not changed
+            better = "leave --micro_batch at 0" if B > 1 else "lower --seq_len or --model, or turn on --recompute"
+            raise UserError(f"out of memory with --micro_batch {B}; {better}")
+        B = largest_divisor(run.config.total_batch_size // run.config.seq_len // run.ranks.world_size, B // 2)
+        run.ranks.print0(f"memory   does not suffice; trying micro-batch {B}")
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(run.device)
@@ -969,13 +935,12 @@ class StopSignal:
     """SIGTERM, SIGINT or SIGUSR1 ask for a checkpoint and the end; another, two seconds later or more, ends at once."""
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.since = ranks, None
+        self.ranks, self.since, self.former = ranks, None, {}
 
     def __enter__(self):
-        names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # Windows has not all
-        if threading.current_thread() is not threading.main_thread():
-            names = []
-        self.former = {name: signal.signal(getattr(signal, name), self._receive) for name in names}
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ():
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                self.former[name] = signal.signal(getattr(signal, name), self._receive)
         return self
 
     def __exit__(self, *_):
@@ -1015,18 +980,16 @@ def saved_steps(log_dir: str) -> list[int]:
 def read_checkpoint(path: str | Path) -> dict:
     """The checkpoint in a file, on the CPU. UserError unless it is whole and this trainer's; nothing is executed."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at checksums: a flipped bit would pass
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} fails its checksum")
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at checksums: a flipped bit would pass
+                raise ValueError(f"{damaged} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        missing = [key for key in CHECKPOINT_KEYS if key not in state]
+        if missing := [key for key in CHECKPOINT_KEYS if key not in state]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        return state
     except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
         reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
-        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {reason}); use another") from error
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this trainer: it has no {', '.join(missing)}")
-    return state
+        raise UserError(f"{path} is not a whole checkpoint of this trainer ({reason}); use another") from error
 
 
 def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict | None:
@@ -1095,12 +1058,11 @@ def read_log(path: Path, start: int = sys.maxsize) -> dict[str, dict[int, float]
 class Log:
     """LOG_DIR/log.txt: `step stream value` a line, append-only; lines that begin with # tell about the run.
 
-    A disk that is full warns once; the lines wait in memory until there is room.
+    If the disk is full, the lines wait in memory until there is room.
     """
 
     def __init__(self, log_dir: str, writes: bool, start: int = 0, track: Callable[[int, dict], None] | None = None):
-        self.path, self.file, self.track = Path(log_dir) / "log.txt", None, track
-        self.waiting, self.lock, self.warned = [], threading.Lock(), False
+        self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
         self.values = read_log(self.path, start)
         if writes:
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -1111,42 +1073,28 @@ class Log:
     def write(self, step: int, **values: float) -> None:
         for name, value in values.items():
             self.values.setdefault(name, {})[step] = value
-            self.add(f"{step} {name} {value:{'.6g' if name == 'lr' else '.6f'}}\n")
+            self.waiting += f"{step} {name} {value:{'.6g' if name == 'lr' else '.6f'}}\n"
         if self.track:
             self.track(step, values)
 
     def comment(self, what: str, content: dict) -> None:
-        self.add(f"# {what} {json.dumps(content)}\n")
+        self.waiting += f"# {what} {json.dumps(content)}\n"
 
-    def add(self, line: str) -> None:
-        with self.lock:
-            self.waiting.append(line)
-
-    def flush(self, to_disk: bool = False) -> None:
-        """Write the lines that wait. to_disk: return when they are on the disk, and raise OSError if that fails."""
-        if not self.file:
-            return
-        with self.lock:  # the thread that saves flushes, too
-            data, end = "".join(self.waiting).encode(), self.file.seek(0, os.SEEK_END)
-            try:
-                while data:
-                    data = data[self.file.write(data) :]
-                if to_disk:
-                    os.fsync(self.file.fileno())
-                self.waiting.clear()
-            except OSError as error:
-                self.file.truncate(end)  # no half line
-                if to_disk:
-                    raise
-                if not self.warned:
-                    print(f"WARNING: {self.path} can't be written, its lines wait: {error}", file=sys.stderr, flush=True)
-                self.warned = True
-
-    def best_step(self) -> int | None:
-        """The step of the lowest validation loss among those that still have a checkpoint; None before the first."""
-        val = self.values.get("val", {})
-        steps = [step for step in saved_steps(self.path.parent) if math.isfinite(val.get(step, math.nan))]
-        return min(steps, key=lambda step: val[step], default=None)
+    def flush(self, to_disk: bool = False) -> bool:
+        """Write the lines that wait; to_disk: and return when they are on the disk. Whether that succeeded."""
+        data, end = self.waiting.encode(), self.file.seek(0, os.SEEK_END) if self.file else 0
+        try:
+            while self.file and data:
+                data = data[self.file.write(data) :]
+            if self.file and to_disk:
+                os.fsync(self.file.fileno())
+            self.waiting = ""
+        except OSError as error:
+            self.file.truncate(end)  # no half line
+            if not self.warned:
+                print(f"WARNING: {self.path} can't be written, its lines wait: {error}", file=sys.stderr, flush=True)
+            self.warned = True
+        return not self.waiting
 
     def last(self) -> dict[str, float]:
         """The last value of each stream."""
@@ -1160,76 +1108,57 @@ class Saver:
     """
 
     def __init__(self, log_dir: str, keep: int, log: Log, writes: bool):
-        self.log_dir, self.keep, self.log, self.writes = log_dir, keep, log, writes
+        self.log_dir, self.keep, self.log, self.writes = Path(log_dir), keep, log, writes
         self.thread, self.failed = None, False
-        for half in Path(log_dir).glob("ckpt_*.tmp") if writes else ():
+        for half in self.log_dir.glob("ckpt_*.tmp") if writes else ():
             half.unlink()  # a run that was killed may have left it
 
-    def require_room(self, run: "Run") -> None:
-        """UserError unless all the checkpoints of the run fit, with the best one and the one being written."""
-        there = sum(checkpoint_path(self.log_dir, step).stat().st_size for step in saved_steps(self.log_dir))
-        weights_and_moments = 12 * sum(p.numel() for p in run.raw_model.parameters())
-        require_space(self.log_dir, (self.keep + 2) * weights_and_moments - there)
+    def require_room(self, model: GPT) -> None:
+        """UserError unless the disk has room for all the checkpoints: the best one and one being written, too."""
+        needed = (self.keep + 2) * 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
+        needed -= sum(checkpoint_path(self.log_dir, step).stat().st_size for step in saved_steps(self.log_dir))
+        if needed > (free := shutil.disk_usage(self.log_dir).free):
+            there = f"{self.log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints"
+            raise UserError(f"{there}; free some, lower --keep_checkpoints, or choose another --log_dir")
 
     def save(self, state: dict) -> None:
-        """Save `state` as its step's checkpoint; then keep the newest `keep`, and that of the best validation."""
-        if self.writes:
-            self.wait()
-            data = io.BytesIO()
-            torch.save(state, data)
-            self.thread = threading.Thread(target=self._save, args=(state["step"], data.getbuffer()), name="checkpoint")
+        """Save `state` as its step's checkpoint, after the log: a resumed run does not log again what came before."""
+        self.wait()
+        self.failed = self.writes and not self.log.flush(to_disk=True)
+        if self.writes and not self.failed:
+            torch.save(state, data := io.BytesIO())
+            self.thread = threading.Thread(target=self._write, args=(state["step"], data.getbuffer()))
             self.thread.start()
 
     def wait(self) -> bool:
         """Until what was saved is on disk, or has failed and said so. Whether it is on disk."""
-        if self.thread is not None:
+        if self.thread:
             self.thread.join()
-            self.thread = None
         return not self.failed
 
-    def _save(self, step: int, data: memoryview) -> None:
+    def _write(self, step: int, data: memoryview) -> None:
+        """A file that is there whole or not at all; then keep the newest, and that of the best validation."""
         path, self.failed = checkpoint_path(self.log_dir, step), True
+        temporary = path.with_name(path.name + ".tmp")
         try:
-            require_space(self.log_dir, len(data))
-            self.log.flush(to_disk=True)  # a resumed run will not log again what came before
-            write_whole(path, data)
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
             self.failed = False
+            if os.name == "posix":  # the new name, too, should survive a power cut
+                os.fsync(folder := os.open(self.log_dir, os.O_RDONLY))
+                os.close(folder)
             # a file with a later step was damaged, or this run would have begun there: it doesn't count as one of ours
-            steps, best = [s for s in saved_steps(self.log_dir) if s <= step], self.log.best_step()
-            for old in steps[self.keep :] if self.keep else []:
-                if old != best:
-                    checkpoint_path(self.log_dir, old).unlink()
-        except (OSError, UserError) as error:
+            steps, val = [s for s in saved_steps(self.log_dir) if s <= step], self.log.values.get("val", {})
+            scored = [s for s in saved_steps(self.log_dir) if math.isfinite(val.get(s, math.nan))]
+            for old in set(steps[self.keep :] if self.keep else ()) - {min(scored, key=val.get, default=None)}:
+                checkpoint_path(self.log_dir, old).unlink()
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
             what = f"{path.name} was not saved" if self.failed else "an old checkpoint could not be removed"
             print(f"WARNING: {what}, training goes on: {error}", file=sys.stderr, flush=True)
-
-
-def require_space(log_dir: str, needed: int) -> None:
-    """UserError if `log_dir` has no room for `needed` bytes."""
-    free = shutil.disk_usage(log_dir).free
-    if free < needed:
-        raise UserError(
-            f"{log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints; "
-            "free some, lower --keep_checkpoints, or choose another --log_dir"
-        )
-
-
-def write_whole(path: Path, data: memoryview) -> None:
-    """A file that is there whole or not at all: written under a temporary name, flushed to the disk, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name, too, should survive a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1247,18 +1176,16 @@ class Run:
     hella_rows: list | None
     raw_model: GPT  # is scored, sampled and saved; never rebound
     model: nn.Module  # is trained: raw_model compiled, in DDP, both or neither
+    compiled: bool
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype
     micro_batch: int
     train: SampleStream
     val: SampleStream
-    bytes_per_token: float | None  # of the val split
     loader: dict  # what the stream of samples depends on
     start: int  # updates done before
     origin: int  # the sample with which step 0 begins
-    compiled: bool
-    evaluations: dict  # those of EVALUATIONS that can be made here
 
     @property
     def device(self) -> torch.device:
@@ -1285,7 +1212,7 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}
 
 
 def make_model(config: Config, n_tokens: int) -> GPT:
@@ -1302,18 +1229,6 @@ def make_model(config: Config, n_tokens: int) -> GPT:
     return model
 
 
-def check_fit(shape: GPTConfig, config: Config, n_tokens: int) -> None:
-    """UserError if the data are not for a model that was loaded."""
-    if config.seq_len > shape.block_size:
-        where = config.init_from or config.log_dir
-        raise UserError(f"--seq_len {config.seq_len} is over the {shape.block_size} positions of {where}")
-    if shape.n_tokens != n_tokens:
-        raise UserError(
-            f"the model has {shape.n_tokens} tokens and {config.data_dir} was made with {n_tokens}; "
-            "run fineweb.py with the other --tokenizer"
-        )
-
-
 def set_up(config: Config, ranks: Ranks) -> Run:
     """Open the data, make or load the model, and what trains it. Nothing is written."""
     config, manifest = resolve(config), read_manifest(config.data_dir)
@@ -1327,15 +1242,19 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     loader = {"tokenizer": name, "data": fingerprint(shards["train"], manifest)}
 
     saved = checkpoint_to_resume(config, loader, ranks.print0)
-    start, origin = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
-    origin -= start * (config.total_batch_size // config.seq_len)
+    start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
+    origin = sample - start * (config.total_batch_size // config.seq_len)
     if any_rank(start != all_reduce(torch.tensor(float(start)), ranks, "MIN"), ranks):
         raise UserError(f"the ranks find different checkpoints in {config.log_dir}; all nodes must share it")
     raw_model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
-    raw_model.to(ranks.device)
-    check_fit(raw_model.config, config, n_tokens)
-    micro_batch = pick_micro_batch(config, raw_model.config, ranks)
-    dtype, optimizer = pick_dtype(config.dtype, ranks.device), make_optimizer(raw_model, config)
+    shape, source = raw_model.to(ranks.device).config, config.init_from or config.log_dir
+    if config.seq_len > shape.block_size:
+        raise UserError(f"--seq_len {config.seq_len} is over the {shape.block_size} positions of {source}")
+    if shape.n_tokens != n_tokens:
+        other = f"{config.data_dir} was made with {n_tokens}; run fineweb.py with the other --tokenizer"
+        raise UserError(f"the model in {source} has {shape.n_tokens} tokens and {other}")
+    micro_batch, dtype = pick_micro_batch(config, shape, ranks), pick_dtype(config.dtype, ranks.device)
+    optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
     if saved:
         load_optimizer(optimizer, saved["optimizer"])
@@ -1344,31 +1263,19 @@ def set_up(config: Config, ranks: Ranks) -> Run:
 
     for kernel in SDPA_KERNELS["auto"]:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel in SDPA_KERNELS[config.sdpa])
-    if config.recompute:
-        for block in raw_model.transformer.h:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in raw_model.transformer.h if config.recompute else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     compiled = wants_compile(config.compile, ranks)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    tokenizer, hella_rows = load_tokenizer_and_hellaswag(config, name, ranks)
-    needs = {"samples": tokenizer, "hella": hella_rows}
-    evaluations = {name: how for name, how in EVALUATIONS.items() if needs.get(name, ()) is not None}
-    listed = [shard for shard in manifest["shards"] if shard["split"] == "val"]
-    val_bytes, val_tokens = (sum(shard.get(key, 0) for shard in listed) for key in ("bytes", "tokens"))
     run = Run(
-        config, ranks, manifest, tokenizer, hella_rows, raw_model, model, optimizer, scaler, dtype, micro_batch,
-        train, val, val_bytes / val_tokens if val_bytes else None, loader, start, origin, compiled, evaluations,
+        config, ranks, manifest, *load_text_evaluations(config, name, ranks), raw_model, model, compiled, optimizer,
+        scaler, dtype, micro_batch, train, val, loader, start, origin,
     )  # fmt: skip
-    if run.compiled or ranks.device.type != "cpu":
+    if compiled or ranks.device.type != "cpu":
         run.micro_batch = fit_micro_batch(run)
     return run
-
-
-PEAK_TFLOPS = {  # dense bf16, from the makers' data sheets
-    "H200": 989, "GH200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
-}  # fmt: skip
 
 
 def flops_per_token(shape: GPTConfig, seq_len: int) -> int:
@@ -1377,55 +1284,43 @@ def flops_per_token(shape: GPTConfig, seq_len: int) -> int:
     return 6 * (12 * L * C**2 + V * C) + 12 * L * C * seq_len
 
 
-def peak_flops(device: torch.device) -> float:
-    """bf16 FLOP/s of one device by its maker's data sheet, 0 for a card that is not in PEAK_TFLOPS."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    words = set(name.replace("-", " ").split())
-    if words & ({"NVL", "Laptop", "Max", "D", "Ti", "MIG"} | ({"PCIe"} if "A100" not in words else set())):
-        return 0.0  # similar names of other cards; all A100 are alike
-    return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if set(card.split()) <= words), 0.0)
-
-
 class Meter:
-    """Notes the steps; reads, logs and shows them every few.
-
-    Losses and norms stay on the device until a few steps have come together, so that logging costs no wait per step.
-    """
+    """Logs and shows. Losses and norms stay on the device until a few steps have come together: no wait per step."""
 
     def __init__(self, run: Run, log: Log, stop: StopSignal):
-        self.run, self.log, self.stop, self.pending = run, log, stop, []
-        self.every, self.bad_steps, self.eval_seconds = 1, 0, {}  # at first every step: how slow they are is not known
-        self.seconds, self.steps, self.began = 0.0, 0, time.perf_counter()
-        self.clock = self.began
+        self.run, self.log, self.stop, self.pending, self.eval_seconds = run, log, stop, [], {}
+        self.every, self.bad_steps = 1, 0  # at first every step: how slow they are is not known
+        self.seconds, self.steps, self.began, self.clock = 0.0, 0, time.perf_counter(), time.perf_counter()
         self.flops = flops_per_token(run.raw_model.config, run.config.seq_len) * run.config.total_batch_size  # a step
-        self.peak = peak_flops(run.device) * run.ranks.world_size
+        self.peak = 0.0  # FLOP/s of all devices; 0: not known
+        with contextlib.suppress(ModuleNotFoundError):
+            from extras.hardware import peak_flops
+
+            self.peak = peak_flops(run.device) * run.ranks.world_size
 
     def log_start(self) -> None:
         """What was found and decided, on the screen and at the head of the log."""
         run, config, shape, W = self.run, self.run.config, self.run.raw_model.config, self.run.ranks.world_size
         parameters, tokens = sum(p.numel() for p in run.raw_model.parameters()), len(run.train) * config.seq_len
-        steps, batch = config.max_steps, config.total_batch_size
+        steps, batch, tokenizer = config.max_steps, config.total_batch_size, run.loader["tokenizer"]
         on_cuda = run.device.type == "cuda"
         name = torch.cuda.get_device_name(run.device) if on_cuda else f"{torch.get_num_threads()} threads"
-        lines = {
-            "device": f"{run.device.type} ({name}), {'compiled' if run.compiled else 'eager'}, {str(run.dtype)[6:]}",
-            "model": f"{parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
+        done = "; all is done, a larger --max_steps goes on" if run.start >= steps else ""
+        for line in (
+            f"device   {run.device.type} ({name}), {'compiled' if run.compiled else 'eager'}, {str(run.dtype)[6:]}",
+            f"model    {parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
             f"{shape.n_tokens} ids padded to {shape.vocab_size}, sequences up to {shape.block_size}",
-            "data": f"{config.data_dir}: {tokens:,} train tokens ({run.loader['tokenizer']}), "
-            f"{tokens / batch:,.0f} steps an epoch",
-            "step": f"{batch:,} tokens: {run.micro_batch} sequences x {config.seq_len} tokens x {W} ranks x "
+            f"data     {config.data_dir}: {tokens:,} train tokens ({tokenizer}), {tokens / batch:,.0f} steps an epoch",
+            f"step     {batch:,} tokens: {run.micro_batch} sequences x {config.seq_len} tokens x {W} ranks x "
             f"{batch // (run.micro_batch * config.seq_len * W)} micro-batches",
-            "run": f"{steps:,} steps, {steps * batch:,} tokens, {steps * batch / tokens:.2f} epochs, "
+            f"run      {steps:,} steps, {steps * batch:,} tokens, {steps * batch / tokens:.2f} epochs, "
             f"{steps * self.flops:.1e} FLOP",
-        }
-        if run.start:
-            done = "; all is done, a larger --max_steps goes on" if run.start >= steps else ""
-            lines["resumed"] = f"at step {run.start}{done}"
-        if config.warmup_steps >= steps:
-            lines["note"] = f"--warmup_steps {config.warmup_steps:,} is not over when the run is"
-        for what, text in lines.items():
-            run.ranks.print0(f"{what:8s} {text}")
-        data = {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"], "train_tokens": tokens}
+            f"resumed  at step {run.start}{done}" if run.start else "",
+            f"note     --warmup_steps {config.warmup_steps:,} is not over then" if config.warmup_steps >= steps else "",
+        ):
+            if line:
+                run.ranks.print0(line)
+        data = {"source": run.manifest["source"], "tokenizer": tokenizer, "train_tokens": tokens}
         self.log.comment("config", asdict(config) | {"micro_batch": run.micro_batch, "ranks": W})
         self.log.comment("model", asdict(shape) | {"parameters": parameters})
         self.log.comment("data", data | {"val_tokens": len(run.val) * config.seq_len})
@@ -1434,14 +1329,14 @@ class Meter:
 
     def log_end(self, step: int) -> None:
         """A block of `key: value`, made for grep."""
-        finished = step >= self.run.config.max_steps
+        finished, last = step >= self.run.config.max_steps, self.log.last()
         fresh = {name for name, values in self.log.values.items() if max(values) >= step - 1} - {"lr", "ms"}
-        facts = {"step": step, **{name: value for name, value in self.log.last().items() if name in fresh}}
+        facts = {"step": step, **{name: value for name, value in last.items() if name in fresh}}
         if self.steps:
             facts["tokens_per_second"] = round(self.steps * self.run.config.total_batch_size / self.seconds)
             facts["training_seconds"] = round(self.seconds, 1)
-            if self.peak:
-                facts["mfu_percent"] = round(100 * self.steps * self.flops / self.seconds / self.peak, 1)
+        if self.steps and self.peak:
+            facts["mfu_percent"] = round(100 * self.steps * self.flops / self.seconds / self.peak, 1)
         facts["total_seconds"] = round(time.perf_counter() - self.began, 1)
         if self.run.device.type == "cuda":
             facts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.run.device) / 2**30, 2)
@@ -1481,15 +1376,7 @@ class Meter:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
         for step, lr, loss, norm in zip(steps, lrs, losses, values[len(steps) :].tolist()):
             self.log.write(step, train=loss, lr=lr, norm=norm, ms=ms)
-            self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
-            if self.bad_steps:
-                self.run.ranks.print0(f"WARNING: step {step}: loss {loss}, gradient norm {norm}; the update is skipped")
-                self.log.write(step, skipped=1)
-            if self.bad_steps >= MAX_BAD_STEPS:  # every rank sees the same numbers
-                raise UserError(
-                    f"{self.bad_steps} steps in a row without a finite gradient, up to {step}; --resume returns to the "
-                    "last checkpoint: try a lower --max_lr or --dtype float32"
-                )
+            self.count_bad(step, loss, norm)
         self.log.flush()
         mfu = f"{100000 * self.flops / ms / self.peak:.1f}%" if self.peak else "n/a"
         left = timedelta(seconds=round((config.max_steps - step - 1) * ms / 1000 + self.evals_after(step)))
@@ -1500,6 +1387,16 @@ class Meter:
         self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.clock = time.perf_counter()
         return stopping > 0
+
+    def count_bad(self, step: int, loss: float, norm: float) -> None:
+        """Warn of a skipped update. UserError after MAX_BAD_STEPS in a row; every rank sees the same numbers."""
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        if self.bad_steps:
+            self.run.ranks.print0(f"WARNING: step {step}: loss {loss}, gradient norm {norm}; the update is skipped")
+            self.log.write(step, skipped=1)
+        if self.bad_steps >= MAX_BAD_STEPS:
+            better = "--resume returns to the last checkpoint: try a lower --max_lr or --dtype float32"
+            raise UserError(f"{self.bad_steps} steps in a row without a finite gradient, up to {step}; {better}")
 
     def evals_after(self, step: int) -> float:
         """Seconds of the evaluations to come after `step`, each taking as long as it last did."""
@@ -1519,7 +1416,7 @@ class Meter:
             self.log.write(step, **values)
             self.log.flush()
             shown = [f"{stream} {value:.4f}" for stream, value in values.items()]
-            with contextlib.suppress(ModuleNotFoundError):  # how this compares with what is known of GPT-2 124M
+            with contextlib.suppress(ModuleNotFoundError):  # how this compares with what is known about GPT-2 124M
                 from extras.reference import remarks
 
                 settings = asdict(self.run.config) | asdict(self.run.raw_model.config)
@@ -1540,16 +1437,16 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
         track = open_tracker(config.track, config.log_dir, asdict(config), step)
     log = Log(config.log_dir, rank0, step, track)
     saver = Saver(config.log_dir, config.keep_checkpoints, log, rank0)
-    saver.require_room(run)
+    saver.require_room(run.raw_model)
     meter = Meter(run, log, stop)
     meter.log_start()
     with contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
-            for name, (setting, evaluate) in run.evaluations.items():
-                every = getattr(config, setting)
-                evaluated = step == run.start > 0 and step in log.values.get(name, {})  # before this checkpoint was saved
-                if every and (last or step % every == 0) and not evaluated and not stopping:
+            for name, (setting, evaluate) in EVALUATIONS.items():
+                every = getattr(config, setting) if can_evaluate(run, name) else 0
+                already = step == run.start > 0 and step in log.values.get(name, {})  # before this checkpoint was saved
+                if every and (last or step % every == 0) and not already and not stopping:
                     stopping = meter.read() or not meter.evaluate(step, name, evaluate)
             if step > run.start and (last or stopping or (config.save_every and step % config.save_every == 0)):
                 stopping |= meter.read()
@@ -1581,10 +1478,8 @@ def parse(argv: list[str] | None = None) -> Config:
     import tyro
 
     about, rank0 = __doc__.partition("\nContents:")[0], os.environ.get("RANK", "0") == "0"
-    return tyro.cli(
-        Config, args=argv, description=about, use_underscores=True, console_outputs=rank0,
-        config=(tyro.conf.DisallowNone,),  # `compile`, None by default, becomes --compile and --no-compile
-    )  # fmt: skip
+    markers = (tyro.conf.DisallowNone,)  # so that `compile`, None by default, is --compile and --no-compile
+    return tyro.cli(Config, args=argv, description=about, use_underscores=True, console_outputs=rank0, config=markers)
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
@@ -1597,12 +1492,12 @@ def run_command_line(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, RuntimeError, MemoryError) as error:
         message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
-        out_of_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", message)
-        if out_of_memory:
+        no_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", message)
+        if no_memory:
             message = f"out of memory: a smaller batch, sequence or model fits better, see --help ({message[:200]})"
-        elif type(error).__name__ not in ("UserError", "LocalError", "Unavailable"):  # extras/ has a UserError of its own
+        elif not any(kind.__name__ == "UserError" for kind in type(error).__mro__):  # extras/ has its own UserError
             raise
-        if rank == "0" or out_of_memory or isinstance(error, LocalError):
+        if rank == "0" or no_memory or isinstance(error, LocalError):
             where = f"rank {rank}: " if rank != "0" else ""
             print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
         sys.exit(2)

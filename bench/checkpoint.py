@@ -18,11 +18,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import rundir
+import torch
 from cli import knob, run
 from machine import keep_freed_memory
+
 from train_gpt2 import GPT, GPTConfig
 
 

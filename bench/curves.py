@@ -21,15 +21,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import machine
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-
-import machine
-import train_gpt2
 from cli import knob, run
 from pretrained import transpose_conv1d
+from tqdm import tqdm
+
+import train_gpt2
 from train_gpt2 import lr_at
 
 

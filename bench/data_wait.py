@@ -20,11 +20,11 @@ import statistics
 import time
 from dataclasses import dataclass
 
-import torch
-
 import machine
-import train_gpt2
+import torch
 from cli import knob, run
+
+import train_gpt2
 
 
 @dataclass

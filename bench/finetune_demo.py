@@ -31,10 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from cli import UserError, knob, run
 from generate import pad_left
 from tokenizer import load_tokenizer
+
 from train_gpt2 import load_model
 
 ROOT = Path(__file__).parent.parent

@@ -21,9 +21,9 @@ import time
 from dataclasses import dataclass
 
 import torch
-
 from cli import knob, run
 from machine import keep_freed_memory
+
 from train_gpt2 import GPT, SIZES, GPTConfig
 
 
@@ -57,9 +57,8 @@ def main(config: Config) -> None:
 
 def same_in_transformers(model: GPT):
     """The same weights in transformers' class; no end-of-text, so that all draw as many tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     from pretrained import transpose_conv1d
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     c, weight = model.config, model.lm_head.weight
     shape = {"n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}

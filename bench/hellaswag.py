@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-
-import hellaswag
 from cli import knob, run
 from machine import find_device
 from tokenizer import load_tokenizer
+
+import hellaswag
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -88,9 +88,8 @@ def main(config: Config) -> None:
 
 def transformers_parts(model: GPT):
     """Features and head of transformers' GPT-2 with the same weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     from pretrained import transpose_conv1d
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
     theirs = GPT2LMHeadModel(GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd))

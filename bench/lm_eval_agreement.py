@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-import hellaswag
 from cli import UserError, knob, run
 from tokenizer import load_tokenizer, vocab_files
+
+import hellaswag
 
 
 @dataclass

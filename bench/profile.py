@@ -12,11 +12,11 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # thi
 
 from dataclasses import dataclass
 
-import torch
-
 import machine
-import train_gpt2
+import torch
 from cli import knob, run
+
+import train_gpt2
 from train_gpt2 import SIZES
 
 

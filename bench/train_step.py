@@ -38,14 +38,14 @@ import typing
 from dataclasses import dataclass
 from itertools import chain
 
+import machine
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-
-import machine
-import train_gpt2
 from cli import UserError, knob, run
 from meter import flops_per_token, peak_flops
+from torch.nn.parallel import DistributedDataParallel
+
+import train_gpt2
 from train_gpt2 import GPT, SIZES, GPTConfig
 
 

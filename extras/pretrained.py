@@ -278,7 +278,7 @@ def compare(folder: Path, model: torch.nn.Module) -> None:
     apart, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if info["missing_keys"] or info["unexpected_keys"] or not apart <= 1e-4 * max(1.0, scale):
         raise UserError(
-            f"this model is no plain GPT-2, so transformers would compute something else: logits up to {apart:.3g} apart "
+            f"this model is no plain GPT-2, transformers would compute something else: logits up to {apart:.3g} apart "
             f"on random ids, of size {scale:.3g}; GPT.from_checkpoint and sample.py can use it"
         )
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import hellaswag
-from cli import UserError, run
-from tokenizer import load_tokenizer
+from extras.cli import UserError, run
+from extras.tokenizer import load_tokenizer
 
 WORDS = re.split(
     " ", "a the man boy cat dog runs sits jumps on over under track roof Guitar, slowly 42 café blue-ish it's"

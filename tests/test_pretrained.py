@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_model import SHAPES, reference
 
-import pretrained
-import rundir
-from cli import UserError
-from tokenizer import load_tokenizer
-from train_gpt2 import GPT, GPTConfig, load_model
+from extras import checkpoints, pretrained
+from extras.checkpoints import load_any
+from extras.cli import UserError
+from extras.tokenizer import load_tokenizer
+from train_gpt2 import GPT, GPTConfig
 
 IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
 
@@ -286,11 +286,11 @@ def test_a_checkpoint_of_build_nanogpt_is_read(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # pickle looks for the class when it writes; later there is none of that name
         patch.setattr(sys.modules["__main__"], "GPTConfig", TheirConfig, raising=False)
         torch.save({"model": state, "config": TheirConfig(), "step": 19072, "val_loss": 3.07}, path)
-    loaded, tokenizer_name = load_model(str(path))
-    assert loaded.config == model.config and loaded.config.n_tokens == 50257 and tokenizer_name == "gpt2"
+    loaded = GPT.of(*load_any(str(path)))
+    assert loaded.config == model.config and loaded.config.n_tokens == 50257
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
     with pytest.raises(UserError, match="GPTConfig"):  # it was allowed for that one file
-        rundir.read(path)
+        checkpoints.read(path)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -317,7 +317,7 @@ def test_a_checkpoint_that_would_execute_something_is_refused(tmp_path):
 
 def test_a_file_of_weights_is_no_checkpoint(folder):
     with pytest.raises(UserError, match="is the weights alone; name the directory"):
-        load_model(str(folder / "model.safetensors"))
+        load_any(str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize("saved", [{"model": {}}, {"model": 3, "model_args": {"n_layer": 2}}, {"weights": {}}, [1, 2]])

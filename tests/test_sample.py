@@ -10,8 +10,8 @@ import torch
 from tiny import ROOT
 
 import sample
-from cli import UserError, parse, run
-from tokenizer import load_tokenizer
+from extras.cli import UserError, parse, run
+from extras.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 LINE = "-" * 80

@@ -35,15 +35,15 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-import torch
-
 import machine
+import numpy as np
 import rundir
-import train_gpt2
+import torch
 from cli import UserError, knob, run
 from files import atomic_file
 from recipes import RECIPES
+
+import train_gpt2
 
 SMALL = {"seq_len": 128, "total_batch_size": 8192, "micro_batch": 16, "val_tokens": 65536, "dtype": "auto"}
 SIZES = {  # the model, the batch, and the middle of the grids: max_lr of gpt2, muon_lr of fast
