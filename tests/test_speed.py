@@ -63,7 +63,8 @@ def test_with_dropout_recompute_draws_the_same_and_validation_draws_nothing(data
         shutil.copytree(tmp_path / "log", tmp_path / f"log{max_steps}")
         with monkeypatch.context() as patch:
             patch.setattr(train_gpt2, "lr_at", lambda step, config: 0.0)
-            values.append(main(replace(config, log_dir=str(tmp_path / f"log{max_steps}"), resume=True, max_steps=max_steps)))
+            longer = replace(config, log_dir=str(tmp_path / f"log{max_steps}"), resume=True, max_steps=max_steps)
+            values.append(main(longer))
     assert values[0]["val"] == values[1]["val"] == last["val"]
 
 
@@ -137,7 +138,7 @@ def test_what_does_not_fit_is_named(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"with --micro_batch 1; lower --seq_len.*--model.*--recompute"):
         train_gpt2.fit_micro_batch(run)
     run = set_up(tiny_config(data, tmp_path / "log", micro_batch=4), train_gpt2.join_ranks("cpu"))
-    with pytest.raises(UserError, match="out of memory with --micro_batch 4; leave it at 0"):
+    with pytest.raises(UserError, match="out of memory with --micro_batch 4; leave --micro_batch at 0"):
         train_gpt2.fit_micro_batch(run)
 
 
