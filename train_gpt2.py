@@ -712,10 +712,6 @@ EVALUATIONS = {  # name -> the setting that says how often, and the function; a 
 }
 
 
-def can_evaluate(run: "Run", name: str) -> bool:
-    return {"hella": run.hella_rows, "samples": run.tokenizer}.get(name, ()) is not None
-
-
 def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
     """Tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
     tokenizer = rows = None
@@ -731,7 +727,7 @@ def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
             rows = rows_or_none(*how) if ranks.rank else rows
             rows = None if any_rank(rows is None, ranks) else rows
     except UserError as error:
-        if config.hella_every or (config.sample_every and not tokenizer):
+        if config.hella_every or config.sample_every:
             ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {error}")
     return tokenizer, rows
 
@@ -843,12 +839,6 @@ def keep_freed_memory() -> None:
         call_libc("mallopt", parameter, value)
 
 
-def freeze_garbage() -> None:
-    """Spare later collections, which halt a step each, from looking at what is there by now."""
-    gc.collect()
-    gc.freeze()
-
-
 def all_reduce(tensor: torch.Tensor, ranks: Ranks, op: str = "SUM") -> torch.Tensor:
     """The SUM or MIN over ranks, of a tensor on the CPU or on the device; on one rank, the tensor itself."""
     if ranks.world_size == 1:
@@ -875,8 +865,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     """What --compile asked for; else whether this is CUDA with Triton, which Windows' wheels and old cards lack."""
-    if asked and ranks.device.type == "mps":
-        raise UserError("--compile on MPS sums the head's gradient wrongly on M1 and M2; leave it out")
     if asked is not None or ranks.device.type != "cuda":
         return bool(asked)
     from torch.utils._triton import has_triton
@@ -900,7 +888,9 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks) -> int:
         divisor = largest_divisor(total // T // W, B)
         better = f"--total_batch_size {near}" if total % (T * W) else f"--micro_batch {divisor}"
         raise UserError(f"--total_batch_size {total} is not a multiple {of}; try {better}, or other ranks")
-    if ranks.device.type == "mps" and LONGEST_SUM["mps"] < B * T:  # as many terms are in a weight's gradient
+    if ranks.device.type == "mps" and config.compile:
+        raise UserError("--compile on MPS sums the head's gradient wrongly on M1 and M2; leave it out")
+    if ranks.device.type == "mps" and B * T > 2**14:  # as many terms are in a weight's gradient
         raise UserError(f"--micro_batch {B} * --seq_len {T} is over 16,384: MPS sums that wrongly; lower it")
     if B:
         return B
@@ -913,49 +903,6 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks) -> int:
     return largest_divisor(total // T // W, all_reduce(torch.tensor(float(min(most, 64))), ranks, "MIN").item())
 
 
-def try_micro_batch(run: "Run", micro_batch: int) -> None:
-    """All the memory that a step needs: two micro-batches of zeros, forward and backward, with room for the moments.
-
-    Compiles what there is to compile. No rank waits for another in here: one alone may run out of memory.
-    """
-    try:
-        idx = torch.zeros(micro_batch, run.config.seq_len, dtype=torch.int32, device=run.device)  # as in a step
-        moments = [torch.empty_like(p) for p in run.raw_model.parameters() if not run.optimizer.state for _ in range(2)]
-        if run.ranks.world_size > 1:  # DDP looks at it in the forward
-            run.model.require_backward_grad_sync = False
-        for _ in range(2):  # the second finds the gradients of the first
-            with run.autocast():
-                loss = run.model(idx, idx.long())[1]
-            loss.backward()
-        del moments
-    finally:
-        run.optimizer.zero_grad(set_to_none=True)
-
-
-def fit_micro_batch(run: "Run") -> int:
-    """run.micro_batch, or the half of it for which every rank has the memory; the batch of an update stays."""
-    B, began = run.micro_batch, time.perf_counter()
-    while True:
-        failed = False
-        try:
-            try_micro_batch(run, B)
-        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on MPS
-            if not re.search("out of memory|ALLOC_FAILED", str(error)):  # the latter from cuBLAS
-                raise
-            failed = True
-        if not any_rank(failed, run.ranks):
-            run.ranks.print0(f"ready    micro-batch {B} compiled and tried in {time.perf_counter() - began:.1f} s")
-            return B
-        if B == 1 or run.config.micro_batch:  # one that was asked for is not changed
-            better = "leave --micro_batch at 0" if B > 1 else "lower --seq_len or --model, or turn on --recompute"
-            raise UserError(f"out of memory with --micro_batch {B}; {better}")
-        B = largest_divisor(run.config.total_batch_size // run.config.seq_len // run.ranks.world_size, B // 2)
-        run.ranks.print0(f"memory   does not suffice; trying micro-batch {B}")
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(run.device)
-
-
 class StopSignal:
     """SIGTERM, SIGINT or SIGUSR1 ask for a checkpoint and the end; another, two seconds later or more, ends at once."""
 
@@ -963,9 +910,9 @@ class StopSignal:
         self.ranks, self.since, self.former = ranks, None, {}
 
     def __enter__(self):
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1") if threading.current_thread() is threading.main_thread() else ():
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                self.former[name] = signal.signal(getattr(signal, name), self._receive)
+        names = {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal))  # Windows has no SIGUSR1
+        for name in names if threading.current_thread() is threading.main_thread() else ():
+            self.former[name] = signal.signal(getattr(signal, name), self._receive)
         return self
 
     def __exit__(self, *_):
@@ -1199,6 +1146,7 @@ class Run:
     manifest: dict
     tokenizer: object | None
     hella_rows: list | None
+    evaluations: dict[str, int]  # name -> steps between two; 0 = never
     raw_model: GPT  # is scored, sampled and saved; never rebound
     model: nn.Module  # is trained: raw_model compiled, in DDP, both or neither
     compiled: bool
@@ -1219,19 +1167,18 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def sample_at(self, step: int) -> int:
-        return self.origin + step * (self.config.total_batch_size // self.config.seq_len)
-
     def batch(self, step: int):
-        first, end = self.sample_at(step), self.sample_at(step + 1)
-        return batch_of_step(self.train, first, end - first, self.micro_batch, self.ranks)
+        """This rank's part of the batch of an update."""
+        count = self.config.total_batch_size // self.config.seq_len
+        return batch_of_step(self.train, self.origin + step * count, count, self.micro_batch, self.ranks)
 
     def state(self, step: int) -> dict:
         """All that there is to save after `step` updates: no dropout, and the data is a function of the step."""
+        sample = self.origin + step * (self.config.total_batch_size // self.config.seq_len)
         return {
             "step": step, "model": self.raw_model.state_dict(), "model_config": asdict(self.raw_model.config),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "config": asdict(self.config), "loader": self.loader | {"sample": self.sample_at(step)},
+            "config": asdict(self.config), "loader": self.loader | {"sample": sample},
             "versions": versions(),
         }  # fmt: skip
 
@@ -1294,81 +1241,57 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     model = torch.compile(raw_model, dynamic=False, options={"use_fast_math": True}) if compiled else raw_model
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    tokenizer, hella_rows = load_text_evaluations(config, name, ranks)
+    evaluations = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
+    evaluations |= {"samples": 0} if tokenizer is None else {}
+    evaluations |= {"hella": 0} if hella_rows is None else {}
     run = Run(
-        config, ranks, manifest, *load_text_evaluations(config, name, ranks), raw_model, model, compiled, optimizer,
+        config, ranks, manifest, tokenizer, hella_rows, evaluations, raw_model, model, compiled, optimizer,
         scaler, dtype, micro_batch, train, val, loader, start, origin,
     )  # fmt: skip
     if compiled or ranks.device.type != "cpu":
-        run.micro_batch = fit_micro_batch(run)
+        with contextlib.suppress(ModuleNotFoundError):  # without it the estimate stands
+            from extras.fit import fit_micro_batch
+
+            run.micro_batch = fit_micro_batch(run, any_rank)
     return run
-
-
-def flops_per_token(shape: GPTConfig, seq_len: int) -> int:
-    """Of forward and backward: 6 per weight, and attention counted whole (Chowdhery et al. 2022, appendix B)."""
-    L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
-    return 6 * (12 * L * C**2 + V * C) + 12 * L * C * seq_len
 
 
 class Meter:
     """Logs and shows. Losses and norms stay on the device until a few steps have come together: no wait per step."""
 
     def __init__(self, run: Run, log: Log, stop: StopSignal):
-        self.run, self.log, self.stop, self.pending, self.eval_seconds = run, log, stop, [], {}
-        self.every, self.bad_steps = 1, 0  # at first every step: how slow they are is not known
+        self.run, self.log, self.stop, self.pending = run, log, stop, []
+        self.every, self.bad_steps, self.eval_seconds = 1, 0, {}  # at first every step: how slow they are is not known
         self.seconds, self.steps, self.began, self.clock = 0.0, 0, time.perf_counter(), time.perf_counter()
-        self.flops = flops_per_token(run.raw_model.config, run.config.seq_len) * run.config.total_batch_size  # a step
-        self.peak = 0.0  # FLOP/s of all devices; 0: not known
-        with contextlib.suppress(ModuleNotFoundError):
-            from extras.hardware import peak_flops
-
-            self.peak = peak_flops(run.device) * run.ranks.world_size
+        try:
+            from extras import screen
+        except ImportError:
+            screen = None  # what it shows is left out
+        self.screen = screen
 
     def log_start(self) -> None:
-        """What was found and decided, on the screen and at the head of the log."""
-        run, config, shape, W = self.run, self.run.config, self.run.raw_model.config, self.run.ranks.world_size
-        parameters, tokens = sum(p.numel() for p in run.raw_model.parameters()), len(run.train) * config.seq_len
-        steps, batch, tokenizer = config.max_steps, config.total_batch_size, run.loader["tokenizer"]
-        on_cuda = run.device.type == "cuda"
-        name = torch.cuda.get_device_name(run.device) if on_cuda else f"{torch.get_num_threads()} threads"
-        done = "; all is done, a larger --max_steps goes on" if run.start >= steps else ""
-        for line in (
-            f"device   {run.device.type} ({name}), {'compiled' if run.compiled else 'eager'}, {str(run.dtype)[6:]}",
-            f"model    {parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
-            f"{shape.n_tokens} ids padded to {shape.vocab_size}, sequences up to {shape.block_size}",
-            f"data     {config.data_dir}: {tokens:,} train tokens ({tokenizer}), {tokens / batch:,.0f} steps an epoch",
-            f"step     {batch:,} tokens: {run.micro_batch} sequences x {config.seq_len} tokens x {W} ranks x "
-            f"{batch // (run.micro_batch * config.seq_len * W)} micro-batches",
-            f"run      {steps:,} steps, {steps * batch:,} tokens, {steps * batch / tokens:.2f} epochs, "
-            f"{steps * self.flops:.1e} FLOP",
-            f"resumed  at step {run.start}{done}" if run.start else "",
-            f"note     --warmup_steps {config.warmup_steps:,} is not over then" if config.warmup_steps >= steps else "",
-        ):
-            if line:
-                run.ranks.print0(line)
-        data = {"source": run.manifest["source"], "tokenizer": tokenizer, "train_tokens": tokens}
-        self.log.comment("config", asdict(config) | {"micro_batch": run.micro_batch, "ranks": W})
-        self.log.comment("model", asdict(shape) | {"parameters": parameters})
-        self.log.comment("data", data | {"val_tokens": len(run.val) * config.seq_len})
+        """What was found and decided, at the head of the log and on the screen."""
+        run, config, shape = self.run, self.run.config, self.run.raw_model.config
+        counts = {name: len(stream) * config.seq_len for name, stream in (("train", run.train), ("val", run.val))}
+        data = {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"]}
+        self.log.comment("config", asdict(config) | {"micro_batch": run.micro_batch, "ranks": run.ranks.world_size})
+        self.log.comment("model", asdict(shape) | {"parameters": sum(p.numel() for p in run.raw_model.parameters())})
+        self.log.comment("data", data | {f"{name}_tokens": count for name, count in counts.items()})
         self.log.comment("versions", versions())
         self.log.flush()
+        run.ranks.print0(self.screen.begin(run) if self.screen else f"training on {run.device}; extras/ is not here")
 
     def log_end(self, step: int) -> None:
         """A block of `key: value`, made for grep."""
-        finished, last = step >= self.run.config.max_steps, self.log.last()
-        fresh = {name for name, values in self.log.values.items() if max(values) >= step - 1} - {"lr", "ms"}
-        facts = {"step": step, **{name: value for name, value in last.items() if name in fresh}}
-        if self.steps:
-            facts["tokens_per_second"] = round(self.steps * self.run.config.total_batch_size / self.seconds)
-            facts["training_seconds"] = round(self.seconds, 1)
-        if self.steps and self.peak:
-            facts["mfu_percent"] = round(100 * self.steps * self.flops / self.seconds / self.peak, 1)
-        facts["total_seconds"] = round(time.perf_counter() - self.began, 1)
-        if self.run.device.type == "cuda":
-            facts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.run.device) / 2**30, 2)
+        run, finished = self.run, step >= self.run.config.max_steps
+        fresh = {name: of[max(of)] for name, of in self.log.values.items() if max(of) >= step - 1}
+        facts = {"step": step, **{name: value for name, value in fresh.items() if name not in ("lr", "ms")}}
+        facts |= self.screen.end(run, self.seconds, self.steps, self.began) if self.screen else {}
         if not finished:
-            self.run.ranks.print0(f"stopped after {step} of {self.run.config.max_steps} steps; --resume goes on")
+            run.ranks.print0(f"stopped after {step} of {run.config.max_steps} steps; --resume goes on")
         for name, value in facts.items():
-            self.run.ranks.print0(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+            run.ranks.print0(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
         self.log.comment("done" if finished else "stopped", facts)
         self.log.flush()
         if self.log.track:
@@ -1396,18 +1319,18 @@ class Meter:
         config, ms = self.run.config, 1000 * elapsed / len(steps)
         if steps[0] == self.run.start:  # its time has the compilation in it
             set_timeout(config.timeout_minutes)
-            freeze_garbage()
+            gc.collect()
+            gc.freeze()  # later collections, which halt a step each, need not look at what is there by now
         else:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
         for step, lr, loss, norm in zip(steps, lrs, losses, values[len(steps) :].tolist()):
             self.log.write(step, train=loss, lr=lr, norm=norm, ms=ms)
             self.count_bad(step, loss, norm)
         self.log.flush()
-        mfu = f"{100000 * self.flops / ms / self.peak:.1f}%" if self.peak else "n/a"
-        left = timedelta(seconds=round((config.max_steps - step - 1) * ms / 1000 + self.evals_after(step)))
         self.run.ranks.print0(
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | "
-            f"{config.total_batch_size / ms * 1000:,.0f} tok/s | MFU {mfu} | {left} left"
+            f"{config.total_batch_size / ms * 1000:,.0f} tok/s"
+            + (self.screen.step(self.run, step + 1, ms / 1000, self.eval_seconds) if self.screen else "")
         )
         self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.clock = time.perf_counter()
@@ -1423,31 +1346,19 @@ class Meter:
             better = "--resume returns to the last checkpoint: try a lower --max_lr or --dtype float32"
             raise UserError(f"{self.bad_steps} steps in a row without a finite gradient, up to {step}; {better}")
 
-    def evals_after(self, step: int) -> float:
-        """Seconds of the evaluations to come after `step`, each taking as long as it last did."""
-        settings, total = asdict(self.run.config), 0.0
-        for name, seconds in self.eval_seconds.items():
-            every, end = settings[EVALUATIONS[name][0]], settings["max_steps"]
-            total += seconds * (end // every - step // every + (end % every > 0))
-        return total
-
-    def evaluate(self, step: int, name: str, function: Callable) -> bool:
-        """Log and show what an evaluation returns, off the training clock. False if it broke off."""
-        began = time.perf_counter()
-        self.run.raw_model.eval()
-        values = function(self.run, self.stop)
-        self.run.raw_model.train()
+    def evaluate(self, step: int, name: str) -> bool:
+        """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
+        began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
+        run.raw_model.eval()
+        values = function(run, self.stop)
+        run.raw_model.train()
         if values is not None:
             self.log.write(step, **values)
             self.log.flush()
-            shown = [f"{stream} {value:.4f}" for stream, value in values.items()]
-            with contextlib.suppress(ModuleNotFoundError):  # how this compares with what is known about GPT-2 124M
-                from extras.reference import remarks
-
-                settings = asdict(self.run.config) | asdict(self.run.raw_model.config)
-                shown += remarks(step, values, settings, self.run.manifest["source"], self.run.loader["tokenizer"])
-            self.eval_seconds[name] = time.perf_counter() - began
-            self.run.ranks.print0(f"EVAL {step:5d} | {' | '.join(shown) or name} | {self.eval_seconds[name]:.1f} s")
+            self.eval_seconds[setting] = time.perf_counter() - began
+            shown = " | ".join(f"{stream} {value:.4f}" for stream, value in values.items()) or name
+            shown += self.screen.compare(run, step, values) if self.screen else ""
+            run.ranks.print0(f"EVAL {step:5d} | {shown} | {self.eval_seconds[setting]:.1f} s")
         self.restart_clock()
         return values is not None
 
@@ -1468,11 +1379,10 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     with contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
-            for name, (setting, evaluate) in EVALUATIONS.items():
-                every = getattr(config, setting) if can_evaluate(run, name) else 0
+            for name, every in run.evaluations.items():
                 already = step == run.start > 0 and step in log.values.get(name, {})  # before this checkpoint was saved
                 if every and (last or step % every == 0) and not already and not stopping:
-                    stopping = meter.read() or not meter.evaluate(step, name, evaluate)
+                    stopping = meter.read() or not meter.evaluate(step, name)
             if step > run.start and (last or stopping or (config.save_every and step % config.save_every == 0)):
                 stopping |= meter.read()
                 saver.save(run.state(step))

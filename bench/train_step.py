@@ -45,8 +45,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
 from extras.cli import UserError, run
-from extras.hardware import peak_flops
-from train_gpt2 import GPT, SIZES, GPTConfig, flops_per_token
+from extras.hardware import flops_per_token, peak_flops
+from train_gpt2 import GPT, SIZES, GPTConfig
 
 
 @dataclass
@@ -116,7 +116,7 @@ LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_bf16_residual": lambda: setattr(train_gpt2, "casts_to_bfloat16", lambda device: False),
     "ddp_inside": lambda: setattr(train_gpt2, "DistributedDataParallel", compile_around(DistributedDataParallel)),
     "ddp_whole": lambda: setattr(torch._dynamo.config, "optimize_ddp", False),
-    "no_frozen_garbage": lambda: setattr(train_gpt2, "freeze_garbage", lambda: None),
+    "no_frozen_garbage": lambda: setattr(gc, "freeze", lambda: None),
 }
 
 
@@ -154,7 +154,8 @@ def our_step(config: Config, settings: list[str]):
     ours = our_config(config, settings)
     trainer = train_gpt2.set_up(ours, train_gpt2.join_ranks(ours.device))
     batches = train_gpt2.prefetched(trainer.batch, 0, 10**9)
-    train_gpt2.freeze_garbage()
+    gc.collect()
+    gc.freeze()
     return lambda: train_gpt2.train_step(trainer, next(batches), trainer.config.max_lr)[0]
 
 

@@ -1,5 +1,5 @@
 """
-How fast a device can be, for the MFU on the screen: bf16 FLOP/s by the makers' data sheets.
+How fast a device can be, for the MFU on the screen: bf16 FLOP/s by the makers' data sheets, and what a token takes.
 """
 
 import torch
@@ -8,6 +8,12 @@ PEAK_TFLOPS = {  # dense
     "H200": 989, "GH200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
 }  # fmt: skip
+
+
+def flops_per_token(shape, seq_len: int) -> int:
+    """Of forward and backward: 6 per weight, and attention counted whole (Chowdhery et al. 2022, appendix B)."""
+    L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
+    return 6 * (12 * L * C**2 + V * C) + 12 * L * C * seq_len
 
 
 def peak_flops(device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """What a run says on the screen: its head, its steps, its evaluations, and a last block for grep."""
 
 import re
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,12 @@ import torch
 from tiny import tiny_config, token_set
 
 import train_gpt2
-from extras import hardware
-from train_gpt2 import Meter, main
+from extras import hardware, screen
+from train_gpt2 import main
 
 
 def test_the_screen(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(hardware, "peak_flops", lambda device: 1e12)  # as if the card were known
+    monkeypatch.setattr(screen, "peak_flops", lambda device: 1e12)  # as if the card were known
     main(tiny_config(token_set(tmp_path / "data"), tmp_path / "log", log_every=5))
     lines = capsys.readouterr().out.splitlines()
     head = {line.split()[0]: line for line in lines[:5]}
@@ -22,7 +23,7 @@ def test_the_screen(tmp_path, capsys, monkeypatch):
     assert "38,784 parameters: 2 layers, 2 heads, width 32" in head["model"]
     assert "5,472 train tokens (bytes), 21 steps an epoch" in head["data"]
     assert "256 tokens: 8 sequences x 32 tokens x 1 ranks x 1 micro-batches" in head["step"]
-    flops = 2560 * train_gpt2.flops_per_token(SimpleNamespace(n_layer=2, n_embd=32, vocab_size=384), 32)
+    flops = 2560 * hardware.flops_per_token(SimpleNamespace(n_layer=2, n_embd=32, vocab_size=384), 32)
     assert f"10 steps, 2,560 tokens, 0.47 epochs, {flops:.1e} FLOP" in head["run"]
     assert [line[:10] for line in lines if line.startswith("EVAL")] == ["EVAL     0", "EVAL     5", "EVAL    10"]
     steps = [line for line in lines if line.startswith("step ") and " | loss " in line]
@@ -38,10 +39,12 @@ def test_the_screen(tmp_path, capsys, monkeypatch):
 )
 def test_evaluations_to_come(step, validations, samples):
     """With validations of 4 s and samples of 1 s: at 0, 100 ... 1000, and at 0, 300, 600, 900, 1000."""
-    it = Meter.__new__(Meter)
-    it.run = SimpleNamespace(config=train_gpt2.Config(max_steps=1000, val_every=100, sample_every=300))
-    it.eval_seconds = {"val": 4.0, "samples": 1.0}
-    assert it.evals_after(step) == 4 * validations + samples
+    config = train_gpt2.Config(max_steps=1000, val_every=100, sample_every=300)
+    run = SimpleNamespace(config=config, ranks=SimpleNamespace(world_size=1), device=torch.device("cpu"))
+    run.raw_model = SimpleNamespace(config=train_gpt2.GPTConfig())
+    shown = screen.step(run, step + 1, 0.6, {"val_every": 4.0, "sample_every": 1.0})
+    left = timedelta(seconds=round((999 - step) * 0.6 + 4 * validations + samples))
+    assert shown == f" | MFU n/a | {left} left"
 
 
 CARDS = {

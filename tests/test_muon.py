@@ -1,6 +1,7 @@
 """Muon against a float64 SVD, against torch's own, one by one, over ranks; and the recipe that uses it."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,19 @@ from tiny import launch, read_log, tiny_config, token_set
 
 import train_gpt2
 from extras import muon
-from train_gpt2 import GPT, Config, GPTConfig, UserError, lr_at, main, make_model, make_optimizer, parse, resolve
+from train_gpt2 import (
+    GPT,
+    RECIPES,
+    Config,
+    GPTConfig,
+    UserError,
+    lr_at,
+    main,
+    make_model,
+    make_optimizer,
+    parse,
+    resolve,
+)
 
 FAST = {"recipe": "fast", "muon_lr": 1e-2}  # tiny_config sets the other rates
 RUN = FAST | {"order": "shuffle", "micro_batch": 2}
@@ -203,6 +216,16 @@ def test_a_fast_run_exports_a_plain_gpt2(alone, tmp_path):
     idx = torch.randint(0, 257, (2, 32), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(model(idx)[0][..., :257], theirs(idx).logits, atol=1e-5, rtol=0)
     assert theirs.transformer.h[0].attn.c_proj.weight.any()  # from zero, it has learned
+
+
+def test_a_recipe_put_into_a_made_config_is_the_one_that_trains(data, tmp_path):
+    """And the log tells the values that were used."""
+    plain = {"max_lr": None, "min_lr": None, "warmup_steps": None, "max_steps": 1}
+    main(replace(tiny_config(data, tmp_path / "log", **plain), recipe="fast"))
+    log = (tmp_path / "log" / "log.txt").read_text()
+    used = json.loads(next(line for line in log.splitlines() if line.startswith("# config"))[9:])
+    assert {name: used[name] for name in RECIPES["fast"]} == RECIPES["fast"] and used["recipe"] == "fast"
+    assert read_log(tmp_path / "log")["lr"][0] == pytest.approx(1.8e-3 / 250)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -116,6 +116,33 @@ def test_validation_is_on_the_same_tokens_for_any_micro_batch(data, tmp_path):
     assert values[3] == pytest.approx(F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_validation_is_the_same_when_the_ranks_do_not_divide_the_sequences(data, tmp_path, ranks):
+    """7 sequences on 2 and 3 ranks: each is counted once, and the sums of all ranks make the value."""
+    settings = {"val_tokens": 7 * 32, "total_batch_size": 192, "micro_batch": 1, "max_steps": 1}
+    expected = main(tiny_config(data, tmp_path / "one", **settings))
+    result = launch(tiny_config(data, tmp_path / "log", **settings), ranks)
+    assert result.returncode == 0, result.stderr
+    found = read_log(tmp_path / "log")
+    assert found["val"][0] == pytest.approx(read_log(tmp_path / "one")["val"][0], abs=1e-6)
+    assert found["val"][1] == pytest.approx(expected["val"], abs=1e-5)
+
+
+def test_a_run_resumed_from_an_older_checkpoint_returns_its_own_values(data, tmp_path, capsys):
+    """The log has later steps, of a history that this run is not; no number of it may be given as this run's."""
+    config = tiny_config(data, tmp_path / "log", max_steps=10, save_every=4, val_every=2)
+    first = main(config)
+    for step in (8, 10):
+        train_gpt2.checkpoint_path(tmp_path / "log", step).unlink()
+    capsys.readouterr()
+    last = main(Config(**vars(config) | {"resume": True, "max_steps": 6, "val_every": 3}))
+    said = capsys.readouterr().out
+    assert last["val"] == read_log(tmp_path / "log")["val"][6] != first["val"]
+    assert "\nstep: 6\n" in said and f"\nval: {last['val']:.6g}\n" in said
+    done = json.loads((tmp_path / "log" / "log.txt").read_text().split("# done ")[-1])
+    assert done["step"] == 6 and done["val"] == last["val"] and done["train"] == last["train"]
+
+
 def interrupt(straight, log_dir, step: int) -> None:
     """A copy of a finished run, as it would be had it been killed a little after the checkpoint of `step`."""
     shutil.copytree(straight, log_dir)
