@@ -27,6 +27,7 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this folder would hide modules of its names
 
 import ast
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -39,6 +40,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -63,6 +65,7 @@ class Config:
     rounds: int = knob(5, "turns of each variant")
     steps: int = knob(1, "steps per turn; more on a GPU, where waiting for each would count")
     warmup: int = knob(2, "steps before the first turn; compilation is in them")
+    at_once: int = knob(1, "variants that start side by side: compiling takes a minute of CPU; 0 = what the card holds")
     tolerance: float = knob(0.05, "how far losses may be from the first variant's, in nats")
 
 
@@ -107,6 +110,77 @@ def without_padding(make_model):
     return make
 
 
+def loss_of(compute):
+    """GPT.forward with another formulation of the compiled loss: compute(logits in float32, targets) -> their sum."""
+
+    def forward(self, idx, targets=None):
+        x, targets = self.features(idx).flatten(0, 1), targets.flatten()
+        padding = torch.arange(self.config.vocab_size, device=x.device) >= self.config.n_tokens
+        total = 0.0
+        for part, target in zip(x.chunk(compute.parts), targets.chunk(compute.parts)):
+            logits = F.linear(part, self.lm_head.weight).float().masked_fill(padding, -float("inf"))
+            total = total + compute(logits, target)
+        return None, total / (targets >= 0).sum().clamp(min=1)
+
+    GPT.forward = forward
+
+
+def by_logsumexp(logits, targets):
+    """No softmax is saved: the gradient is a function of the logits, and may be written over them."""
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    picked = torch.where(ids == targets[:, None], logits, 0.0).sum(1)
+    return ((torch.logsumexp(logits, 1) - picked) * (targets >= 0)).sum()
+
+
+def by_gather(logits, targets):
+    """As by_logsumexp, but the target's logit is gathered instead of found by a scan."""
+    picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return ((torch.logsumexp(logits, 1) - picked) * (targets >= 0)).sum()
+
+
+def by_cross_entropy(logits, targets):
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def with_parts(compute, parts):
+    compute.parts = parts
+    return compute
+
+
+def own_backward(parts):
+    from bench import loss
+
+    return with_parts(lambda logits, targets: loss.OwnBackward.apply(logits, targets, 50257), parts)
+
+
+def raw_loss_of(compute):
+    """As loss_of, for a function that does the upcast and the padding itself."""
+
+    def forward(self, idx, targets=None):
+        x, targets = self.features(idx).flatten(0, 1), targets.flatten()
+        chunks = zip(x.chunk(compute.parts), targets.chunk(compute.parts))
+        total = sum(compute(F.linear(part, self.lm_head.weight), target) for part, target in chunks)
+        return None, total / (targets >= 0).sum().clamp(min=1)
+
+    GPT.forward = forward
+
+
+def sigmoid_gelu():
+    """GELU's tanh form as x times a sigmoid: the same function, with fewer instructions."""
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        y = x.float()
+        return self.c_proj((y * torch.sigmoid(1.5957691216057308 * y * (1 + 0.044715 * y * y))).to(x.dtype))
+
+    train_gpt2.MLP.forward = forward
+
+
+def inductor(**settings):
+    for name, value in settings.items():
+        setattr(torch._inductor.config, name, value)
+
+
 LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_kept_memory": lambda: setattr(machine, "keep_freed_memory", lambda: None),
     "no_chunks": lambda: setattr(train_gpt2, "HeadLoss", types.SimpleNamespace(apply=plain_head_loss)),
@@ -115,6 +189,17 @@ LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_bf16_residual": lambda: setattr(machine, "casts_to_bfloat16", lambda device: False),
     "ddp_inside": lambda: setattr(train_gpt2, "DistributedDataParallel", compile_around(DistributedDataParallel)),
     "ddp_whole": lambda: setattr(torch._dynamo.config, "optimize_ddp", False),
+    "loss_logsumexp": lambda: loss_of(with_parts(by_logsumexp, 1)),
+    "loss_gather": lambda: loss_of(with_parts(by_gather, 1)),
+    "loss_halves": lambda: loss_of(with_parts(by_cross_entropy, 2)),
+    "loss_logsumexp_halves": lambda: loss_of(with_parts(by_logsumexp, 2)),
+    "loss_own": lambda: raw_loss_of(own_backward(1)),
+    "loss_own_halves": lambda: raw_loss_of(own_backward(2)),
+    "fast_math": lambda: inductor(use_fast_math=True),
+    "autotune_pointwise": lambda: inductor(max_autotune_pointwise=True),
+    "sigmoid_gelu": sigmoid_gelu,
+    "coordinate_descent": lambda: inductor(coordinate_descent_tuning=True),
+    "max_autotune": lambda: inductor(max_autotune_gemm=True),
     "no_frozen_garbage": lambda: setattr(machine, "freeze_garbage", lambda: None),
 }
 
@@ -305,14 +390,16 @@ def work(pipe, config: Config, variant: str, environment: dict) -> None:
 def measure(config: Config) -> dict[str, dict]:
     """variant -> seconds and CPU seconds of each turn, losses of each turn, peak memory, seconds before the first."""
     pipes, results = {}, {}
-    for variant in config.variants:
-        pipes[variant] = start(config, variant)
-        results[variant] = {"seconds": [], "cpu": [], "loss": []}
-        first = turn(pipes[variant], variant, config.warmup)
-        if first is None:
-            del pipes[variant], results[variant]
-        else:
-            results[variant]["first"] = first[0]
+    for some in batches(config.variants, config.at_once or room(config.device)):
+        for variant in some:
+            pipes[variant] = start(config, variant)
+            send(pipes[variant], config.warmup)
+        for variant in some:
+            first = collect(pipes[variant], variant)
+            if first is None:
+                del pipes[variant]
+                continue
+            results[variant] = {"seconds": [], "cpu": [], "loss": [], "first": first[0]}
             print(f"{variant}: first {config.warmup} steps {first[0]:.1f} s, loss {first[2]:.4f}", flush=True)
     for _ in range(config.rounds):
         for variant, pipe in pipes.items():
@@ -358,12 +445,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def room(device: str) -> int:
+    """How many processes of 40 GiB a card holds: 124M at 64 x 1024 tokens."""
+    device = machine_device(device)
+    return max(1, torch.cuda.get_device_properties(device).total_memory // (40 * 2**30)) if device.type == "cuda" else 1
+
+
+def batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def turn(pipes: list, variant: str, count: int):
+    """`count` steps of a variant; see `collect`."""
+    send(pipes, count)
+    return collect(pipes, variant)
+
+
+def send(pipes: list, count: int) -> None:
+    for pipe in pipes:
+        with contextlib.suppress(OSError):  # it died; `collect` says so
+            pipe.send(count)
+
+
+def collect(pipes: list, variant: str):
     """What `work` answers: the first rank's seconds, all ranks' CPU seconds, their mean loss, the highest peak."""
     answers = {}
     try:
-        for pipe in pipes:
-            pipe.send(count)
         while len(answers) < len(pipes):  # whoever speaks first: the others may wait for one that failed
             for pipe in multiprocessing.connection.wait([pipe for pipe in pipes if pipe not in answers]):
                 answers[pipe] = pipe.recv()
