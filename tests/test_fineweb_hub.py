@@ -21,6 +21,7 @@ import pytest
 import fineweb
 import sources
 from cli import UserError
+from manifest import SourceRecord
 from tokenizer import load_tokenizer
 
 REPO = "HuggingFaceFW/fineweb-edu"
@@ -229,7 +230,7 @@ def test_two_files_on_the_disk_at_most(hub, tmp_path, monkeypatch):
     def watched(fetcher, done):
         for _, future in sorted(fetcher.coming.items()):
             future.result()
-        seen.append(len(list((tmp_path / "out/downloads").glob("sample/**/*.parquet"))))
+        seen.append(len(list((tmp_path / "out/downloads").rglob("*.parquet"))))
         release(fetcher, done)
 
     monkeypatch.setattr(sources.Fetcher, "release", watched)
@@ -316,7 +317,7 @@ def test_a_dataset_that_datasets_cannot_read(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(time, "sleep", None)  # no second try
-    recorded = {"dataset": "a/b:c", "revision": COMMIT, "files": [["script.py", 9]]}
+    recorded = SourceRecord(dataset="a/b:c", revision=COMMIT, files=[("script.py", 9)])
     source = sources.hub_source("a/b:c", None, recorded, None)
     with pytest.raises(UserError, match=r"can't read a/b:c .Dataset scripts are no longer supported.; take another"):
         source.fetch(0, tmp_path)
@@ -329,7 +330,7 @@ def test_errors_of_the_disk_are_not_the_hubs(monkeypatch, code):
 
     monkeypatch.setattr(time, "sleep", None)
     with pytest.raises(OSError) as caught:
-        sources.patiently("x", fail)
+        sources.with_retries("x", fail)
     assert caught.value.errno == code and caught.value.filename == "here"
 
 
