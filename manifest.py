@@ -223,8 +223,9 @@ def read_manifest(path: Path) -> Manifest | None:
         return None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise UserError(damaged(path, f"{place}: {first['msg'].removeprefix('Value error, ')}")) from None
+        place = ".".join(map(str, first["loc"]))
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(damaged(path, f"{place}: {why}" if place else why)) from None
     if path.name != manifest_name(manifest.part):
         raise UserError(damaged(path, f"settings.part is {manifest.settings.part}"))
     if manifest.checksum not in (None, checksum(manifest)):
