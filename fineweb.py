@@ -152,7 +152,8 @@ class WorkerPool:
     chunk along and nothing else. They never run the script that started us, so it needs no `if __name__ == "__main__"`.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, options: Options):
+        self.options = options
         self.idle = queue.LifoQueue()  # processes, and None for each that may be started yet
         self.processes, self.lock, self.is_closed = [], threading.Lock(), False
         for _ in range(size):
@@ -179,10 +180,10 @@ class WorkerPool:
         return result
 
     def start(self) -> subprocess.Popen:
-        code = f"import sys; sys.path[:] = sys.argv[1:]; from {serve.__module__} import serve; serve()"
+        code = f"import sys; sys.path[:] = sys.argv[1:]; from {serve.__module__} import serve; serve{self.options[:2]}"
         # a group of its own: a terminal's Ctrl-C is for us alone
         group = {"process_group": 0} if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        for _ in range(20):
+        for _ in range(50):
             with self.lock:
                 if self.is_closed:
                     raise EOFError
@@ -192,7 +193,7 @@ class WorkerPool:
                 return process
             if process.wait() > 0:
                 raise UserError("worker processes can't start, see above; --workers 0 does without")
-        raise UserError("20 worker processes were killed as they started; is there memory? --workers 0 does without")
+        raise UserError("50 worker processes were killed as they started; is there memory? --workers 0 does without")
 
     def close(self) -> None:
         with self.lock:
@@ -208,7 +209,7 @@ def tokenize_all(chunks: Iterable, options: Options, workers: int) -> Iterator[t
     if workers == 0:
         yield from ((key, tokenize_chunk(chunk, options)) for key, chunk in chunks)
         return
-    pool, pending = WorkerPool(workers), deque()
+    pool, pending = WorkerPool(workers, options), deque()
     try:
         for key, chunk in chunks:
             pending.append((key, in_background(tokenize_despite_deaths, pool.call, chunk, options)))
@@ -731,7 +732,7 @@ def remove_downloads(out: Path, config: Config) -> None:
 
 def options_of(config: Config | Settings, backend: str = "tiktoken") -> Options:
     backend = pick_backend(getattr(config, "backend", backend), config.tokenizer)
-    return Options(config.tokenizer, config.text_column, config.skip_bad, backend, config.format)
+    return Options(config.tokenizer, backend, config.text_column, config.skip_bad, config.format)
 
 
 def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher, progress: "Progress", out: Path) -> Iterator:

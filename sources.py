@@ -1,11 +1,9 @@
 """
 Where text comes from: files of one's own, datasets of the Hugging Face hub, and the English every Python carries.
 
-A source is a list of files, with their sizes, and a way to bring one of them to this disk in a form that can be read
-from the middle. `Fetcher` does that one file ahead of its use, and removes the file after it.
-
-What is brought lies in a scratch directory, under a name that tells which file of which version it is: what a killed
-run left is used if it is that very file, and never taken for another.
+A source is a list of files, each with a way to bring it to this disk in a form that can be read from the middle.
+`Fetcher` does that one file ahead of its use, and removes the file after it. What is brought lies in a scratch
+directory, under a name that tells which file of which version it is: what a killed run left is never taken for another.
 """
 
 import ast
@@ -25,9 +23,9 @@ import sysconfig
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,45 +42,40 @@ TRIES, LONGEST_WAIT = 8, 60  # of a request to the hub, seconds between two: som
 
 
 class SourceFile(NamedTuple):
-    """name: as the manifest records it and errors call it. size: bytes. kind: of KINDS."""
+    """name: as the manifest records it and errors call it. size: bytes. kind: of KINDS.
+
+    path: where it lies once it is here; if `bring(scratch, path)` has to bring it, within a scratch directory.
+    """
 
     name: str
     size: int
     kind: str
+    path: str
+    bring: Callable[[Path, Path], None] | None = None
 
     @property
     def weight(self) -> int:
         """Its part of the work, in bytes; never none, so that empty files and unknown sizes divide nothing by zero."""
         return max(1, self.size)
 
+    def place(self, scratch: Path) -> Path:
+        """Raises UserError if a link leads out of the scratch directory."""
+        path = scratch / self.path if self.bring else Path(self.path)
+        if self.bring and not path.resolve().is_relative_to(scratch.resolve()):
+            raise UserError(f"{path} leads out of {scratch}; remove the link")
+        return path
 
-@dataclass
-class Source:
-    """place: (index of a file, scratch directory) -> where it lies, once `fetch` of the same is done."""
+    def fetch(self, scratch: Path) -> Path:
+        path = self.place(scratch)
+        if self.bring and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.bring(scratch, path)
+        return path
 
+
+class Source(NamedTuple):
     record: SourceRecord  # for the manifest
     files: list[SourceFile]
-    place: Callable[[int, Path], Path]
-    fetch: Callable[[int, Path], None]
-
-
-def join(first: Source | None, second: Source) -> Source:
-    """The files of both. The record is that of the second."""
-    if first is None:
-        return second
-    count = len(first.files)
-
-    def place(index, scratch):
-        return first.place(index, scratch / "val") if index < count else second.place(index - count, scratch)
-
-    def fetch(index, scratch):
-        if index < count:
-            (scratch / "val").mkdir(exist_ok=True)
-            first.fetch(index, scratch / "val")
-        else:
-            second.fetch(index - count, scratch)
-
-    return Source(second.record, first.files + second.files, place, fetch)
 
 
 def kind_of(name: str) -> str | None:
@@ -101,45 +94,42 @@ def is_compressed(name: str) -> bool:
 
 
 class Fetcher:
-    """Brings files of a source to this disk, one ahead of their use, and removes them after it.
+    """Brings files to this disk, one ahead of their use, and removes them after it.
 
-    order: indices of the files, in the order of use. done: how many of them are used up already.
+    files: in the order of use. done: how many of them are used up already.
     """
 
-    def __init__(self, source: Source, order: list[int], done: int, scratch: Path, keep_downloads: bool):
-        self.source, self.order, self.scratch, self.keep_downloads = source, order, scratch, keep_downloads
-        self.coming: dict[int, Future] = {}  # the files that are here or on their way
-        self.ahead, self.removed = done, 0  # places in the order
+    def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool):
+        self.files, self.scratch, self.keep_downloads = files, scratch, keep_downloads
+        self.coming: deque[Future] = deque()  # files [removed, removed + len(coming)) are here or on their way
+        self.removed = 0
         scratch.mkdir(exist_ok=True)
         self.release(done)
 
-    def get(self, index: int) -> Path:
-        """The next file in the order, or one that was asked for before."""
-        if index not in self.coming:
+    def get(self, number: int) -> Path:
+        """The number-th file; one after the other."""
+        while self.removed + len(self.coming) <= number:
             self.start()
-        self.coming[index].result()
+        path = self.coming[number - self.removed].result()
         self.look_ahead()
-        return self.source.place(index, self.scratch)
+        return path
 
     def start(self) -> None:
-        index = self.order[self.ahead]
-        self.coming[index] = in_background(self.source.fetch, index, self.scratch)
-        self.ahead += 1
+        self.coming.append(in_background(self.files[self.removed + len(self.coming)].fetch, self.scratch))
 
     def look_ahead(self) -> None:
         """Fetch the next file, unless two are here already: the disk holds the shards and two files."""
-        if len(self.coming) < 2 and self.ahead < len(self.order):
+        if len(self.coming) < 2 and self.removed + len(self.coming) < len(self.files):
             self.start()
 
     def release(self, done: int) -> None:
-        """Remove the first `done` files of the order: every token of theirs is committed."""
-        for index in self.order[self.removed : done]:
-            if index in self.coming:
-                self.coming.pop(index).result()
-            path = self.source.place(index, self.scratch)
-            if not self.keep_downloads and self.scratch in path.parents:
-                path.unlink(missing_ok=True)
-        self.removed = max(done, self.removed)
+        """Remove the first `done` files: every token of theirs is committed."""
+        for file in self.files[self.removed : done]:
+            if self.coming:
+                self.coming.popleft().result()
+            if file.bring and not self.keep_downloads:
+                file.place(self.scratch).unlink(missing_ok=True)
+            self.removed += 1
         self.look_ahead()
 
 
@@ -163,27 +153,19 @@ def in_background(function: Callable, *args) -> Future:
 
 def local_source(patterns: list[str], flag: str = "--input") -> Source:
     """Files in the order given; those of a glob or a folder by name. Raises UserError."""
-    paths = [path for pattern in patterns for path in expand(pattern, flag)]
-    for path in paths:
+    files, stamps = [], []
+    for index, path in enumerate(path for pattern in patterns for path in expand(pattern, flag)):
         if kind_of(path) is None:
             suffixes = " ".join(f".{suffix}" for suffix in KIND_OF_SUFFIX)
             raise UserError(f"{flag} {path}: not of a known kind: {suffixes}, also with .gz or .zst")
-    files = [SourceFile(utf8(Path(path).as_posix()), os.path.getsize(path), kind_of(path)) for path in paths]
-    stamps = [stamp(path) for path in paths]
-
-    def is_ready(index):
-        return not is_compressed(paths[index]) and suffix_of(paths[index]) != "json"
-
-    def place(index, scratch):
-        return Path(paths[index]) if is_ready(index) else scratch / scratch_name(index, stamps[index], files[index])
-
-    def fetch(index, scratch):
-        if not is_ready(index):
-            unpack(Path(paths[index]), place(index, scratch))
-
+        name, size, bring = utf8(Path(path).as_posix()), os.path.getsize(path), None
+        stamps.append(stamp(path, size))
+        if is_compressed(path) or suffix_of(path) == "json":
+            bring = functools.partial(lambda path, scratch, plain: unpack(Path(path), plain), path)
+            path = scratch_name(flag, index, name, size, stamps[-1])
+        files.append(SourceFile(name, size, kind_of(name), path, bring))
     listing = [(file.name, file.size) for file in files]
-    record = SourceRecord(input=list(map(utf8, patterns)), revision=None, files=listing, stamps=stamps)
-    return Source(record, files, place, fetch)
+    return Source(SourceRecord(input=list(map(utf8, patterns)), revision=None, files=listing, stamps=stamps), files)
 
 
 def utf8(name: str) -> str:
@@ -191,24 +173,21 @@ def utf8(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def stamp(path: str, samples: int = 16, length: int = 4096) -> str:
+def stamp(path: str, size: int, samples: int = 16, length: int = 4096) -> str:
     """What tells a file that was overwritten from the one before, without reading all of it: bytes from all over it.
 
     And the time of its last change, which alone is no proof: a copy of the same file has another.
     """
-    size = os.path.getsize(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for start in range(0, size, max(length, size // samples)):
+        for start in [*range(0, size, max(length, size // samples)), max(0, size - length)]:
             file.seek(start)
             digest.update(file.read(length))
-        file.seek(max(0, size - length))
-        digest.update(file.read(length))
-    return f"{digest.hexdigest()[:32]} {os.stat(path).st_mtime_ns}"
+        return f"{digest.hexdigest()[:32]} {os.fstat(file.fileno()).st_mtime_ns}"
 
 
-def scratch_name(index: int, identity: str, file: SourceFile) -> str:
-    return f"{index:05d}-{hashlib.sha256(f'{identity} {file}'.encode()).hexdigest()[:16]}.{file.kind}"
+def scratch_name(*identity) -> str:
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
 
 
 def expand(pattern: str, flag: str) -> list[str]:
@@ -224,26 +203,24 @@ def expand(pattern: str, flag: str) -> list[str]:
     else:
         names = sorted(glob.glob(pattern, recursive=True))
         names = names or sorted(glob.glob(pattern.replace("[", "[[]"), recursive=True))  # in a folder `a[1]`
+    if os.path.isdir(pattern) and not names:
+        raise UserError(f"{flag} {pattern}: no file of a known kind in this folder; give files, or a glob in quotes")
     if not names:
-        folder = pattern if os.path.isdir(pattern) else os.path.dirname(pattern) or "."
+        folder = os.path.dirname(pattern) or "."
         unreadable = os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)
-        nothing = "no file of a known kind in this folder" if folder == pattern else "no file matches"
-        why = f"the directory {folder} is not readable" if unreadable else nothing
+        why = f"the directory {folder} is not readable" if unreadable else "no file matches"
         raise UserError(f"{flag} {pattern}: {why}; give files, folders, or a glob in quotes")
     for name in names:
         if os.path.exists(name) and not os.path.isfile(name):
             raise UserError(f"{flag} {name} is not a regular file; give files, folders, or a glob in quotes")
-        try:
-            open(name, "rb").close()
-        except OSError as error:
-            raise UserError(f"{flag} {name}: {error.strerror}; check the path and its permissions") from error
+        if not os.access(name, os.R_OK):
+            why = "permission denied" if os.path.exists(name) else "no such file"
+            raise UserError(f"{flag} {name}: {why}; check the path")
     return names
 
 
 def unpack(path: Path, plain: Path) -> None:
     """The file, decompressed, and as JSON lines if it is a JSON array: so that work can begin in the middle of it."""
-    if plain.exists():
-        return
     try:
         with atomic_file(plain) as target:
             for data in blocks_of(path):
@@ -313,31 +290,19 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
         raise UserError(f"dataset {repo}: revision {commit!r} is no commit; choose another --out")
     if not all(suffix_of(name) in KINDS for name, _ in recorded.files):
         return streamed_source(dataset, commit, recorded, max_bytes)
-    files = [SourceFile(name, size, kind_of(name)) for name, size in recorded.files]
 
-    def place(index, scratch):
-        file = files[index]
-        plain = scratch_name(index, commit, file) if is_compressed(file.name) else f"{commit}/{file.name}"
-        return below(scratch, plain)
+    def bring(name, size, scratch, path):
+        whole = SourceFile(name, size, "", f"{commit}/{name}", download).place(scratch)
+        download(repo, commit, name, size, scratch / commit, whole)
+        if path != whole:
+            unpack(whole, path)
+            whole.unlink()
 
-    def fetch(index, scratch):
-        file = files[index]
-        if not place(index, scratch).exists() or place(index, scratch).stat().st_size != file.size:
-            path = below(scratch, f"{commit}/{file.name}")
-            download(repo, commit, file, scratch / commit, path)
-            if is_compressed(file.name):
-                unpack(path, place(index, scratch))
-                path.unlink()
-
-    return Source(recorded, files, place, fetch)
-
-
-def below(folder: Path, name: str) -> Path:
-    """folder / name. Raises UserError if a link leads out of the folder."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path} leads out of {folder}; remove the link")
-    return path
+    files = []
+    for name, size in recorded.files:
+        path = scratch_name(commit, name) if is_compressed(name) else f"{commit}/{name}"
+        files.append(SourceFile(name, size, kind_of(name), path, functools.partial(bring, name, size)))
+    return Source(recorded, files)
 
 
 def hub():
@@ -348,22 +313,22 @@ def hub():
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # asked for now, not when the library was first imported
 
 
-def download(repo: str, commit: str, file: SourceFile, folder: Path, path: Path) -> None:
+def download(repo: str, commit: str, name: str, size: int, folder: Path, path: Path) -> None:
     """The file to `path`, in `folder`; what a broken attempt has brought is used by the next, if it can be."""
 
     def attempt():
         try:
-            hub().hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=folder)
-            size = path.stat().st_size
-            if file.size and size != file.size:  # some mirrors of the hub don't tell
+            hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)
+            came = path.stat().st_size
+            if size not in (0, came):  # some mirrors of the hub don't tell
                 path.unlink()
-                raise OSError(f"{size} bytes came, {file.size} were announced")
+                raise OSError(f"{came} bytes came, {size} were announced")
         except OSError as error:
             if type(error) is OSError:  # a wrong length, here or in the library: what is there is no good beginning
                 shutil.rmtree(folder / ".cache", ignore_errors=True)
             raise
 
-    with_retries(file.name, attempt)
+    with_retries(name, attempt)
 
 
 def with_retries(what: str, action: Callable, tries: int = TRIES):
@@ -454,14 +419,6 @@ def glob_regex(pattern: str) -> str:
 def streamed_source(dataset: str, commit: str, recorded: SourceRecord, max_bytes: int | None) -> Source:
     """A dataset in a form that only `datasets` can read: its train split, written to one JSON lines file first."""
     repo, _, config = dataset.partition(":")
-    file = SourceFile(f"{repo}.jsonl", sum(size for _, size in recorded.files), "jsonl")
-
-    def place(index, scratch):
-        return scratch / scratch_name(index, f"{dataset} {commit} {max_bytes}", file)
-
-    def fetch(index, scratch):
-        if not place(index, scratch).exists():
-            with_retries(f"dataset {repo}", lambda: spool(place(index, scratch)))
 
     def spool(path):
         import datasets
@@ -469,20 +426,20 @@ def streamed_source(dataset: str, commit: str, recorded: SourceRecord, max_bytes
         try:
             rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
             with atomic_file(path) as target:
-                write_rows(rows, target, max_bytes)
+                for row in rows:
+                    target.write((json.dumps(row, default=str) + "\n").encode())
+                    if max_bytes is not None and target.tell() >= max_bytes:
+                        break
         except (RuntimeError, ValueError, FileNotFoundError) as error:  # as for scripts, wrong names, broken files
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
 
-    return Source(recorded, [file], place, fetch)
+    def bring(scratch, path):
+        with_retries(f"dataset {repo}", lambda: spool(path))
 
-
-def write_rows(rows: Iterable[dict], target, max_bytes: int | None) -> None:
-    """Rows as JSON lines, until `max_bytes` are written."""
-    for row in rows:
-        target.write((json.dumps(row, default=str) + "\n").encode())
-        if max_bytes is not None and target.tell() >= max_bytes:
-            return
+    size = sum(size for _, size in recorded.files)
+    path = scratch_name(dataset, commit, max_bytes)
+    return Source(recorded, [SourceFile(f"{repo}.jsonl", size, "jsonl", path, bring)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -496,18 +453,12 @@ def docs_source(recorded: SourceRecord | None) -> Source:
         size = recorded.files[0][1]
     else:
         size = len(docs_lines())
-    file = SourceFile(f"{PYTHON_DOCS}.jsonl", size, "jsonl")
+    def bring(scratch, path):
+        with atomic_file(path) as target:
+            target.write(docs_lines())
 
-    def place(index, scratch):
-        return scratch / scratch_name(index, version, file)
-
-    def fetch(index, scratch):
-        if not place(index, scratch).exists():
-            with atomic_file(place(index, scratch)) as target:
-                target.write(docs_lines())
-
-    record = SourceRecord(dataset=PYTHON_DOCS, revision=version, files=[(file.name, size)])
-    return Source(record, [file], place, fetch)
+    file = SourceFile(f"{PYTHON_DOCS}.jsonl", size, "jsonl", scratch_name(version, size), bring)
+    return Source(SourceRecord(dataset=PYTHON_DOCS, revision=version, files=[(file.name, size)]), [file])
 
 
 @functools.lru_cache(maxsize=1)

@@ -84,9 +84,9 @@ class Options(NamedTuple):
     """How chunks are read and tokenized."""
 
     tokenizer: str
+    backend: str
     text_column: str
     skip_bad: bool
-    backend: str
     format: str = "text"
 
 
@@ -170,7 +170,7 @@ def token_counts(path: Path, metadata) -> list[int] | None:
     return [int(counts[start:end].sum()) + int(end - start) for start, end in zip(ends, ends[1:])]
 
 
-def serve() -> None:
+def serve(tokenizer: str, backend: str) -> None:
     """The loop of a worker process: function and arguments from stdin, result or error to stdout, until stdin ends.
 
     It ends at once with its parent, even in the middle of a chunk.
@@ -187,6 +187,7 @@ def serve() -> None:
                 os._exit(0)
 
     threading.Thread(target=receive, daemon=True).start()
+    encode_texts([], load_tokenizer(tokenizer), backend)  # what takes long to load: not while a chunk is at risk
     answers.write(READY)
     while True:
         answers.flush()

@@ -184,7 +184,7 @@ def test_a_big_row_group_is_read_a_little_at_a_time(tmp_path):
     pq.write_table(table, tmp_path / "texts.parquet", compression="none", use_dictionary=False)
     code = (  # in a process of its own, for the most memory it ever took
         "import pyarrow, units; chunk = units.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
-        "texts = units.read_rows(chunk, units.Options('gpt2', 'text', False, 'tiktoken')); "
+        "texts = units.read_rows(chunk, units.Options('gpt2', 'tiktoken', 'text', False)); "
         "assert [int(text) for text in texts] == list(range(30_000, 30_010)); "
         "print(pyarrow.default_memory_pool().max_memory())"
     ).replace("PATH", (tmp_path / "texts.parquet").as_posix())

@@ -97,7 +97,7 @@ def edits(draw):
     def edit(text):
         document = json.loads(text)
         for number, what, junk in changes:
-            change(document, number, what, junk)
+            change(document, number, what, copy.deepcopy(junk))
         if forge:
             with contextlib.suppress(ValueError):
                 document["checksum"] = checksum(Manifest.model_validate_json(json.dumps(document)))

@@ -43,7 +43,7 @@ def contents(out: Path) -> dict:
 def start(folder: Path, out: Path, before: str = "", workers: int = 2) -> subprocess.Popen:
     """fineweb.py in a process group of its own. before: what each worker does first."""
     here = out.parent
-    serve = "def serve():\n    units.serve()\n"
+    serve = "def serve(*arguments):\n    units.serve(*arguments)\n"
     (here / "altered.py").write_text(f"import os, pickle, sys, time, units\n{before}\n{serve}")
     config = {**flags(folder), "out": str(out), "workers": workers}
     (here / "go.py").write_text(
@@ -83,12 +83,12 @@ def workers_of(here: Path) -> list[int]:
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it has just ended
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                if str(here).encode() in words and any(b"serve()" in word for word in words):
+                if str(here).encode() in words and any(b"import serve" in word for word in words):
                     found.append(int(folder.name))
     else:  # macOS
         command = ["ps", "-A", "-ww", "-o", "pid=", "-o", "args="]
         for row in subprocess.run(command, stdout=-1, text=True).stdout.splitlines():
-            if f" {here} " in f"{row} " and "serve()" in row:
+            if f" {here} " in f"{row} " and "import serve" in row:
                 found.append(int(row.split()[0]))
     return found
 
@@ -189,7 +189,7 @@ def kill_workers(whole, folder: Path, kills: int, rng: random.Random) -> None:
         (folder / str(runs)).mkdir()
         process = start(whole[0].parent, folder / str(runs) / "out", SLOW)
         while process.poll() is None:
-            time.sleep(rng.uniform(0.05, 0.8))
+            time.sleep(rng.uniform(0, 1.5))
             if workers := workers_of(folder / str(runs)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rng.choice(workers), signal.SIGKILL)
