@@ -36,18 +36,12 @@ import contextlib
 import hashlib
 import io
 import os
-import pickle
-import queue
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import wait
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -56,47 +50,10 @@ import numpy as np
 
 from cli import UserError, knob, run
 from files import exclusive, sync_directory
-from manifest import (
-    Cursor,
-    Manifest,
-    Settings,
-    Shard,
-    Tokenizer,
-    manifest_name,
-    mask_name,
-    parse_part,
-    read_manifest,
-    shard_name,
-    write_manifest,
-)
-from sources import (
-    PYTHON_DOCS,
-    Fetcher,
-    Source,
-    SourceFile,
-    docs_source,
-    hub_source,
-    in_background,
-    is_compressed,
-    join,
-    local_source,
-    utf8,
-)
-from tokenizer import TOKENIZERS, load_tokenizer
-from units import (
-    DIALOGUES,
-    READY,
-    Chunk,
-    Options,
-    Tokens,
-    chunks_of,
-    count,
-    count_documents,
-    pick_backend,
-    place_of,
-    serve,
-    tokenize_chunk,
-)
+from manifest import Cursor, Manifest, Settings, Shard, manifest_name, parse_part, read_manifest, write_manifest
+from sources import PYTHON_DOCS, Fetcher, Source, SourceFile, docs_source, hub_source, is_compressed, local_source, utf8
+from tokenizer import TOKENIZERS
+from units import DIALOGUES, Chunk, Options, Tokens, chunks_of, count, pick_backend, tokenize_all, tokenize_chunk
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
@@ -138,159 +95,43 @@ class Config:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Worker processes
-
-
-class WorkerDied(Exception):
-    pass
-
-
-class WorkerPool:
-    """At most `size` processes, started as they are needed, each with a thread of ours that waits for its answer.
-
-    They share nothing, no queue and no lock, only a pipe with us: one that is killed, at whatever moment, takes its own
-    chunk along and nothing else. They never run the script that started us, so it needs no `if __name__ == "__main__"`.
-    """
-
-    def __init__(self, size: int, options: Options):
-        self.options = options
-        self.idle = queue.LifoQueue()  # processes, and None for each that may be started yet
-        self.processes, self.lock, self.is_closed = [], threading.Lock(), False
-        for _ in range(size):
-            self.idle.put(None)
-
-    def call(self, function: Callable, *arguments):
-        """Its result, from a worker. Raises WorkerDied."""
-        process = self.idle.get()
-        try:
-            process = process or self.start()
-            pickle.dump((function, arguments), process.stdin)
-            process.stdin.flush()
-            result, error = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as died:
-            if process:
-                process.kill()
-                process.wait()
-            process = None
-            raise WorkerDied from died
-        finally:
-            self.idle.put(process)
-        if error:
-            raise error
-        return result
-
-    def start(self) -> subprocess.Popen:
-        code = f"import sys; sys.path[:] = sys.argv[1:]; from {serve.__module__} import serve; serve{self.options[:2]}"
-        # a group of its own: a terminal's Ctrl-C is for us alone
-        group = {"process_group": 0} if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        for _ in range(50):
-            with self.lock:
-                if self.is_closed:
-                    raise EOFError
-                process = subprocess.Popen([sys.executable, "-c", code, *sys.path], stdin=-1, stdout=-1, **group)
-                self.processes.append(process)
-            if process.stdout.read(1) == READY:
-                return process
-            if process.wait() > 0:
-                raise UserError("worker processes can't start, see above; --workers 0 does without")
-        raise UserError("50 worker processes were killed as they started; is there memory? --workers 0 does without")
-
-    def close(self) -> None:
-        with self.lock:
-            self.is_closed = True
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
-
-
-def tokenize_all(chunks: Iterable, options: Options, workers: int) -> Iterator[tuple[tuple, Tokens]]:
-    """(key, tokens) of every (key, chunk), in order, few of them in memory at a time."""
-    if workers == 0:
-        yield from ((key, tokenize_chunk(chunk, options)) for key, chunk in chunks)
-        return
-    pool, pending = WorkerPool(workers, options), deque()
-    try:
-        for key, chunk in chunks:
-            pending.append((key, in_background(tokenize_despite_deaths, pool.call, chunk, options)))
-            if len(pending) > 3 * workers + 3:
-                yield pending[0][0], pending.popleft()[1].result()
-        while pending:
-            yield pending[0][0], pending.popleft()[1].result()
-    finally:
-        pool.close()
-        wait([future for _, future in pending], timeout=10)
-
-
-def tokenize_despite_deaths(call: Callable, chunk: Chunk, options: Options) -> Tokens:
-    """In a worker; if three in a row die over it, by halves, down to the one document that kills them."""
-
-    def ask(function, *arguments):
-        for _ in range(3):
-            with contextlib.suppress(WorkerDied):
-                return call(function, chunk, options, *arguments)
-
-    def attempt(start, stop):
-        if (part := ask(tokenize_chunk, start, stop)) is not None:
-            return [part]
-        if stop is None and (stop := ask(count_documents)) is None:
-            raise UserError(f"to read {place_of(chunk)} kills the process that does; take the file out")
-        if stop - start <= 1:
-            raise UserError(
-                f"document {start} of {place_of(chunk)} kills the process that tokenizes it (out of memory?); take it "
-                "out, or try a machine with more memory"
-            )
-        middle = (start + stop) // 2
-        return attempt(start, middle) + attempt(middle, stop)
-
-    parts = attempt(0, None)
-    if len(parts) == 1:
-        return parts[0]
-    ids = np.concatenate([part.ids for part in parts])
-    targets = None if parts[0].targets is None else np.concatenate([part.targets for part in parts])
-    return Tokens(ids, *count(ids, targets, options.tokenizer), parts[0].skipped, targets)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Plan: which chunks, in which order
 
 
 class Plan:
-    """blocks: indices of the files that are cut into chunks together, each for itself or to be shuffled all at once.
+    """blocks: the files that are cut into chunks together, each for itself or to be shuffled all at once.
 
     The first `val_files` files are the val split, of part 1. Of the others, a part takes the chunks that begin in its
     n-th of their bytes.
     """
 
-    def __init__(self, files: list[SourceFile], settings: Settings, val_files: int = 0):
-        self.files, self.settings, self.val_files = files, settings, val_files
-        (self.part, self.parts), weights = parse_part(settings.part), [file.weight for file in files[val_files:]]
-        self.starts = [0] * val_files + list(accumulate(weights, initial=0))  # of the files, in the source's bytes
-        total = self.starts[-1]
-        low, high = total * self.part, total * (self.part + 1)
+    def __init__(self, files: list[SourceFile], settings: Settings, val_files: int):
+        self.settings, (self.part, self.parts) = settings, parse_part(settings.part)
+        self.starts = list(accumulate((file.weight for file in files[val_files:]), initial=0))  # in the source's bytes
+        low, high = (self.starts[-1] * part for part in (self.part, self.part + 1))
         mine = [
-            index
-            for index in range(val_files, len(files))
-            if self.starts[index] * self.parts < high and self.starts[index + 1] * self.parts > low
+            (index, file, start)
+            for index, (file, start) in enumerate(zip(files[val_files:], self.starts))
+            if start * self.parts < high and (start + file.weight) * self.parts > low
         ]
-        self.blocks = [[index] for index in range(val_files if self.part == 0 else 0)]
+        self.blocks = [[(None, file, 0)] for file in files[: val_files if self.part == 0 else 0]]
         self.val_blocks = len(self.blocks)
-        self.blocks += [[index] for index in mine] if settings.shuffle is None else [mine] if mine else []
+        self.blocks += [[place] for place in mine] if settings.shuffle is None else [mine] if mine else []
         self.done = list(accumulate(map(len, self.blocks), initial=0))  # files before each block
+        self.files = [file for block in self.blocks for _, file, _ in block]  # in the order of use
 
     def chunks(self, block: int, paths: list[Path]) -> list[Chunk]:
         """The chunks of a block in the order of the stream."""
-        chunks, seed = [], self.settings.shuffle
-        for index, path in zip(self.blocks[block], paths):
-            of_file = chunks_of(self.files[index], path, self.settings.text_column)
+        chunks, seed = [], self.settings.shuffle if block >= self.val_blocks else None
+        for (index, file, start), path in zip(self.blocks[block], paths):
+            of_file = chunks_of(file, path, self.settings.text_column)
             for number, chunk in enumerate(of_file):
-                start = self.starts[index] * len(of_file) + self.files[index].weight * number
-                if index < self.val_files or start * self.parts // (self.starts[-1] * len(of_file)) == self.part:
-                    chunks.append((index, number, chunk))
-        if seed is None or block < self.val_blocks:
-            return [chunk for _, _, chunk in chunks]
-        random.Random(f"units {seed}").shuffle(chunks)  # the word is in finished sets' order
-        return [chunk._replace(order=f"{seed} {index} {number}") for index, number, chunk in chunks]
+                place = start * len(of_file) + file.weight * number
+                if index is None or place * self.parts // (self.starts[-1] * len(of_file)) == self.part:
+                    chunks.append(chunk if seed is None else chunk._replace(order=f"{seed} {index} {number}"))
+        if seed is not None:
+            random.Random(f"units {seed}").shuffle(chunks)  # the word is part of the seed of finished sets
+        return chunks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +162,7 @@ class ArrayFile:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        digest = sha256_of(Path(self.file.name)) if short else self.digest.hexdigest()
+        digest = sha256_of(self.file.name) if short else self.digest.hexdigest()
         os.replace(self.file.name, self.path)
         return digest
 
@@ -374,10 +215,10 @@ class ShardWriter:
         if self.ends_val(cursor.block):
             raise UserError("--val_input holds no document at all")
         self.start, self.documents, self.bytes, self.skipped_before = cursor, 0, 0, self.manifest.skipped
-        self.path = self.out / shard_name(self.manifest.split_of(self.index), self.index)
+        self.path = self.out / self.manifest.name_of(self.index)
         self.file = ArrayFile(self.path, "<u2", self.manifest.room(self.index))
         has_mask = self.manifest.settings.format != "text"
-        self.mask = ArrayFile(self.out / mask_name(self.path.name), "|u1", self.file.size) if has_mask else None
+        self.mask = ArrayFile(self.path.with_suffix(".mask.npy"), "|u1", self.file.size) if has_mask else None
 
     def commit(self, cursor: Cursor, complete: bool = False) -> None:
         """Give the shard its name and enter it. cursor: where the next one begins."""
@@ -440,7 +281,7 @@ def files_of(shard: Shard) -> list[tuple[str, int, str]]:
     return files
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -457,19 +298,6 @@ def settings_of(config: Config) -> Settings:
 
 def downloads_name(part: tuple[int, int]) -> str:
     return manifest_name(part).replace("manifest", "downloads").removesuffix(".json")
-
-
-def new_manifest(config: Config, source: Source, val: Source | None) -> Manifest:
-    tokenizer = load_tokenizer(config.tokenizer)
-    return Manifest(
-        tokenizer=Tokenizer(name=tokenizer.name, vocab_size=tokenizer.n_vocab),
-        eot=tokenizer.eot,
-        source=source.record,
-        val_source=val and val.record,
-        settings=settings_of(config),
-        val_size=None if val else val_size_of(config, source.files),
-        checksum="0" * 64,
-    )
 
 
 def val_size_of(config: Config, files: list[SourceFile]) -> int:
@@ -538,17 +366,13 @@ def check_source(was, now, out: Path) -> None:
         return
     if was.revision != now.revision:
         raise UserError(f"{out} was begun with {was.revision}, and this is {now.revision}; choose another --out")
-    before, after = (
-        {name: (size, stamp) for (name, size), stamp in zip(record.files, record.stamps or [""] * len(record.files))}
-        for record in (was, now)
-    )
-    if not was.stamps:  # format 1 has none
-        after = {name: (size, "") for name, (size, _) in after.items()}
-    digests = [{name: (s, text.partition(" ")[0]) for name, (s, text) in r.items()} for r in (before, after)]
-    other = [name for name in {**after, **before} if digests[0].get(name) != digests[1].get(name)]
+    stamped = was.stamps is not None  # format 1 has none
+    (before, times), (after, new_times) = was.identities(stamped), now.identities(stamped)
+    other = [name for name in {**after, **before} if before.get(name) != after.get(name)]
     if other or list(before) != list(after):
         raise UserError(f"{out} was begun before {', '.join(other[:3]) or 'the order'} changed; choose another --out")
-    if touched := [name for name in after if before[name] != after[name]]:
+    touched = [name for name in times if times[name] != new_times[name]]
+    if touched:
         print(f"{', '.join(touched[:3])}: another time of change, but the same size and samples: taken for the same")
 
 
@@ -606,11 +430,13 @@ def tokenize(out: Path, config: Config) -> None:
     with exclusive(path.with_name(path.name + ".lock")):
         if read_manifest(path) != there:
             raise UserError(f"{out} was written by another process just now; run again")
-        manifest = manifest or new_manifest(config, source, val)
+        val_size = None if val else val_size_of(config, source.files)
+        manifest = manifest or Manifest.begin(settings_of(config), source.record, val and val.record, val_size)
         write_manifest(path, manifest)
         join_parts(out, part)
+        plan = plan_of(val, source, manifest.settings)
         try:
-            write_shards(config, source, val, manifest, out)
+            write_shards(config, plan, manifest, out)
         except OnlyVal as ended:
             (total,) = ended.args
             if val:
@@ -618,10 +444,10 @@ def tokenize(out: Path, config: Config) -> None:
             print(f"The val split was to have more than the {total:,} tokens there are: it gets a twentieth")
             manifest = manifest.model_copy(update={"val_size": total // 20, "cursor": Cursor(0, 0, 0), "skipped": 0})
             write_manifest(path, manifest)
-            write_shards(config, source, val, manifest, out)
+            write_shards(config, plan, manifest, out)
         join_parts(out, part)
         remove_downloads(out, config)
-    report(out, manifest, join(val, source).files)
+    report(out, manifest, len(source.files))
 
 
 def open_sources(config: Config, manifest: Manifest | None) -> tuple[Source | None, Source]:
@@ -634,12 +460,14 @@ def open_sources(config: Config, manifest: Manifest | None) -> tuple[Source | No
     else:
         enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; a token of English is 4.6
         source = hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
-    others = [file.name for file in join(val, source).files if config.format != "text" and file.kind != "jsonl"]
-    if others:
-        raise UserError(
-            f"--format {config.format} reads .jsonl, not {others[0]}; write it as JSON lines, one record a line"
-        )
+    for file in (val.files if val else []) + source.files:
+        if config.format != "text" and file.kind != "jsonl":
+            raise UserError(f"--format {config.format} reads .jsonl, not {file.name}; write it as JSON lines")
     return val, source
+
+
+def plan_of(val: Source | None, source: Source, settings: Settings) -> Plan:
+    return Plan((val.files if val else []) + source.files, settings, len(val.files) if val else 0)
 
 
 def join_parts(out: Path, part: tuple[int, int]) -> None:
@@ -671,41 +499,36 @@ def summary(manifest: Manifest) -> str:
     return f"{documents:,} documents, {len(shards)} shards, {tokens['train']:,} train and {tokens['val']:,} val tokens"
 
 
-def report(out: Path, manifest: Manifest, files: list[SourceFile]) -> None:
+def report(out: Path, manifest: Manifest, files: int) -> None:
     print(f"{out}: {summary(manifest)}")
     if manifest.skipped:
         print(f"{manifest.skipped} documents could not be read and were left out")
-    if manifest.shards and (last := manifest.shards[-1].tokens) < manifest.settings.shard_size:
-        size = manifest.settings.shard_size
-        print(f"The last shard holds what was left, {last:,} of {size:,} tokens: that is no failure.")
-    if not manifest.val_size or manifest.part[0] > 0 or len(manifest.shards) < 2:
-        return
-    documents, (block, chunk, token) = manifest.shards[0].documents, manifest.starts[1]
-    last = block if chunk or token else block - 1  # the file that val ends in
-    one_of_many = manifest.settings.shuffle is None and last == 0 < len(files) - 1
-    if documents < 200 or one_of_many:
-        where = f", all from {files[0].name}, one of {len(files)} files" if one_of_many else ""
-        advice = "" if manifest.settings.shuffle is not None else "--shuffle 1 mixes all documents first; "
-        print(
-            f"The val split is the first {documents:,} documents{where}: its loss tells of no others. {advice}"
-            "--val_size N takes more of them, --val_input FILE others."
-        )
+    shards, settings = manifest.shards, manifest.settings
+    if shards and (last := shards[-1].tokens) < settings.shard_size:
+        print(f"The last shard holds what was left, {last:,} of {settings.shard_size:,} tokens: that is no failure.")
+    if manifest.val_size and manifest.part[0] == 0 and len(shards) > 1:
+        is_one_file = settings.shuffle is None and files > 1 and manifest.starts[1] <= (1, 0, 0)
+        if shards[0].documents < 200 or is_one_file:
+            where = f", all from the first of {files} files" if is_one_file else ""
+            mix = "" if settings.shuffle is not None else "--shuffle 1 mixes all documents before the split, "
+            print(
+                f"Validation is on the first {shards[0].documents:,} document(s) only{where}; they may differ from the "
+                f"rest: {mix}--val_size N takes more, --val_input FILE takes files of your choice."
+            )
 
 
-def write_shards(config: Config, source: Source, val: Source | None, manifest: Manifest, out: Path) -> None:
+def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path) -> None:
     """From the manifest's cursor to the end: write every shard, and complete the manifest. Raises OnlyVal."""
-    source, first = join(val, source), manifest.cursor
-    plan = Plan(source.files, manifest.settings, len(val.files) if val else 0)
+    first = manifest.cursor
     if first.block >= len(plan.blocks) and first != (0, 0, 0):
         raise past_the_end(out)
-    order = [index for block in plan.blocks for index in block]
     scratch = out / downloads_name(manifest.part)
-    fetcher = Fetcher(source, order, plan.done[first.block], scratch, config.keep_downloads)
+    fetcher = Fetcher(plan.files, plan.done[first.block], scratch, config.keep_downloads)
     writer = ShardWriter(out, manifest, plan.val_blocks)
-    progress = Progress(source.files, config, writer.total)
+    progress = Progress(plan.files, config, writer.total)
     chunks = planned_chunks(plan, first, fetcher, progress, out)
     stream = tokenize_all(chunks, options_of(config), workers_of(config))
-    with contextlib.closing(stream), contextlib.closing(writer), contextlib.closing(progress):
+    with contextlib.closing(stream), contextlib.closing(writer), contextlib.closing(progress.bar):
         for (block, number, chunk), tokens in stream:
             skip = first.token if (block, number) == first[:2] else 0
             if skip >= max(1, len(tokens.ids)):
@@ -718,7 +541,7 @@ def write_shards(config: Config, source: Source, val: Source | None, manifest: M
             if writer.total == config.max_tokens:
                 break
         writer.finish(Cursor(len(plan.blocks), 0, 0))
-        progress.finish()
+        progress.bar.total = progress.bar.n
 
 
 def past_the_end(out: Path) -> UserError:
@@ -738,7 +561,7 @@ def options_of(config: Config | Settings, backend: str = "tiktoken") -> Options:
 def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher, progress: "Progress", out: Path) -> Iterator:
     """((block, number, chunk), chunk) of every chunk from `first` on; files are fetched as they are needed."""
     for block in range(first.block, len(plan.blocks)):
-        chunks = plan.chunks(block, [fetcher.get(index) for index in plan.blocks[block]])
+        chunks = plan.chunks(block, [fetcher.get(number) for number in range(plan.done[block], plan.done[block + 1])])
         progress.open(chunks)
         begin = first.chunk if block == first.block else 0
         if begin >= max(1, len(chunks)):
@@ -753,15 +576,14 @@ def workers_of(config: Config) -> int:
 
 
 class Progress:
-    """One bar, in tokens. The total is estimated: from the files fetched so far, and the bytes of all."""
+    """A bar in tokens. The total is estimated from the bytes of all files, by what is known of some."""
 
     def __init__(self, files: list[SourceFile], config: Config, done: int):
         import tqdm
 
         self.bytes = sum(file.weight for file in files) / parse_part(config.part)[1]
-        self.limit = config.max_tokens or sys.maxsize
-        self.counted = self.seen = (0, 0.0)  # tokens and bytes of the source: from token_count, and tokenized so far
-        self.use_counts = config.tokenizer == "gpt2"
+        self.limit, self.use_counts = config.max_tokens or sys.maxsize, config.tokenizer == "gpt2"
+        self.counted = self.seen = (0, 0.0)  # tokens and bytes: of the files fetched, by token_count; tokenized so far
         self.documents = 0
         total = min(self.limit, estimated_tokens(files, config.tokenizer) // parse_part(config.part)[1])
         seconds = 0.5 if sys.stderr.isatty() else 30  # a log file is no screen
@@ -781,12 +603,6 @@ class Progress:
         self.bar.total = max(self.bar.n + tokens, min(self.limit, int(count / size * self.bytes)))
         self.bar.set_postfix_str(f"{self.documents:,} documents, shard {shard}", refresh=False)
         self.bar.update(tokens)
-
-    def finish(self) -> None:
-        self.bar.total = self.bar.n
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -824,30 +640,24 @@ def compare_with_source(out: Path, manifest: Manifest, config: Config, samples: 
 
     Where the source is not at hand, that is said, and it is none.
     """
-    settings = {name: value for name, value in manifest.settings if value is not None}
-    scratch = tempfile.TemporaryDirectory(dir=out if os.access(out, os.W_OK) else None, ignore_cleanup_errors=True)
-    compared, shards = 0, range(len(manifest.shards))
-    with scratch as folder:
+    was = Config(**{name: value for name, value in manifest.settings if value is not None})
+    compared, shards, here = 0, range(len(manifest.shards)), out if os.access(out, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=here, ignore_cleanup_errors=True) as scratch:
         for index in sorted(random.Random(0).sample(shards, min(samples, len(shards)))):
-            begin, name = manifest.starts[index], manifest.shards[index].name
+            begin = manifest.starts[index]
             try:
-                val, source = open_sources(Config(**settings), manifest)
+                val, source = open_sources(was, manifest)
                 check_source(manifest.source, source.record, out)
                 check_source(manifest.val_source, val and val.record, out)
-                source = join(val, source)
-                plan = Plan(source.files, manifest.settings, len(val.files) if val else 0)
-                if begin.block >= len(plan.blocks):
-                    raise past_the_end(out)
-                for file in plan.blocks[begin.block]:
-                    source.fetch(file, Path(folder))
-                paths = [source.place(file, Path(folder)) for file in plan.blocks[begin.block]]
+                plan = plan_of(val, source, manifest.settings)
+                paths = [file.fetch(Path(scratch)) for _, file, _ in plan.blocks[begin.block]]
                 chunk = plan.chunks(begin.block, paths)[begin.chunk]
                 tokens = tokenize_chunk(chunk, options_of(manifest.settings))
             except (UserError, OSError, IndexError) as error:
                 print(f"{out}: not compared with the source: {error}")
                 return compared
-            pairs = [(name, tokens.ids)] + ([] if tokens.targets is None else [(mask_name(name), tokens.targets)])
-            for path, expected in pairs:
+            shard = manifest.shards[index]
+            for path, expected in [(shard.name, tokens.ids), (shard.mask_name, tokens.targets)][: len(files_of(shard))]:
                 stored = np.load(out / path, mmap_mode="r")[: len(expected) - begin.token]
                 if not np.array_equal(stored, expected[begin.token :][: len(stored)]):
                     raise UserError(

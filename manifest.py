@@ -49,11 +49,11 @@ class Shard(Record):
 
     @property
     def index(self) -> int:
-        return int(self.name[-16:].rpartition("_")[2].removesuffix(".npy"))
+        return int(self.name.removesuffix(".npy").rpartition("_")[2])
 
     @property
     def mask_name(self) -> str:
-        return mask_name(self.name)
+        return self.name.removesuffix(".npy") + ".mask.npy"
 
 
 class SourceRecord(Record):
@@ -72,6 +72,12 @@ class SourceRecord(Record):
             expect(is_plain(name), f"{name!r} in files is no plain relative path")
         expect(self.stamps is None or len(self.stamps) == len(self.files), "stamps and files differ in number")
         return self
+
+    def identities(self, stamped: bool) -> tuple[dict, dict]:
+        """name -> (size, samples) of every file, and name -> time of its last change."""
+        stamps = self.stamps if stamped and self.stamps else [""] * len(self.files)
+        pairs = [(name, size, *stamp.partition(" ")[::2]) for (name, size), stamp in zip(self.files, stamps)]
+        return {p[0]: p[1:3] for p in pairs}, {p[0]: p[3] for p in pairs}
 
 
 class Settings(Record):
@@ -117,6 +123,19 @@ class Manifest(Record):
     complete: bool = False
     checksum: Digest | None = None
 
+    @classmethod
+    def begin(cls, settings: Settings, source: SourceRecord, val_source: SourceRecord | None, val_size: int | None):
+        size, eot = VOCABULARY[settings.tokenizer]
+        return cls(
+            tokenizer=Tokenizer(name=settings.tokenizer, vocab_size=size),
+            eot=eot,
+            source=source,
+            val_source=val_source,
+            settings=settings,
+            val_size=val_size,
+            checksum="0" * 64,
+        )
+
     @property
     def part(self) -> tuple[int, int]:
         """(i, n), i from 0; (0, 1) for a whole set, also for one joined of parts."""
@@ -128,6 +147,9 @@ class Manifest(Record):
 
     def split_of(self, index: int) -> str:
         return "val" if index == 0 and self.val_size != 0 else "train"
+
+    def name_of(self, index: int) -> str:
+        return f"edufineweb_{self.split_of(index)}_{index:06d}.npy"
 
     def room(self, index: int) -> int:
         """Tokens that the shard holds unless the text ends before."""
@@ -152,7 +174,7 @@ class Manifest(Record):
     def check_shard(self, number: int, shard: Shard) -> None:
         i, n = self.part
         expect(shard.split == self.split_of(shard.index), f"shards.{number}.split is not that of its place")
-        expect(shard.name == shard_name(shard.split, shard.index), f"shards.{number}.name is not that of its place")
+        expect(shard.name == self.name_of(shard.index), f"shards.{number}.name is not that of its place")
         expect(shard.tokens <= self.room(shard.index), f"shards.{number}.tokens is more than a shard holds")
         expect(shard.documents <= shard.tokens, f"shards.{number} has more documents than tokens")
         expect(
@@ -185,15 +207,6 @@ def is_plain(name: str) -> bool:
     """Whether it can only mean a file below the directory that it is joined to, on any system."""
     parts = PurePosixPath(name).parts
     return bool(parts) and not re.search(r'[\\:\x00-\x1f]', name) and parts[0] != "/" and ".." not in parts
-
-
-def shard_name(split: str, index: int) -> str:
-    return f"edufineweb_{split}_{index:06d}.npy"
-
-
-def mask_name(shard: str) -> str:
-    """'x.npy' -> 'x.mask.npy'."""
-    return shard.removesuffix(".npy") + ".mask.npy"
 
 
 def manifest_name(part: tuple[int, int]) -> str:

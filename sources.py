@@ -213,9 +213,10 @@ def expand(pattern: str, flag: str) -> list[str]:
     for name in names:
         if os.path.exists(name) and not os.path.isfile(name):
             raise UserError(f"{flag} {name} is not a regular file; give files, folders, or a glob in quotes")
-        if not os.access(name, os.R_OK):
-            why = "permission denied" if os.path.exists(name) else "no such file"
-            raise UserError(f"{flag} {name}: {why}; check the path")
+        try:
+            open(name, "rb").close()
+        except OSError as error:
+            raise UserError(f"{flag} {name}: {error.strerror}; check the path and its permissions") from error
     return names
 
 

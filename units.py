@@ -1,5 +1,5 @@
 """
-What a worker process does: turn a chunk, a piece of a file, into tokens.
+From files to tokens: cut into chunks, read, tokenized, by worker processes.
 
 A chunk is a row group of a parquet file, or a few megabytes of a text file, cut between two documents or where no token
 can go across. What comes back is one array, with the counts that the manifest records.
@@ -14,18 +14,21 @@ import pickle
 import queue
 import random
 import re
+import subprocess
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cli import UserError
-from sources import SourceFile
+from sources import SourceFile, in_background
 from tokenizer import load_tokenizer, replace_surrogates
 
 CHUNK_BYTES = 4 * 2**20  # of a text file per chunk: about a million tokens, as in a row group of FineWeb-Edu
@@ -168,39 +171,6 @@ def token_counts(path: Path, metadata) -> list[int] | None:
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     ends = np.cumsum([0, *rows])
     return [int(counts[start:end].sum()) + int(end - start) for start, end in zip(ends, ends[1:])]
-
-
-def serve(tokenizer: str, backend: str) -> None:
-    """The loop of a worker process: function and arguments from stdin, result or error to stdout, until stdin ends.
-
-    It ends at once with its parent, even in the middle of a chunk.
-    """
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
-    requests = queue.SimpleQueue()
-
-    def receive():
-        while True:
-            try:
-                requests.put(pickle.load(sys.stdin.buffer))
-            except BaseException:  # the end, or half a request of a parent that was killed
-                os._exit(0)
-
-    threading.Thread(target=receive, daemon=True).start()
-    encode_texts([], load_tokenizer(tokenizer), backend)  # what takes long to load: not while a chunk is at risk
-    answers.write(READY)
-    while True:
-        answers.flush()
-        function, arguments = requests.get()
-        try:
-            answer = function(*arguments), None
-        except MemoryError:
-            os._exit(1)  # the parent tries smaller pieces
-        except UserError as error:
-            answer = None, error
-        except Exception:
-            answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-        pickle.dump(answer, answers, protocol=5)
 
 
 def count_documents(chunk: Chunk, options: Options) -> int:
@@ -581,3 +551,150 @@ def token_lengths(tokenizer_name: str) -> np.ndarray:
     """(V,) bytes of text behind every token; none behind end-of-text, the last."""
     tokenizer = load_tokenizer(tokenizer_name)
     return np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.eot)] + [0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Worker processes
+
+
+def serve(tokenizer: str, backend: str) -> None:
+    """The loop of a worker process: function and arguments from stdin, result or error to stdout, until stdin ends.
+
+    It ends at once with its parent, even in the middle of a chunk.
+    """
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    requests = queue.SimpleQueue()
+
+    def receive():
+        while True:
+            try:
+                requests.put(pickle.load(sys.stdin.buffer))
+            except BaseException:  # the end, or half a request of a parent that was killed
+                os._exit(0)
+
+    threading.Thread(target=receive, daemon=True).start()
+    encode_texts([], load_tokenizer(tokenizer), backend)  # what takes long to load: not while a chunk is at risk
+    answers.write(READY)
+    while True:
+        answers.flush()
+        function, arguments = requests.get()
+        try:
+            answer = function(*arguments), None
+        except MemoryError:
+            os._exit(1)  # the parent tries smaller pieces
+        except UserError as error:
+            answer = None, error
+        except Exception:
+            answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+        pickle.dump(answer, answers, protocol=5)
+
+
+class WorkerDied(Exception):
+    pass
+
+
+class WorkerPool:
+    """At most `size` processes, started as they are needed, each with a thread of ours that waits for its answer.
+
+    They share nothing, no queue and no lock, only a pipe with us: one that is killed, at whatever moment, takes its own
+    chunk along and nothing else. They never run the script that started us, so it needs no `if __name__ == "__main__"`.
+    """
+
+    def __init__(self, size: int, options: Options):
+        self.options = options
+        self.idle = queue.LifoQueue()  # processes, and None for each that may be started yet
+        self.processes, self.lock, self.is_closed = [], threading.Lock(), False
+        for _ in range(size):
+            self.idle.put(None)
+
+    def call(self, function: Callable, *arguments):
+        """Its result, from a worker. Raises WorkerDied."""
+        process = self.idle.get()
+        try:
+            process = process or self.start()
+            pickle.dump((function, arguments), process.stdin)
+            process.stdin.flush()
+            result, error = pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError) as died:
+            if process:
+                process.kill()
+                process.wait()
+            process = None
+            raise WorkerDied from died
+        finally:
+            self.idle.put(process)
+        if error:
+            raise error
+        return result
+
+    def start(self) -> subprocess.Popen:
+        code = f"import sys; sys.path[:] = sys.argv[1:]; from {serve.__module__} import serve; serve{self.options[:2]}"
+        # a group of its own: a terminal's Ctrl-C is for us alone
+        group = {"process_group": 0} if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        for _ in range(50):
+            with self.lock:
+                if self.is_closed:
+                    raise EOFError
+                process = subprocess.Popen([sys.executable, "-c", code, *sys.path], stdin=-1, stdout=-1, **group)
+                self.processes.append(process)
+            if process.stdout.read(1) == READY:
+                return process
+            if process.wait() > 0:
+                raise UserError("worker processes can't start, see above; --workers 0 does without")
+        raise UserError("50 worker processes were killed as they started; is there memory? --workers 0 does without")
+
+    def close(self) -> None:
+        with self.lock:
+            self.is_closed = True
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+
+def tokenize_all(chunks: Iterable, options: Options, workers: int) -> Iterator[tuple[tuple, Tokens]]:
+    """(key, tokens) of every (key, chunk), in order, few of them in memory at a time."""
+    if workers == 0:
+        yield from ((key, tokenize_chunk(chunk, options)) for key, chunk in chunks)
+        return
+    pool, pending = WorkerPool(workers, options), deque()
+    try:
+        for key, chunk in chunks:
+            pending.append((key, in_background(tokenize_despite_deaths, pool.call, chunk, options)))
+            if len(pending) > 3 * workers + 3:
+                yield pending[0][0], pending.popleft()[1].result()
+        while pending:
+            yield pending[0][0], pending.popleft()[1].result()
+    finally:
+        pool.close()
+        wait([future for _, future in pending], timeout=10)
+
+
+def tokenize_despite_deaths(call: Callable, chunk: Chunk, options: Options) -> Tokens:
+    """In a worker; if three in a row die over it, by halves, down to the one document that kills them."""
+
+    def ask(function, *arguments):
+        for _ in range(3):
+            with contextlib.suppress(WorkerDied):
+                return call(function, chunk, options, *arguments)
+
+    def attempt(start, stop):
+        if (part := ask(tokenize_chunk, start, stop)) is not None:
+            return [part]
+        if stop is None and (stop := ask(count_documents)) is None:
+            raise UserError(f"to read {place_of(chunk)} kills the process that does; take the file out")
+        if stop - start <= 1:
+            raise UserError(
+                f"document {start} of {place_of(chunk)} kills the process that tokenizes it (out of memory?); take it "
+                "out, or try a machine with more memory"
+            )
+        middle = (start + stop) // 2
+        return attempt(start, middle) + attempt(middle, stop)
+
+    parts = attempt(0, None)
+    if len(parts) == 1:
+        return parts[0]
+    ids = np.concatenate([part.ids for part in parts])
+    targets = None if parts[0].targets is None else np.concatenate([part.targets for part in parts])
+    return Tokens(ids, *count(ids, targets, options.tokenizer), parts[0].skipped, targets)

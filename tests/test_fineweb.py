@@ -139,7 +139,7 @@ def test_a_long_row_group_makes_several_units(tmp_path, monkeypatch):
     texts = [f"document {i} " + "word " * (i % 50) for i in range(5000)]
     path = write_parquet(tmp_path / "texts.parquet", texts, rows=5000)
     monkeypatch.setattr(units, "ROW_CHUNK_BYTES", 50_000)
-    assert len(units.row_groups(sources.SourceFile("x", 1, "parquet"), path, "text")) > 5
+    assert len(units.row_groups(sources.SourceFile("x", 1, "parquet", str(path)), path, "text")) > 5
     build(tmp_path / "out", path)
     np.testing.assert_array_equal(stored(tmp_path / "out"), reference(texts))
 
@@ -434,7 +434,7 @@ def die_after(monkeypatch, calls: int):
         (os, "fsync"),
         (fineweb, "sha256_of"),
         (fineweb, "npy_header"),
-        (fineweb, "tokenize_chunk"),
+        (units, "tokenize_chunk"),
         (fineweb.Fetcher, "release"),
         (fineweb.shutil, "rmtree"),
     ):

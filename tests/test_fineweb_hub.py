@@ -228,7 +228,7 @@ def test_two_files_on_the_disk_at_most(hub, tmp_path, monkeypatch):
     seen, release = [], sources.Fetcher.release
 
     def watched(fetcher, done):
-        for _, future in sorted(fetcher.coming.items()):
+        for future in fetcher.coming:
             future.result()
         seen.append(len(list((tmp_path / "out/downloads").rglob("*.parquet"))))
         release(fetcher, done)
@@ -320,7 +320,7 @@ def test_a_dataset_that_datasets_cannot_read(tmp_path, monkeypatch, error):
     recorded = SourceRecord(dataset="a/b:c", revision=COMMIT, files=[("script.py", 9)])
     source = sources.hub_source("a/b:c", None, recorded, None)
     with pytest.raises(UserError, match=r"can't read a/b:c .Dataset scripts are no longer supported.; take another"):
-        source.fetch(0, tmp_path)
+        source.files[0].fetch(tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO])

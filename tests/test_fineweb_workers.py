@@ -47,7 +47,7 @@ def start(folder: Path, out: Path, before: str = "", workers: int = 2) -> subpro
     (here / "altered.py").write_text(f"import os, pickle, sys, time, units\n{before}\n{serve}")
     config = {**flags(folder), "out": str(out), "workers": workers}
     (here / "go.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb\nfineweb.serve = altered.serve\n"
+        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb, units\nunits.serve = altered.serve\n"
         f"config = fineweb.Config(**{config!r})\nfineweb.one_interrupt()\n"
         "fineweb.run(lambda _: fineweb.main(config), fineweb.Config, '', [])\n"
     )
@@ -169,7 +169,8 @@ class Half:
             file.flush()
             os.kill(os.getpid(), 9)
         file.write(data)
-units.pickle = Half
+if sys.argv[0] == "-c":  # in a worker
+    units.pickle = Half
 """
 
 
