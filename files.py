@@ -48,40 +48,27 @@ def exclusive(path: Path):
     """Hold the lock file `path` during the block. Raises UserError, naming the process that holds it already.
 
     The lock is the system's (flock, or a locked byte on Windows), so it ends with its owner, however that ends; a file
-    left behind locks nothing. Between hosts it works where the file system passes locks on, as NFS does since version 4
-    (and 3 with lockd). A file system without locks is told on stdout and used without.
+    left behind locks nothing. Between hosts it works where the file system passes locks on, as NFS does. Where it has
+    no locks, we say so and go on.
     """
-    file = open_locked(path)
-    try:
-        yield
-    finally:
-        if file:
-            with contextlib.suppress(OSError):  # Windows removes no open file; whoever comes next takes it over
-                path.unlink()
-            file.close()
-
-
-def open_locked(path: Path):
-    while True:
-        file = open(path, "a+b", 0)  # noqa: SIM115  (not truncated: it may name the owner)
+    with open(path, "a+b", 0) as file:  # not truncated: it may name the owner
         try:
             lock(file)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        except FileNotFoundError:  # removed by its last owner between our two steps, as when it is another file now
-            pass
         except OSError as error:
             file.seek(0)
             owner = file.read(200).decode(errors="replace") or "another process"
-            file.close()
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 raise UserError(f"{path.parent} is being written by {owner}; wait for it, or end it") from None
             print(f"{path.parent} can't be locked ({error.strerror}): start nothing else that writes there")
-            return None
-        file.close()
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return file
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
+            raise UserError(f"{path.parent} was written by another process just now; run again")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no open file; whoever comes next takes it over
+                path.unlink()
 
 
 def lock(file) -> None:

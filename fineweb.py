@@ -377,8 +377,7 @@ def check_source(was, now, out: Path) -> None:
 
 
 def prepare_directory(out: Path, part: tuple[int, int]) -> None:
-    """Make `out`, and remove what a killed run left. Raises UserError if shards of unknown origin lie there."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Remove what a killed run left. Raises UserError if shards of unknown origin lie there."""
     manifests, shards = sorted(out.glob("manifest*.json")), sorted(out.glob("edufineweb_*.npy"))
     if shards and not manifests:
         raise UserError(f"{out} holds {shards[0].name}, of which no manifest.json tells; choose another --out")
@@ -417,19 +416,25 @@ def tokenize(out: Path, config: Config) -> None:
     part = parse_part(config.part)
     path = out / manifest_name(part)
     there = read_manifest(path)
-    manifest = there and resumed(there, config, out)
+    manifest = resumed(there, config, out) if there and there.cursor != (0, 0, 0) else None  # else nothing is lost
     val, source = open_sources(config, manifest)
     if manifest:
         check_source(manifest.source, source.record, out)
         check_source(manifest.val_source, val and val.record, out)
-    prepare_directory(out, part)
     if manifest and manifest.complete:
         remove_downloads(out, config)
         print(f"{out} is complete: {summary(manifest)}; nothing to do")
-        return
+        whole = read_manifest(out / manifest_name((0, 1)))
+        if whole and whole.complete:
+            return  # without a lock: it may be read-only
+    out.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(path.name + ".lock")):
         if read_manifest(path) != there:
             raise UserError(f"{out} was written by another process just now; run again")
+        prepare_directory(out, part)
+        if manifest and manifest.complete:
+            join_parts(out, part)
+            return
         val_size = None if val else val_size_of(config, source.files)
         manifest = manifest or Manifest.begin(settings_of(config), source.record, val and val.record, val_size)
         write_manifest(path, manifest)
@@ -544,13 +549,13 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path) -> N
         progress.bar.total = progress.bar.n
 
 
-def past_the_end(out: Path) -> UserError:
-    return UserError(f"the manifest in {out} goes on behind the end of the source (cursor); choose another --out")
-
-
 def remove_downloads(out: Path, config: Config) -> None:
     if not config.keep_downloads:
         shutil.rmtree(out / downloads_name(parse_part(config.part)), ignore_errors=True)
+
+
+def past_the_end(out: Path) -> UserError:
+    return UserError(f"the manifest in {out} goes on behind the end of the source (cursor); choose another --out")
 
 
 def options_of(config: Config | Settings, backend: str = "tiktoken") -> Options:

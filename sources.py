@@ -277,8 +277,7 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
     for a dataset that has no files we can read. Raises UserError for what isn't there or can't be reached.
     """
     if not HUB_ID.fullmatch(dataset) or "--" in dataset or ".." in dataset:
-        here = f"; --input {dataset} takes the files there" if os.path.exists(dataset) else "; --input takes files"
-        raise UserError(f"--dataset {dataset!r} is no name of a dataset of the hub, such as {PYTHON_DOCS} or a/b{here}")
+        raise UserError(f"--dataset {dataset!r} is not the name of a dataset of the hub; --input takes files, folders")
     repo, _, config = dataset.partition(":")
     if recorded is None:
         ask = lambda: hub().dataset_info(repo, revision=revision, files_metadata=True)  # noqa: E731

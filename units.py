@@ -111,10 +111,10 @@ def naming(place: str):
     """Whatever a source throws at its reader becomes a UserError with the file and the place in it."""
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, ImportError):
         raise
     except Exception as error:  # of pyarrow, its C++, codecs, the file system
-        why = f"{type(error).__name__}: {error}"
+        why = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{place} is damaged or not what its name says ({why}); get the file again") from error
 
 
@@ -227,10 +227,10 @@ def read_rows(chunk: Chunk, options: Options) -> list:
     if len(texts) != chunk.stop - chunk.start:
         raise EOFError(f"{len(texts)} rows of {chunk.stop - chunk.start}")
     first = sum(metadata.row_group(group).num_rows for group in range(chunk.group)) + chunk.start
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            why = "has no text" if text is None else "is not UTF-8"
-            texts[row] = BadDocument(f"row {first + row} of {chunk.name} {why}")
+    why = {type(None): "has no text", bytes: "is not UTF-8"}
+    bad = [(row, why[type(text)]) for row, text in enumerate(texts) if not isinstance(text, str)]
+    for row, reason in bad:
+        texts[row] = BadDocument(f"row {first + row} of {chunk.name} {reason}")
     return texts
 
 
@@ -348,10 +348,7 @@ READERS = {"parquet": read_rows, "jsonl": read_lines, "txt": read_text}
 
 
 def alpaca_exchanges(record: dict) -> list[Exchange] | BadDocument:
-    """{"instruction", "input" (may be missing or empty), "output"} as one exchange, by the template
-
-    Instruction: INSTRUCTION\\n\\nInput: INPUT\\n\\nAnswer: OUTPUT<|endoftext|>      without input: without its line
-    """
+    """--format alpaca, by the template in fineweb.py."""
     for name in ("instruction", "output"):
         if name not in record:
             return BadDocument(f"has no field {name!r} (it has: {', '.join(record)}); --format alpaca needs one")
@@ -367,10 +364,7 @@ def alpaca_exchanges(record: dict) -> list[Exchange] | BadDocument:
 
 
 def chat_exchanges(record: dict) -> list[Exchange] | BadDocument:
-    """{"messages": [{"role", "content"}, ...]} as one exchange an answer, messages joined by an empty line:
-
-    System: CONTENT\\n\\nUser: CONTENT\\n\\nAssistant: ANSWER<|endoftext|>\\n\\nUser: CONTENT\\n\\nAssistant: ...
-    """
+    """--format chat, by the template in fineweb.py: an exchange for each answer."""
     messages, exchanges, prompt = record.get("messages"), [], ""
     if not isinstance(messages, list):
         return BadDocument(f"has no list in 'messages' (it has: {', '.join(record)}); --format chat needs one")
