@@ -425,7 +425,7 @@ def tokenize(out: Path, config: Config) -> None:
         remove_downloads(out, config)
         print(f"{out} is complete: {summary(manifest)}; nothing to do")
         whole = read_manifest(out / manifest_name((0, 1)))
-        if whole and whole.complete:
+        if whole and whole.complete and not list(out.glob("*.tmp")):
             return  # without a lock: it may be read-only
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(path.name + ".lock")):
