@@ -246,7 +246,7 @@ def test_which_documents_are_val_is_said(tmp_path, capsys):
     build(tmp_path / "c", tmp_path / "neg.jsonl", tmp_path / "pos.jsonl", val_size=4000, shuffle=1)
     assert words not in capsys.readouterr().out
     build(tmp_path / "d", tmp_path / "neg.jsonl", val_size=100)
-    assert f"{words} 11 document(s) only; they may differ" in capsys.readouterr().out
+    assert f"{words} 16 document(s) only; they may differ" in capsys.readouterr().out
 
 
 def test_verify_without_the_source(tmp_path, capsys):
