@@ -42,56 +42,63 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from cli import UserError, knob, run
-from files import exclusive, sync_directory
-from manifest import Cursor, Manifest, Settings, Shard, manifest_name, parse_part, read_manifest, write_manifest
-from sources import PYTHON_DOCS, Fetcher, Source, SourceFile, docs_source, hub_source, is_compressed, local_source, utf8
-from tokenizer import TOKENIZERS
-from units import DIALOGUES, Chunk, Options, Tokens, chunks_of, count, pick_backend, tokenize_all, tokenize_chunk
+from extras.cli import UserError, run
+from extras.files import exclusive, sync_directory
+from extras.manifest import Cursor, Manifest, Settings, Shard, manifest_name, parse_part, read_manifest, write_manifest
+from extras.sources import (
+    PYTHON_DOCS,
+    Fetcher,
+    Source,
+    SourceFile,
+    docs_source,
+    hub_source,
+    is_compressed,
+    local_source,
+    utf8,
+)
+from extras.units import Chunk, Options, Tokens, chunks_of, count, pick_backend, tokenize_all, tokenize_chunk
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
-BACKENDS = ("auto", "gigatoken", "tiktoken")
-FORMATS = ("text", *DIALOGUES)
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Knobs
+# Settings
 
 
 @dataclass
 class Config:
-    dataset: str = knob(FINEWEB_EDU, f"dataset of the Hugging Face hub, ID[:CONFIG], or {PYTHON_DOCS}", group="source")
-    input: list[str] = knob([], "files, folders or globs of your own, instead of --dataset", metavar="FILE")
-    val_input: list[str] = knob([], "the same for the val split, which is then all of them", metavar="FILE")
-    format: str = knob("text", "plain text, or instructions of which the answers are learned", choices=FORMATS)
-    text_column: str = knob("text", "the column or JSON field that holds the text", metavar="NAME")
-    revision: str | None = knob(None, "branch, tag or commit of the hub dataset (default: main as it is today)")
-    max_tokens: int | None = knob(None, "stop after so many tokens (default: all)", metavar="N")
-    shuffle: int | None = knob(
-        None, "shuffle row groups over all files, and documents in them; fetches all files first", metavar="SEED"
-    )
-    part: str | None = knob(None, "tokenize the I-th of N parts, for job arrays; all share --out", metavar="I/N")
-    skip_bad: bool = knob(False, "leave out documents that can't be read, and count them")
+    """All settings; each is a flag of the same name."""
 
-    out: str = knob("edu_fineweb10B", "directory of the shards", group="shards", metavar="DIR")
-    shard_size: int = knob(100_000_000, "tokens in a shard", metavar="N")
-    val_size: int | None = knob(
-        None, "tokens in shard 0, the val split (default: one shard of FineWeb-Edu, a twentieth of others)", metavar="N"
-    )
-    tokenizer: str = knob("gpt2", "GPT-2's byte-pair encoding, or plain bytes", choices=TOKENIZERS)
+    dataset: str = FINEWEB_EDU  # dataset of the Hugging Face hub, ID[:CONFIG], or python-docs
+    input: list[str] = field(default_factory=list)  # files, folders or globs of your own, instead of --dataset
+    val_input: list[str] = field(default_factory=list)  # the same for the val split, which is then all of them
+    format: Literal["text", "alpaca", "chat"] = "text"  # plain text, or instructions of which the answers are learned
+    text_column: str = "text"  # the column or JSON field that holds the text
+    revision: str | None = None  # branch, tag or commit of the hub dataset (default: main as it is today)
+    max_tokens: int | None = None  # stop after so many tokens (default: all)
+    shuffle: int | None = None  # seed: shuffle row groups over all files, and documents in them; fetches all first
+    part: str | None = None  # I/N: tokenize the I-th of N parts, for job arrays; all share --out
+    skip_bad: bool = False  # leave out documents that can't be read, and count them
 
-    workers: int | None = knob(None, "processes (default: one a core; 0: none but this one)", group="run", metavar="N")
-    backend: str = knob("auto", "who does GPT-2's encoding; auto: gigatoken if it is installed", choices=BACKENDS)
-    keep_downloads: bool = knob(False, "keep what was fetched, in OUT/downloads")
-    verify: bool = knob(False, "check the shards in OUT against their manifest and, if it is here, the source")
+    out: str = "edu_fineweb10B"  # directory of the shards
+    shard_size: int = 100_000_000  # tokens in a shard
+    val_size: int | None = None  # tokens in shard 0, the val split (default: a shard of FineWeb-Edu, 1/20 of others)
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # GPT-2's byte-pair encoding, or plain bytes
+
+    workers: int | None = None  # processes (default: one a core; 0: none but this one)
+    backend: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # GPT-2's encoder; auto: gigatoken if it is installed
+    keep_downloads: bool = False  # keep what was fetched, in OUT/downloads
+    verify: bool = False  # check the shards in OUT against their manifest and, if it is here, the source
 
 
 # ----------------------------------------------------------------------------------------------------------------------

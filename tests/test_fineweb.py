@@ -22,10 +22,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
-import sources
-import units
-from cli import UserError
-from tokenizer import load_tokenizer
+from extras import sources, units
+from extras.cli import UserError
+from extras.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 GPT2 = load_tokenizer("gpt2")
@@ -183,7 +182,7 @@ def test_a_big_row_group_is_read_a_little_at_a_time(tmp_path):
     table = pa.table({"text": [f"{i:01000}" for i in range(40_000)]})
     pq.write_table(table, tmp_path / "texts.parquet", compression="none", use_dictionary=False)
     code = (  # in a process of its own, for the most memory it ever took
-        "import pyarrow, units; chunk = units.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
+        "import pyarrow, extras.units as units; chunk = units.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
         "texts = units.read_rows(chunk, units.Options('gpt2', 'tiktoken', 'text', False)); "
         "assert [int(text) for text in texts] == list(range(30_000, 30_010)); "
         "print(pyarrow.default_memory_pool().max_memory())"

@@ -14,10 +14,9 @@ import pytest
 import zstandard
 
 import fineweb
-import sources
-import units
-from cli import UserError
-from tokenizer import load_tokenizer
+from extras import sources, units
+from extras.cli import UserError
+from extras.tokenizer import load_tokenizer
 
 
 def build(out: Path, *inputs, **flags) -> dict:

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fineweb
-from cli import UserError
-from files import exclusive
-from manifest import Manifest, SourceRecord, checksum, is_plain, parse_part, read_manifest, write_manifest
+from extras.cli import UserError
+from extras.files import exclusive
+from extras.manifest import Manifest, SourceRecord, checksum, is_plain, parse_part, read_manifest, write_manifest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -44,11 +44,11 @@ def start(folder: Path, out: Path, before: str = "", workers: int = 2) -> subpro
     """fineweb.py in a process group of its own. before: what each worker does first."""
     here = out.parent
     serve = "def serve(*arguments):\n    units.serve(*arguments)\n"
-    (here / "altered.py").write_text(f"import os, pickle, sys, time, units\n{before}\n{serve}")
+    (here / "altered.py").write_text(f"import os, pickle, sys, time\nfrom extras import units\n{before}\n{serve}")
     config = {**flags(folder), "out": str(out), "workers": workers}
     (here / "go.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb, units\nunits.serve = altered.serve\n"
-        f"config = fineweb.Config(**{config!r})\nfineweb.one_interrupt()\n"
+        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb\nfrom extras import units\n"
+        f"units.serve = altered.serve\nconfig = fineweb.Config(**{config!r})\nfineweb.one_interrupt()\n"
         "fineweb.run(lambda _: fineweb.main(config), fineweb.Config, '', [])\n"
     )
     command = [sys.executable, str(here / "go.py")]

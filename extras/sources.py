@@ -29,9 +29,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import UserError
-from files import atomic_file
-from manifest import SourceRecord
+from extras.cli import UserError
+from extras.files import atomic_file
+from extras.manifest import SourceRecord
 
 PYTHON_DOCS = "python-docs"
 KINDS = ("parquet", "jsonl", "txt")  # how a file is read

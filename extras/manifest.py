@@ -13,8 +13,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cli import UserError
-from files import atomic_file
+from extras.cli import UserError
+from extras.files import atomic_file
 
 FORMAT = 2  # 1 had no checksum
 MOST_PARTS = 10_000

@@ -8,7 +8,7 @@ import os
 import socket
 from pathlib import Path
 
-from cli import UserError
+from extras.cli import UserError
 
 
 @contextlib.contextmanager
