@@ -23,7 +23,6 @@ from bench.train_step import batches, room
 from extras.cli import run
 from train_gpt2 import SIZES
 
-
 @dataclass
 class Config:
     data_dir: str = "data/python-docs"  # token shards
