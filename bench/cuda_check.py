@@ -1,5 +1,5 @@
 """
-What must hold on a CUDA device before its speed means anything: a table of differences, and exit status 1 if one is large.
+What must hold on a CUDA device before its speed means anything: tables of differences; exit status 1 if one is large.
 
     python bench/cuda_check.py
 

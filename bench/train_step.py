@@ -446,9 +446,7 @@ def show(config: Config, results: dict[str, dict]) -> bool:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
     print(f"\n{config.model}, {config.accumulate} x {config.micro_batch} x {config.seq_len} tokens a step, {card}, "
           f"torch {torch.__version__}, medians of {config.rounds} turns of {config.steps}\n")  # fmt: skip
-    print(
-        "| variant | ms a step | tokens/s | MFU | CPU s | peak GiB | loss | first steps | turns | times the first | CPU |"
-    )
+    print("| variant | ms a step | tokens/s | MFU | CPU s | peak GiB | loss | first steps | turns | ratio | CPU ratio |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     first = next(iter(results.values()))
     base, base_cpu = statistics.median(first["seconds"]), statistics.median(first["cpu"])
@@ -458,8 +456,8 @@ def show(config: Config, results: dict[str, dict]) -> bool:
         mfu = f"{100 * per_rank / seconds * flops / peak:.1f}%" if peak else "n/a"
         cells = [
             variant, f"{1000 * seconds:.1f}", f"{tokens / seconds:,.0f}", mfu, f"{cpu:.2f}", f"{result['peak']:.2f}",
-            f"{result['loss'][-1]:.4f}", f"{result['first']:.0f} s", str(len(result["seconds"])), f"{times * base / seconds:.3f}",
-            f"{times * base_cpu / cpu:.3f}",
+            f"{result['loss'][-1]:.4f}", f"{result['first']:.0f} s", str(len(result["seconds"])),
+            f"{times * base / seconds:.3f}", f"{times * base_cpu / cpu:.3f}",
         ]  # fmt: skip
         print(f"| {' | '.join(cells)} |")
     alike = [name for name in results if ranks[name] == next(iter(ranks.values()))]  # the others' batch is another
