@@ -117,6 +117,9 @@ def pretend(name: str) -> None:
         "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device="cuda": None,
         "current_stream": lambda device=None: None,
+        "default_generators": (torch.Generator("cuda"),),
+        "_exchange_device": lambda index: 0,
+        "_maybe_exchange_device": lambda index: 0,
     }
     for attribute, value in told.items():
         setattr(torch.cuda, attribute, value)
