@@ -36,7 +36,7 @@ trackers:
 
 # The Triton that torch 2.13's CUDA wheels pin. Where it is installed torch would use it, so not in .venv.
 gpuless: .venv-gpuless/ready
-	OMP_NUM_THREADS=1 .venv-gpuless/bin/python -W ignore bench/gpuless.py
+	OMP_NUM_THREADS=1 .venv-gpuless/bin/python bench/gpuless.py
 
 .venv-gpuless/ready: requirements.txt
 	$(PYTHON) -m venv .venv-gpuless

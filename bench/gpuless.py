@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import warnings
 import weakref
 from collections import Counter
 from datetime import date
@@ -238,6 +239,7 @@ def inspect(code: str, size: str, B: int) -> dict:
     device.start(card)
     import torch
 
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as autograd does
     launches = Launches()
     kernels = fake_inductor(int(code[3:]), launches)
     choose_attention(attention)

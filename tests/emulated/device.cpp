@@ -176,7 +176,11 @@ void fallback(const OperatorHandle& op, torch::jit::Stack* stack) {
       for (auto index : value.toOptionalTensorVector())
         if (index && (index->scalar_type() == kBool || index->scalar_type() == kByte || index->is_cpu())) host_waits();
     }
-    else if (value.isGenerator()) value = static_cast<CardGenerator*>(value.toGenerator().unsafeGetGeneratorImpl())->host;
+    else if (value.isGenerator()) {
+      const at::Generator generator = value.toGenerator();
+      TORCH_CHECK(generator.device().is_cuda(), "Expected a 'cuda' device type for generator but found 'cpu'");
+      value = static_cast<CardGenerator*>(generator.unsafeGetGeneratorImpl())->host;
+    }
   }
   TORCH_CHECK(!on_card || !on_host, name,
               ": Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!");
