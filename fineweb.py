@@ -48,15 +48,15 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from cli import UserError, knob, run
-from files import atomic_file, sync_directory
-from sources import (
+from extras.cli import UserError, run
+from extras.files import atomic_file, sync_directory
+from extras.sources import (
     PYTHON_DOCS,
     Fetcher,
     Source,
@@ -66,16 +66,14 @@ from sources import (
     is_compressed,
     local_source,
 )
-from tokenizer import TOKENIZERS, load_tokenizer
-from units import DIALOGUES, Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
+from extras.tokenizer import load_tokenizer
+from extras.units import Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
 
 FORMAT = 1  # of the manifest
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
 START_METHOD = "spawn"  # of the workers: safe beside threads, and the same everywhere; fork and forkserver work too
-BACKENDS = ("auto", "gigatoken", "tiktoken")
-FORMATS = ("text", *DIALOGUES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,29 +82,27 @@ FORMATS = ("text", *DIALOGUES)
 
 @dataclass
 class Config:
-    dataset: str = knob(FINEWEB_EDU, f"dataset of the Hugging Face hub, ID[:CONFIG], or {PYTHON_DOCS}", group="source")
-    input: list[str] = knob([], "files or globs of your own, instead of --dataset", metavar="FILE")
-    format: str = knob("text", "plain text, or instructions of which the answers are learned", choices=FORMATS)
-    text_column: str = knob("text", "the column or JSON field that holds the text", metavar="NAME")
-    revision: str | None = knob(None, "branch, tag or commit of the hub dataset (default: main as it is today)")
-    max_tokens: int | None = knob(None, "stop after so many tokens (default: all)", metavar="N")
-    shuffle: int | None = knob(
-        None, "shuffle row groups over all files, and documents in them; fetches all files first", metavar="SEED"
-    )
-    part: str | None = knob(None, "tokenize the I-th of N parts, for job arrays; all share --out", metavar="I/N")
-    skip_bad: bool = knob(False, "leave out documents that can't be read, and count them")
+    """All settings; each is a flag of the same name."""
 
-    out: str = knob("edu_fineweb10B", "directory of the shards", group="shards", metavar="DIR")
-    shard_size: int = knob(100_000_000, "tokens in a shard", metavar="N")
-    val_size: int | None = knob(
-        None, "tokens in shard 0, the val split (default: one shard of FineWeb-Edu, a twentieth of others)", metavar="N"
-    )
-    tokenizer: str = knob("gpt2", "GPT-2's byte-pair encoding, or plain bytes", choices=TOKENIZERS)
+    dataset: str = FINEWEB_EDU  # dataset of the Hugging Face hub, ID[:CONFIG], or python-docs
+    input: list[str] = field(default_factory=list)  # files or globs of your own, instead of --dataset
+    format: Literal["text", "alpaca", "chat"] = "text"  # plain text, or instructions of which the answers are learned
+    text_column: str = "text"  # the column or JSON field that holds the text
+    revision: str | None = None  # branch, tag or commit of the hub dataset (default: main as it is today)
+    max_tokens: int | None = None  # stop after so many tokens (default: all)
+    shuffle: int | None = None  # seed: shuffle row groups over all files, and documents in them; fetches all first
+    part: str | None = None  # I/N: tokenize the I-th of N parts, for job arrays; all share --out
+    skip_bad: bool = False  # leave out documents that can't be read, and count them
 
-    workers: int | None = knob(None, "processes (default: one a core; 0: none but this one)", group="run", metavar="N")
-    backend: str = knob("auto", "who does GPT-2's encoding; auto: gigatoken if it is installed", choices=BACKENDS)
-    keep_downloads: bool = knob(False, "keep what was fetched, in OUT/downloads")
-    verify: bool = knob(False, "check the shards in OUT against their manifest and, by samples, against the source")
+    out: str = "edu_fineweb10B"  # directory of the shards
+    shard_size: int = 100_000_000  # tokens in a shard
+    val_size: int | None = None  # tokens in shard 0, the val split (default: a shard of FineWeb-Edu, 1/20 of others)
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # GPT-2's byte-pair encoding, or plain bytes
+
+    workers: int | None = None  # processes (default: one a core; 0: none but this one)
+    backend: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # GPT-2's encoder; auto: gigatoken if it is installed
+    keep_downloads: bool = False  # keep what was fetched, in OUT/downloads
+    verify: bool = False  # check the shards in OUT against their manifest and, by samples, against the source
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -43,44 +43,45 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 from urllib.request import urlopen
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 
-from cli import UserError, knob, run
-from files import atomic_file
-from machine import find_device
-from tokenizer import load_tokenizer
+from extras.cli import UserError, run
+from extras.files import atomic_file
+from extras.tokenizer import load_tokenizer
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 EXAMPLES = 10_042
 CACHE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 LONGEST_CONTEXT = 1024  # tokens; a longer one is taken for a mistake in the file, unless the model has a longer block
-STYLES = ("karpathy", "lm-eval")
 
 
 @dataclass
 class Config:
-    model: str = knob("gpt2", "a hub name, or a directory that transformers can load", flag="-m", group="model")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps", flag="-d")
-    dtype: str = knob("float32", "what matrices are multiplied in", choices=("float32", "bfloat16"))
-    task: str = knob("hellaswag", "the questions", choices=("hellaswag", "piqa", "arc", "lambada"), group="data")
-    data: str = knob("", "a .jsonl or .jsonl.gz file; by default HellaSwag's validation set, downloaded once")
-    limit: int = knob(0, "score this many examples, drawn with --seed; 0 = all")
-    seed: int = knob(0, "of the draw that --limit makes")
-    style: str = knob("karpathy", "whose convention to follow", choices=STYLES, group="scoring")
-    reference: bool = knob(False, "the plain method: every ending behind its own context, every logit")
-    show: int = knob(3, "print this many examples with their losses")
-    out: str = knob("", "write one line per example to this .jsonl file", group="results")
-    compare: list[str] = knob([], "two files that --out wrote: compare them and score nothing", metavar="FILE")
+    """All settings; each is a flag of the same name."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "gpt2"  # a hub name, or a directory transformers can load
+    device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["float32", "bfloat16"] = "float32"  # what matrices are multiplied in
+    task: Literal["hellaswag", "piqa", "arc", "lambada"] = "hellaswag"  # the questions
+    data: str = ""  # a .jsonl or .jsonl.gz file; by default HellaSwag's validation set, downloaded once
+    limit: int = 0  # score this many examples, drawn with --seed; 0 = all
+    seed: int = 0  # of the draw that --limit makes
+    style: Literal["karpathy", "lm-eval"] = "karpathy"  # whose convention to follow
+    reference: bool = False  # the plain method: every ending behind its own context, every logit
+    show: int = 3  # print this many examples with their losses
+    out: str = ""  # write one line per example to this .jsonl file
+    compare: list[str] = field(default_factory=list)  # two files that --out wrote: compare them and score nothing
 
 
 def main(config: Config) -> None:
@@ -140,6 +141,14 @@ def load_examples(path: str = "", limit: int = 0, seed: int = 0, task: str = "he
     if 0 < limit < len(examples):
         examples = [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
     return examples
+
+
+def rows_or_none(path: str, limit: int, seed: int, tokenizer, block_size: int) -> list["Row"] | None:
+    """For training, which can go on without: the rows, or None and a line that says why."""
+    try:
+        return render(load_examples(path, limit, seed), tokenizer, block_size)
+    except Unavailable as error:
+        print(f"training without HellaSwag: {error}", flush=True)
 
 
 def cached_validation_set() -> Path:
@@ -564,6 +573,17 @@ def mcnemar(b: int, c: int) -> float:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models of transformers
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; auto is the best there is. UserError if it isn't there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise UserError(f"--device {name} can't be used: {reason}; try auto, cuda, mps or cpu") from error
 
 
 def load_model(name_or_dir: str, device: torch.device):

@@ -21,26 +21,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import tyro
 
-import reference
-from cli import UserError, knob, run
-from files import atomic_file
-from reference import GPT2_HELLASWAG, GPT2_LOSS, GPT3_HELLASWAG, REFERENCE_CURVE, TOKENS_PER_STEP, reference_loss
+from extras import reference
+from extras.cli import UserError, run
+from extras.files import atomic_file
+from extras.reference import GPT2_HELLASWAG, GPT2_LOSS, GPT3_HELLASWAG, REFERENCE_CURVE, TOKENS_PER_STEP, reference_loss
 
 
 @dataclass
 class Config:
-    run_dirs: list[str] = knob(["log"], "run directories, or log files", flag="run_dirs", metavar="RUN_DIR")
-    out: str = knob("", "where to, .png, .svg or .pdf; curves.png beside the first log if not given", metavar="FILE")
-    x: str = knob("steps", "the horizontal axis; hours are those of training, without evaluation",
-                  choices=("steps", "tokens", "hours"))
-    watch: bool = knob(False, "redraw whenever a log has grown, until every run is done or Ctrl-C")
-    model: str = knob("", "draw a checkpoint instead (a directory: its newest one): position embeddings and attention",
-                      metavar="CKPT", group="inside a checkpoint")
-    prompt: str = knob("The cat that the dogs chased was tired because it had been running all day",
-                       "text whose attention is drawn", metavar="TEXT")
+    """All settings; each is a flag of the same name, and the run directories stand without one."""
+
+    run_dirs: tyro.conf.Positional[list[str]] = field(default_factory=lambda: ["log"])  # run directories, or log files
+    out: str = ""  # where to, .png, .svg or .pdf; curves.png beside the first log if not given
+    x: Literal["steps", "tokens", "hours"] = "steps"  # horizontal axis; hours are of training, without evaluations
+    watch: bool = False  # redraw whenever a log has grown, until every run is done or Ctrl-C
+    model: str = ""  # draw a checkpoint instead (a directory: its newest one): position embeddings and attention
+    prompt: str = "The cat that the dogs chased was tired because it had been running all day"
+    """text whose attention is drawn"""
 
 
 FORMATS = ("png", "svg", "pdf")
@@ -683,7 +685,7 @@ def attention_maps(weights: dict, n_head: int, ids: list[int]) -> np.ndarray:
 
 def tokenize_prompt(prompt: str, vocab_size: int, block_size: int) -> tuple[list[int], list[str]]:
     """Ids and their spelling, cut to what the model can see. A vocabulary too small for GPT-2's is that of bytes."""
-    from tokenizer import load_tokenizer
+    from extras.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("gpt2" if vocab_size >= 50257 else "bytes")
     ids = tokenizer.encode(prompt)[: min(block_size, MAX_PROMPT)]

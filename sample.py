@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, knob, run
-from generate import pad_left, stream
-from machine import find_device, keep_freed_memory
-from tokenizer import load_tokenizer
-from train_gpt2 import GPT, load_model
+from extras.checkpoints import load_any
+from extras.cli import UserError, run
+from extras.generation import pad_left, stream, use_onednn
+from extras.tokenizer import load_tokenizer
+from train_gpt2 import GPT, find_device, keep_freed_memory
 
 SAMPLES_BYTES = 2**31  # for what is kept of the samples that are drawn side by side
 READERS = {  # of an exported model, by its number of tokens
@@ -39,30 +39,32 @@ READERS = {  # of an exported model, by its number of tokens
 
 @dataclass
 class Config:
-    model: str = knob("log", "a checkpoint, a run directory, a hub name or a GPT-2 directory", group="model")
-    device: str = knob("auto", "cuda, mps or cpu")
-    compile: bool = knob(False, "torch.compile the model: costs a minute, pays for long texts on a GPU")
-    export: str = knob("", "don't sample: write the model to this directory in transformers' form", metavar="DIR")
-    prompt: str | None = knob(None, "how the text begins; without it you are asked", group="text", metavar="TEXT")
-    prompt_file: str = knob("", "a file with a prompt, or with several between lines of ---", metavar="FILE")
-    num_samples: int = knob(1, "continuations of each prompt")
-    max_new_tokens: int = knob(100, "tokens to add, at most")
-    stream: bool = knob(False, "print as it is drawn, one sample after the other")
-    temperature: float = knob(1.0, "below 1 is safer, above 1 wilder; 0 takes the likeliest token", group="sampling")
-    top_k: int = knob(50, "draw from the k likeliest tokens; 0 = from all")
-    top_p: float = knob(1.0, "draw from the fewest tokens that have this probability together")
-    repetition_penalty: float = knob(1.0, "above 1 makes tokens that were there less likely")
-    seed: int = knob(1337, "the same seed draws the same text")
+    """All settings; each is a flag of the same name."""
+
+    model: str = "log"  # a checkpoint, a run directory, a hub name or a GPT-2 directory
+    device: str = "auto"  # cuda, mps or cpu
+    compile: bool = False  # torch.compile the model: costs a minute, pays for long texts on a GPU
+    export: str = ""  # a directory: write the model to it in transformers' form, instead of sampling
+    prompt: str | None = None  # how the text begins; without it you are asked
+    prompt_file: str = ""  # a file with a prompt, or with several between lines of ---
+    num_samples: int = 1  # continuations of each prompt
+    max_new_tokens: int = 100  # tokens to add, at most
+    stream: bool = False  # print as it is drawn, one sample after the other
+    temperature: float = 1.0  # below 1 is safer, above 1 wilder; 0 takes the likeliest token
+    top_k: int = 50  # draw from the k likeliest tokens; 0 = from all
+    top_p: float = 1.0  # draw from the fewest tokens that have this probability together
+    repetition_penalty: float = 1.0  # above 1 makes tokens that were there less likely
+    seed: int = 1337  # the same seed draws the same text
 
 
 def main(config: Config) -> None:
     check(config)
-    model, tokenizer_name = load_model(config.model)
+    model = GPT.of(*load_any(config.model))
     if config.export:
         model.save_pretrained(config.export)
         print(f"wrote {config.export} {READERS.get(model.config.n_tokens, READERS[None])}")
         return
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = load_tokenizer("bytes" if model.config.n_tokens == 257 else "gpt2")
     if tokenizer.n_vocab != model.config.n_tokens:
         raise UserError(
             f"{config.model} has {model.config.n_tokens} tokens, and it is not known which: GPT-2's are 50257, bytes "
@@ -74,6 +76,7 @@ def main(config: Config) -> None:
     draw = spoken if config.stream else written
     try:
         model.to(device).eval()
+        use_onednn(model)
         if config.compile:
             model.features = torch.compile(model.features)
         for asked, prompts in enumerate(batches_of_prompts(config)):  # who asks again wants another answer

@@ -6,42 +6,45 @@ Train GPT-2 on token shards: one process or many, on CUDA, MPS or CPU.
     torchrun --standalone --nproc_per_node=8 train_gpt2.py    # eight GPUs
     python plot_log.py log/                                   # inspect the run
 
-Without a flag this is the GPT-2 124M recipe on FineWeb-Edu: 19,073 steps of 524,288 tokens. `--help` lists the knobs.
+Without a flag this is GPT-2 124M on FineWeb-Edu: 19,073 steps of 524,288 tokens.
 
-Contents: Config · Model · Data · Optimization · Evaluation · Checkpoints · Training. Importing this file does nothing.
+Contents: Config · Model · Data · Optimization · Evaluation · Ranks and devices · Run directory · Training.
 Shapes:   B batch, T time, C channels, nh heads, hs head size, V vocabulary (padded), n tokens that exist, L layers.
+
+This file runs alone, with torch, numpy and tyro. Importing it does nothing. What it takes from hellaswag.py and extras/
+is imported where a setting asks for it: HellaSwag, samples, --init_from, --recipe fast, --track.
 """
 
+import contextlib
+import ctypes
+import gc
+import hashlib
+import io
+import json
 import math
 import os
-import platform
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-
-import hellaswag
-import machine
-import muon
-import pretrained
-import rundir
-from cli import LocalError, UserError, knob, run
-from generate import stream
-from headloss import HeadLoss
-from machine import SDPA_KERNELS, Linear, Ranks, StopSignal, joined_ranks, sum_over_ranks
-from meter import Meter
-from recipes import RECIPES, by_recipe, check_recipe, fill_in, lr_at
-from shards import Shard, bytes_per_token, fingerprint, open_shards, read_manifest
-from tokenizer import load_tokenizer
-from track import TRACKERS, open_tracker, require_tracker
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
@@ -53,92 +56,127 @@ SIZES = {  # Radford et al. 2019, table 2; the parameter counts are the released
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
 }
+RECIPES = {  # a recipe is a set of defaults and nothing else; bench/recipe/ measures what each of them is worth
+    "gpt2": {"max_lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 715, "schedule": "cosine", "muon_lr": 0.0},
+    "fast": {
+        "max_lr": 1.8e-3,  # three times gpt2's, but only for embeddings, biases and LayerNorms: Muon has the rest
+        "min_lr": 0.0,  # the last steps, at small rates, average the noise out
+        "warmup_steps": 250,  # Muon's update has full size from step one, so a short warm-up is enough
+        "schedule": "linear",  # spends fewer steps at rates too small to matter
+        "muon_lr": 3.6e-3,  # updates with an RMS of 7e-4
+    },
+}
+SDPA_KERNELS = {  # for --sdpa: what scaled_dot_product_attention may choose from; "math" is always there
+    "auto": ("flash", "cudnn", "mem_efficient"), "flash": ("flash", "mem_efficient"),  # flash takes no masks
+    "cudnn": ("cudnn",), "efficient": ("mem_efficient",), "math": (),
+}  # fmt: skip
+MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 
 
 @dataclass
 class Config:
-    """Every knob, once. The defaults are GPT-2 124M's; `0` and `auto` mean: find out."""
+    """All settings; each is a flag of the same name. 0 and auto mean: find out. None means: as --recipe says."""
 
-    data_dir: str = knob("edu_fineweb10B", "token shards, as fineweb.py writes them", group="run")
-    log_dir: str = knob("log", "log.txt and checkpoints go here; one run, one directory")
-    resume: bool = knob(False, "go on from the newest checkpoint in log_dir; start if there is none")
-    seed: int = knob(1337, "initial weights, order of the data, samples")
-    order: str = knob("shuffle", "new order of windows each epoch, or as they stand", choices=["shuffle", "sequential"])
+    data_dir: str = "edu_fineweb10B"  # token shards, as fineweb.py writes them
+    log_dir: str = "log"  # log.txt and checkpoints go here; one run, one directory
+    resume: bool = False  # continue from the newest checkpoint in log_dir, or start if there is none yet
+    seed: int = 1337  # of the initial weights, the order of the data, and the samples
+    order: Literal["shuffle", "sequential"] = "shuffle"  # a new order of the sequences each epoch, or as they stand
 
-    model: str = knob("gpt2", "size of the model", group="model", choices=list(SIZES))
-    n_layer: int = knob(0, "instead of the model's own; 0 = its own")
-    n_head: int = knob(0, "instead of the model's own; 0 = its own")
-    n_embd: int = knob(0, "instead of the model's own; 0 = its own")
-    init_from: str = knob("", "weights to start from: a checkpoint, a run directory, a hub name or a GPT-2 directory")
+    model: Literal[*SIZES] = "gpt2"  # size of the model
+    n_layer: int = 0  # override the number of layers (0 = from --model)
+    n_head: int = 0  # override the number of heads (0 = from --model)
+    n_embd: int = 0  # override the width (0 = from --model)
+    init_from: str = ""  # weights to start from: a checkpoint, a run directory, a hub name or a GPT-2 directory
 
-    total_batch_size: int = knob(2**19, "tokens per update, over all micro-batches and ranks", group="batch")
-    micro_batch: int = knob(0, "windows per forward on each rank; 0 = what fits; never changes the batch of an update")
-    seq_len: int = knob(1024, "tokens per window")
+    total_batch_size: int = 2**19  # tokens per update, over all micro-batches and ranks
+    micro_batch: int = 0  # sequences per forward on each rank (0 = what fits); never changes the batch of an update
+    seq_len: int = 1024  # tokens per sequence
 
-    max_steps: int = knob(19073, "updates; 19,073 are 10B tokens at the default batch", group="optimization")
-    epochs: float = knob(0.0, "instead of --max_steps: how often to read the train split", metavar="N")
-    recipe: str = knob("gpt2", "defaults of the next five: the paper's, or ours", choices=list(RECIPES))
-    warmup_steps: int | None = by_recipe("warmup_steps", "linear warm-up")
-    schedule: str | None = by_recipe("schedule", "from max_lr to min_lr", choices=["cosine", "linear"])
-    max_lr: float | None = by_recipe("max_lr", "learning rate after the warm-up")
-    min_lr: float | None = by_recipe("min_lr", "learning rate at the end")
-    muon_lr: float | None = by_recipe("muon_lr", "Muon for the blocks' matrices, at this max_lr; 0 = AdamW for all")
-    zero_init: bool = knob(False, "begin with residual projections of 0: a block is the identity")
-    muon_momentum: float = knob(0.95, "of its running mean of gradients, with Nesterov's look ahead")
-    weight_decay: float = knob(0.1, "of matrices and embeddings; biases and LayerNorms are not decayed")
-    grad_clip: float = knob(1.0, "largest norm of the gradient; 0 = no clipping")
+    max_steps: int = 19073  # updates; 19,073 are 10B tokens at the default batch
+    epochs: float = 0.0  # passes over the train split, instead of --max_steps
+    recipe: Literal[*RECIPES] = "gpt2"  # the defaults of the next five: GPT-2's, or ours for fewer tokens
+    warmup_steps: int | None = None  # linear warm-up (gpt2: 715, fast: 250)
+    schedule: Literal["cosine", "linear"] | None = None  # decay from max_lr to min_lr (gpt2: cosine, fast: linear)
+    max_lr: float | None = None  # learning rate after the warm-up (gpt2: 0.0006, fast: 0.0018)
+    min_lr: float | None = None  # learning rate at the end (gpt2: 6e-05, fast: 0)
+    muon_lr: float | None = None  # Muon's, for the matrices of the blocks; 0 = AdamW for all (gpt2: 0, fast: 0.0036)
+    muon_momentum: float = 0.95  # Nesterov momentum of Muon
+    zero_init: bool = False  # start with zero residual projections, so that every block is the identity
+    weight_decay: float = 0.1  # for matrices and embeddings; biases and LayerNorms have none
+    grad_clip: float = 1.0  # largest norm of the gradient (0 = no clipping)
 
-    val_every: int = knob(1000, "steps between validations, 1% of the time; 0 = never", group="evaluation")
-    val_tokens: int = knob(20 * 2**19, "tokens of the val split to validate on: always the same, the first")
-    hella_every: int = knob(1000, "steps between HellaSwag evaluations; 0 = never")
-    hella_data: str = knob("", "a local hellaswag_val.jsonl(.gz); empty = the cached file, or download it")
-    hella_limit: int = knob(0, "a seeded subset of that many examples; 0 = all 10,042")
-    sample_every: int = knob(1000, "steps between samples; 0 = never")
-    sample_prompt: str = knob("Hello, I'm a language model,", "how the samples begin")
-    log_every: int = knob(10, "steps between lines on the screen; log.txt has every step")
-    track: str = knob("none", "tell a tracker, too", choices=list(TRACKERS))
+    val_every: int = 1000  # steps between validations, 1% of the time (0 = never)
+    val_tokens: int = 20 * 2**19  # tokens of the val split to validate on: always the same, the first
+    hella_every: int = 1000  # steps between HellaSwag evaluations (0 = never)
+    hella_data: str = ""  # a local hellaswag_val.jsonl(.gz); empty = the cached file, or download it
+    hella_limit: int = 0  # a seeded subset of so many examples (0 = all 10,042)
+    sample_every: int = 1000  # steps between samples (0 = never)
+    sample_prompt: str = "Hello, I'm a language model,"  # how the samples begin
+    log_every: int = 10  # steps between lines on the screen; log.txt has every step
+    track: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"  # send the values to a tracker as well
 
-    save_every: int = knob(1000, "steps between checkpoints; the last step is saved, too", group="checkpoints")
-    keep_checkpoints: int = knob(2, "how many of the newest to keep; 0 = all; that of the best validation is kept, too")
-    save_minutes: float = knob(0.0, "save after so many minutes without a checkpoint, too; 0 = don't")
-    max_bad_steps: int = knob(10, "end the run after so many updates in a row without a finite gradient")
-    force: bool = knob(False, "resume though the data, the model or the batch are others")
+    save_every: int = 1000  # steps between checkpoints; the last step is always saved
+    keep_checkpoints: int = 2  # how many of the newest to keep (0 = all); the best validation's is kept, too
+    force: bool = False  # resume even though the data, the model or the batch changed
 
-    device: str = knob("auto", "cuda, mps, cpu, or one device such as cuda:1", group="machine")
-    recompute: bool = knob(False, "keep only the blocks' inputs and compute the rest twice: slower, far less memory")
-    zero: bool = knob(False, "share AdamW's moments out among the ranks: less memory on each")
-    sdpa: str = knob("auto", "attention kernel on CUDA; auto = PyTorch's choice", choices=list(SDPA_KERNELS))
-    dtype: str = knob("auto", "autocast dtype", choices=["auto", "bfloat16", "float16", "float32"])
-    timeout_minutes: float = knob(10.0, "end the run if the ranks wait for one of them as long as this")
-    compile: bool | None = knob(None, "torch.compile the training step; default: on CUDA, with Triton")
+    device: str = "auto"  # cuda, mps, cpu, or one device such as cuda:1
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of autocast
+    compile: bool | None = None  # torch.compile the training step (default: on CUDA, if there is Triton)
+    recompute: bool = False  # keep only the blocks' inputs for the backward pass: slower, far less memory
+    sdpa: Literal[*SDPA_KERNELS] = "auto"  # attention kernel on CUDA (auto = PyTorch's choice)
+    timeout_minutes: float = 10.0  # end the run if the ranks wait for one of them as long as this
 
-    def __post_init__(self):
-        fill_in(self)
+
+class UserError(ValueError):
+    """A mistake the user can correct: one line with the numbers and the next move, exit status 2, no traceback."""
+
+
+class LocalError(UserError):
+    """A UserError that perhaps only this rank meets, so this rank reports it; of the others, only rank 0 speaks."""
+
+
+def resolve(config: Config) -> Config:
+    """The config with the recipe's values where a setting is None. Derived when a run starts, not before."""
+    recipe = RECIPES.get(config.recipe, {})
+    return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})
 
 
 def check(config: Config) -> None:
-    """Raise UserError for numbers that can't be right, before anything is opened or written."""
-    for name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every", "max_bad_steps"):
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name} is {getattr(config, name)}; it must be more than 0")
+    """Raise UserError for a value that can't be right, before anything is opened or written."""
+    if config.recipe not in RECIPES or config.model not in SIZES:
+        raise UserError(f"--recipe {config.recipe} --model {config.model}: choose of {[*RECIPES]} and {[*SIZES]}")
     for name, value in asdict(config).items():
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise UserError(f"--{name} is {value}; it must not be negative")
+        positive = name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every")
+        if isinstance(value, (int, float)) and not (value > 0 if positive else value >= 0):
+            raise UserError(f"--{name} is {value}; it must be {'more than 0' if positive else '0 or more'}")
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower it (a tenth is usual)")
+    if config.muon_momentum >= 1:
+        raise UserError(f"--muon_momentum is {config.muon_momentum}; it must be below 1, or no matrix ever moves")
     if config.total_batch_size % config.seq_len:
-        near = max(config.seq_len, round(config.total_batch_size / config.seq_len) * config.seq_len)
-        raise UserError(
-            f"--total_batch_size {config.total_batch_size} is not a multiple of --seq_len {config.seq_len}; try {near}"
-        )
+        near = max(1, round(config.total_batch_size / config.seq_len)) * config.seq_len
+        multiple = f"a multiple of --seq_len {config.seq_len}; try {near}"
+        raise UserError(f"--total_batch_size {config.total_batch_size} is not {multiple}")
     if config.epochs and config.max_steps != Config.max_steps:
         raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
-    check_recipe(config)
-    require_tracker(config.track)
+    if config.track != "none":
+        with optional(f"--track {config.track}"):
+            from extras.track import require_tracker
+        require_tracker(config.track)
 
 
-CHECKPOINT_KEYS = ("model", "model_config", "optimizer", "loader", "step", "config", "versions")
-FIXED = ("model", "n_layer", "n_head", "n_embd", "seq_len", "total_batch_size", "order", "seed")  # of a run, for good
+@contextlib.contextmanager
+def optional(wanted_by: str) -> Iterator[None]:
+    """Around an import that only `wanted_by` needs: a UserError that names the file or package that is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] not in ("extras", "hellaswag"):
+            raise UserError(f"{wanted_by} needs the package {error.name}: pip install {error.name}") from error
+        file = "extras/" if error.name == "extras" else error.name.replace(".", "/") + ".py"
+        raise UserError(f"{wanted_by} needs {file}, which is not beside train_gpt2.py") from error
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
@@ -166,8 +204,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
-        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, mask=None, cache=None, start=0):
         B, T, C = x.shape
@@ -184,8 +222,8 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -210,15 +248,13 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            "ln_f": nn.LayerNorm(config.n_embd),
+        })  # fmt: skip
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # one tensor: Press & Wolf 2017
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # the 2L projections that add to the residual stream keep its variance near 1
@@ -240,7 +276,7 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)
-        x = x.bfloat16() if machine.casts_to_bfloat16(x.device) else x  # autocast would leave it in twice the bytes
+        x = x.bfloat16() if casts_to_bfloat16(x.device) else x  # autocast would leave the residual stream in float32
         for i, block in enumerate(self.transformer.h):
             x = block(x, mask, None if cache is None else cache[i], start)
         return self.transformer.ln_f(x)
@@ -257,85 +293,206 @@ class GPT(nn.Module):
         x = self.features(idx)
         if targets is None:
             return F.pad(self.head(x), (0, self.config.vocab_size - self.config.n_tokens), value=-math.inf), None
-        x, targets = x.flatten(0, 1), targets.flatten()
-        count = (targets >= 0).sum().clamp(min=1)
-        if torch.compiler.is_compiling():  # the compiler fuses the upcast and the padding into the softmax's reads
-            logits = F.linear(x, self.lm_head.weight).float()
-            padding = torch.arange(self.config.vocab_size, device=x.device) >= self.config.n_tokens
-            return None, F.cross_entropy(logits.masked_fill(padding, -math.inf), targets, reduction="sum") / count
-        rows = 256 if x.device.type == "cpu" else 8192
-        return None, HeadLoss.apply(
-            x, self.lm_head.weight, targets, self.config.n_tokens, rows, torch.is_grad_enabled()
-        ) / count
+        loss = head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.n_tokens)
+        return None, loss / (targets >= 0).sum().clamp(min=1)
 
     def generate(self, idx, max_new_tokens, **options) -> torch.Tensor:
-        """(B, T) ids -> (B, T + new) ids; the options are those of `generate.stream`."""
+        """(B, T) ids -> (B, T + new) ids; the options are those of `extras.generation.stream`."""
+        from extras.generation import stream
+
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
         """A GPT-2 of the hub ("gpt2" ... "gpt2-xl") or a directory, cropped to `block_size`; every weight must fit."""
-        return cls.of(*pretrained.load(name_or_dir, block_size))
+        from extras.pretrained import load
+
+        return cls.of(*load(name_or_dir, block_size))
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "GPT":
         """The model of a checkpoint: of this trainer, of build-nanogpt or of nanoGPT."""
-        return cls.of(*pretrained.load_checkpoint(path))
+        from extras.checkpoints import load_checkpoint
+
+        return cls.of(*load_checkpoint(path))
 
     @classmethod
     def of(cls, shape: dict, state: dict) -> "GPT":
         """A model that takes these tensors over as its weights: none are drawn, none are copied."""
         with torch.device("meta"):
             model = cls(GPTConfig(**shape))
-        model.load_state_dict(state, strict=True, assign=True)
+        try:
+            model.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise UserError(f"these weights are not those of the model in this file: {error}") from error
         model.lm_head.weight = model.transformer.wte.weight
         return model
 
     def save_pretrained(self, directory: str) -> None:
         """Write a new directory for `transformers`, lm-eval and llama.cpp: the tokens that exist, without padding."""
-        pretrained.save(directory, asdict(self.config), self.state_dict())
+        from extras.pretrained import save
+
+        save(directory, self)
+
+
+def casts_to_bfloat16(device: torch.device) -> bool:
+    """Whether autocast does, here and now."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+
+
+def head_loss(x, weight, targets, n_tokens: int):
+    """Summed cross-entropy of the tied head. x (N, C), weight (V, C), targets (N,) with -100 for none -> scalar."""
+    if torch.compiler.is_compiling():  # the compiler fuses the upcast and the padding into the softmax's reads
+        logits = F.linear(x, weight).float()
+        padding = torch.arange(len(weight), device=x.device) >= n_tokens
+        return F.cross_entropy(logits.masked_fill(padding, -math.inf), targets, reduction="sum")
+    rows = 256 if x.device.type == "cpu" else 8192
+    return HeadLoss.apply(x, weight, targets, n_tokens, rows, torch.is_grad_enabled())
+
+
+LONGEST_SUM = {"mps": 2**14}  # M1 and M2 sum 32,767 or more terms wrongly until torch 2.14 (pytorch issue 177116)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The loss a few rows at a time, for where no compiler fuses it: (N, V) logits or gradients never exist.
+
+    The gradients are made together with the loss, while a slice of logits is in the cache, and wait for `backward`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, n_tokens, rows, needs_grad):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        x_low, w_low = x.to(dtype), weight.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x, grad_w = (torch.empty_like(x_low), torch.zeros_like(weight)) if needs_grad else (None, None)
+        width = LONGEST_SUM.get(x.device.type, len(weight))
+        for part in (slice(first, first + rows) for first in range(0, len(x), rows)):
+            target, valid = targets[part, None].clamp(min=0), targets[part, None] >= 0
+            logits = torch.mm(x_low[part], w_low.t()).float()  # (rows, V)
+            logits[:, n_tokens:] = -math.inf
+            log_z = logits.logsumexp(dim=1, keepdim=True)
+            loss += ((log_z - logits.gather(1, target)) * valid).sum()
+            if needs_grad:  # d loss / d logits = softmax - one_hot
+                grad = logits.sub_(log_z).exp_()
+                grad.scatter_add_(1, target, -torch.ones_like(log_z))
+                grad = grad.mul_(valid).to(dtype)
+                grad_x[part] = sum(g @ w for g, w in zip(grad.split(width, dim=1), w_low.split(width)))
+                if dtype == weight.dtype:
+                    grad_w.addmm_(grad.t(), x_low[part])
+                else:
+                    grad_w += grad.t() @ x_low[part]
+        if needs_grad:
+            ctx.save_for_backward(grad_x.to(x.dtype), grad_w)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad_loss.to(grad_x.dtype), grad_w.mul_(grad_loss), None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
 
-class Windows:
-    """The samples of a split: a stream without end, the same whoever reads it, so that nobody's place need be kept.
+@dataclass(frozen=True)
+class Shard:
+    path: str
+    tokens: np.ndarray  # (n,) uint16, memory-mapped
+    mask: np.ndarray | None  # (n,) uint8, 1 where the token is a training target; None: everywhere
 
-        a shard:  ..phase..|---- T ----|---- T ----|---- T ----|..rest..       phase + rest <= T tokens go unread
-                            <---- T+1 -->           neighbours share a token: last target, first input
 
-    Sample s is window s % len(self) of epoch s // len(self). In order "shuffle" every epoch permutes the shards, and in
-    each shard the windows, whose phase is new too; all of it from (seed, epoch, shard). "sequential" reads on and on.
+def read_manifest(data_dir: str) -> dict:
+    """What fineweb.py says about a token set; for a directory without manifest.json (build-nanogpt's), GPT-2 tokens."""
+    path = Path(data_dir) / "manifest.json"
+    if not path.is_file():
+        return {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": True, "source": None}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"], manifest["shards"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run fineweb.py again") from error
+    if not manifest.get("complete"):
+        raise UserError(f"{data_dir} is not finished; run fineweb.py again, with the same flags: it goes on")
+    return manifest
+
+
+def open_shards(data_dir: str, split: str, manifest: dict) -> list[Shard]:
+    """Memory-map the shards of a split, in order. UserError for none, or for one that is not what it should be."""
+    paths = {path.name: path for path in sorted(Path(data_dir).glob(f"*_{split}_*.npy")) if ".mask" not in path.name}
+    listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"] if shard["split"] == split}
+    if missing := sorted(set(listed) - set(paths)):
+        raise UserError(f"{data_dir} lacks {', '.join(missing[:3])} of manifest.json; run fineweb.py --verify")
+    if strays := sorted(set(paths) - set(listed or paths)):
+        raise UserError(f"{paths[strays[0]]} is not in manifest.json: it belongs to another set; move it away")
+    if not paths:
+        raise UserError(f"no {split} shards in {data_dir!r}; run fineweb.py first, or point --data_dir at its output")
+    return [open_shard(path, listed.get(name)) for name, path in paths.items()]
+
+
+def open_shard(path: Path, listed_tokens: int | None) -> Shard:
+    def load(path, dtype):
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{path} is not a whole .npy file ({error}); run fineweb.py --verify") from error
+        if array.ndim != 1 or array.dtype != dtype:
+            raise UserError(f"{path} holds {array.dtype}{list(array.shape)}, not {dtype}[n]; run fineweb.py again")
+        return array
+
+    tokens, mask_path = load(path, "uint16"), path.with_suffix(".mask.npy")
+    mask = load(mask_path, "uint8") if mask_path.exists() else None
+    for what, length in (("manifest.json", listed_tokens), (mask_path, None if mask is None else len(mask))):
+        if length not in (None, len(tokens)):
+            raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
+    return Shard(str(path), tokens, mask)
+
+
+def fingerprint(shards: list[Shard], manifest: dict) -> str:
+    """What tells one token set from another: names, lengths, and checksums or else the first tokens."""
+    sums = {shard["name"]: [shard.get("sha256"), shard.get("mask_sha256")] for shard in manifest["shards"]}
+    names = [os.path.basename(shard.path) for shard in shards]
+    facts = [[n, len(s.tokens), sums.get(n) or s.tokens[:1024].tolist()] for n, s in zip(names, shards)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+class SampleStream:
+    """The samples of a split: a stream without end, the same whoever reads it, so that no rank has a place to keep.
+
+        a shard:  ..offset..|---- T ----|---- T ----|---- T ----|..rest..       offset + rest <= T tokens go unread
+                             <---- T+1 -->           neighbours share a token: last target, first input
+
+    Sample s is sequence s % len(self) of epoch s // len(self). In order "shuffle" every epoch permutes the shards, and
+    in each shard the sequences, with a new offset; all of it from (seed, epoch, shard). "sequential" reads straight on.
     """
 
     def __init__(self, shards: list[Shard], seq_len: int, n_tokens: int, order: str = "sequential", seed: int = 0):
         self.shards, self.T, self.n_tokens, self.order, self.seed = shards, seq_len, n_tokens, order, seed
-        keep = 2 if order == "shuffle" else 1  # so that a shard of a whole number of windows has room for a phase, too
-        counts = [max((len(s.tokens) - keep) // seq_len, (len(s.tokens) - 1) // seq_len > 0) for s in shards]
-        self.counts = np.array(counts, dtype=np.int64)  # windows of each shard
+        spare = 2 if order == "shuffle" else 1  # a shard of a whole number of sequences leaves room for an offset, too
+        counts = [max((len(s.tokens) - spare) // seq_len, (len(s.tokens) - 1) // seq_len > 0) for s in shards]
+        self.counts = np.array(counts, dtype=np.int64)  # sequences in each shard
         if not len(self):
             raise UserError(
                 f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only "
                 f"{max(len(s.tokens) for s in shards)}; lower it, or raise fineweb.py's --val_size if val is so short"
             )
-        self.has_masks = any(shard.targets is not None for shard in shards)
-        self.plan = lru_cache(maxsize=2)(self._plan)
-        self.shuffled = lru_cache(maxsize=4)(self._shuffled)
+        self.has_masks = any(shard.mask is not None for shard in shards)
+        self.shard_order = lru_cache(maxsize=2)(self._shard_order)
+        self.sequence_order = lru_cache(maxsize=4)(self._sequence_order)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
-    def _plan(self, epoch: int):
-        """Order of the shards, and the number of windows up to the end of each."""
+    def _shard_order(self, epoch: int):
+        """Order of the shards, and the number of sequences up to the end of each."""
         order = np.arange(len(self.shards))
         if self.order == "shuffle":
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         return order, self.counts[order].cumsum()
 
-    def _shuffled(self, epoch: int, shard: int):
-        """Order of a shard's windows, and where the first begins."""
+    def _sequence_order(self, epoch: int, shard: int):
+        """Order of a shard's sequences, and where the first begins."""
         if self.order == "sequential":
             return None, 0
         rng, count = np.random.default_rng([self.seed, epoch, shard]), self.counts[shard]
@@ -343,16 +500,16 @@ class Windows:
         return rng.permutation(count), int(rng.integers(slack + 1))
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """Shard and first token of a sample's window."""
+        """Shard and first token of a sample."""
         epoch, place = divmod(sample, len(self))
-        order, ends = self.plan(epoch)
+        order, ends = self.shard_order(epoch)
         nth = int(np.searchsorted(ends, place, side="right"))
-        shard, window = int(order[nth]), place - int(ends[nth] - self.counts[order[nth]])
-        windows, phase = self.shuffled(epoch, shard)
-        return shard, phase + (window if windows is None else int(windows[window])) * self.T
+        shard, sequence = int(order[nth]), place - int(ends[nth] - self.counts[order[nth]])
+        permutation, offset = self.sequence_order(epoch, shard)
+        return shard, offset + (sequence if permutation is None else int(permutation[sequence])) * self.T
 
     def read(self, samples) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs (N, T) and targets (N, T), int32, of N samples; a target of -100 is none. -1 as sample: no targets."""
+        """Inputs (N, T) and targets (N, T), int32, of N samples; -100 where there is no target. Sample -1 has none."""
         tokens = np.zeros((len(samples), self.T + 1), dtype=np.int32)
         targets = np.full((len(samples), self.T), -100, dtype=np.int32)
         for row, sample in enumerate(samples):
@@ -363,12 +520,12 @@ class Windows:
             tokens[row] = shard.tokens[span]
             if tokens[row].max() >= self.n_tokens:
                 raise LocalError(f"{shard.path} holds id {tokens[row].max()}, its tokenizer has {self.n_tokens} ids")
-            wanted = True if shard.targets is None else shard.targets[span][1:] != 0
+            wanted = True if shard.mask is None else shard.mask[span][1:] != 0
             targets[row] = np.where(wanted, tokens[row, 1:], -100)
         return np.ascontiguousarray(tokens[:, :-1]), targets
 
 
-def batch_of_step(windows: Windows, first: int, count: int, micro_batch: int, ranks: Ranks):
+def batch_of_step(stream: SampleStream, first: int, count: int, micro_batch: int, ranks: "Ranks"):
     """This rank's part of `count` samples from `first` on: inputs, targets, (micro-batches, B, T) int32, and weights.
 
     Micro-batch m of rank r takes samples first + (mW + r)B ..., for W ranks. Its weight is its share of the targets,
@@ -376,13 +533,13 @@ def batch_of_step(windows: Windows, first: int, count: int, micro_batch: int, ra
     """
     B, W = micro_batch, ranks.world_size
     samples = first + np.arange(count).reshape(-1, W, B)  # (micro-batches, W, B)
-    x, y = windows.read(samples[:, ranks.rank].flatten())
+    x, y = stream.read(samples[:, ranks.rank].flatten())
     weights = [1 / len(samples)] * len(samples)
-    if windows.has_masks:
-        _, everyones = windows.read(samples.flatten())
+    if stream.has_masks:
+        _, all_ranks = stream.read(samples.flatten())
         per_micro_batch = (y >= 0).reshape(len(samples), -1).sum(axis=1)
-        weights = (W * per_micro_batch / max(1, (everyones >= 0).sum())).tolist()
-    x, y = (torch.from_numpy(array).view(-1, B, windows.T) for array in (x, y))
+        weights = (W * per_micro_batch / max(1, (all_ranks >= 0).sum())).tolist()
+    x, y = (torch.from_numpy(array).view(-1, B, stream.T) for array in (x, y))
     return (x.pin_memory(), y.pin_memory(), weights) if ranks.device.type == "cuda" else (x, y, weights)
 
 
@@ -399,27 +556,54 @@ def prefetched(make: Callable, first: int, stop: int) -> Iterator:
 # Optimization
 
 
+def lr_at(step: int, config: Config) -> float:
+    """The learning rate of AdamW; Muon's is muon_lr / max_lr times it.
+
+    Linear warm-up over warmup_steps, then cosine (Brown et al. 2020) or linear decay to min_lr at max_steps.
+    """
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
+    height = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + height * (config.max_lr - config.min_lr)
+
+
 def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
-    """AdamW, fused, or Muon with it; what multiplies or embeds is decayed, biases and LayerNorms are not."""
+    """Fused AdamW, or Muon with it; what multiplies or embeds is decayed, biases and LayerNorms are not."""
+    settings = {"lr": config.max_lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
+    if config.muon_lr:
+        with optional("--recipe fast or --muon_lr"):
+            from extras.muon import make_muon
+        dtype = pick_dtype(config.dtype, model.lm_head.weight.device)
+        rates = config.muon_lr, config.muon_momentum, config.weight_decay
+        return make_muon(model.named_parameters(), *rates, dtype, **settings)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    settings = {"lr": config.max_lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
-    if config.muon_lr:
-        rates = config.muon_lr, config.muon_momentum, config.weight_decay
-        dtype = machine.pick_dtype(config.dtype, next(model.parameters()).device)
-        return muon.make_muon(model.named_parameters(), *rates, dtype, **settings)
-    return (machine.sharded_adamw if config.zero else torch.optim.AdamW)(groups, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(
+            "the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with"
+        ) from error
+    for group, values in zip(optimizer.param_groups, settings):
+        group.update(values)
 
 
 def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One update: forward and backward over the micro-batches, clip, step. Returns this rank's loss, and the norm.
 
-    Nothing is read from the device. A norm that isn't finite makes the optimizer skip the update, as GradScaler does
-    it: by a flag that the fused kernels look at. Gradients are averaged by then, so that all ranks skip alike.
+    Nothing is read from the device. If the norm is not finite the optimizer skips the update, as with GradScaler: by a
+    flag that the fused kernels look at. Gradients are averaged by then, so that all ranks skip alike.
     """
-    pinned = run.device.type == "cuda"  # from memory that isn't, a copy that doesn't block may come too late
+    pinned = run.device.type == "cuda"  # non_blocking copies are only safe from pinned memory
     x, y, weights = (p.to(run.device, non_blocking=pinned) if torch.is_tensor(p) else p for p in batch)
     total = torch.zeros((), device=run.device)
     for i, weight in enumerate(weights):
@@ -432,7 +616,7 @@ def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.raw_model.parameters(), run.config.grad_clip or math.inf)
     if not run.scaler.is_enabled():
-        getattr(run.optimizer, "optim", run.optimizer).found_inf = (~torch.isfinite(norm)).float()
+        run.optimizer.found_inf = (~torch.isfinite(norm)).float()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.scaler.step(run.optimizer)
@@ -442,19 +626,16 @@ def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation. Each function returns {stream: value}, or None if the run is to stop; all ranks call it together.
 
 
 @torch.no_grad()
-def validate(run: "Run", stop: StopSignal) -> dict[str, float] | None:
-    """Loss in nats a token on the first val_tokens of the split: the same for any micro-batch and any ranks.
-
-    With bits per byte where the manifest knows the bytes. None if the run is to stop: all ranks ask equally often.
-    """
-    ranks, B = run.ranks, run.micro_batch
+def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
+    """Loss in nats a token on the first val_tokens of the split: the same for any micro-batch and any ranks."""
+    rank, W, B = run.ranks.rank, run.ranks.world_size, run.micro_batch
     n = min(max(1, run.config.val_tokens // run.val.T), len(run.val))
-    mine = np.arange(ranks.rank, -(-n // ranks.world_size) * ranks.world_size, ranks.world_size)
-    mine = np.where(mine < n, mine, -1)  # so that every rank makes the same number of batches
+    mine = np.arange(rank, -(-n // W) * W, W)
+    mine = np.where(mine < n, mine, -1)  # -1 has no targets; with it every rank makes the same number of batches
     sums = torch.zeros(2, dtype=torch.float64)  # nats, targets
     for first in range(0, len(mine), B):
         x, y = (torch.from_numpy(array).to(run.device) for array in run.val.read(mine[first : first + B]))
@@ -464,26 +645,29 @@ def validate(run: "Run", stop: StopSignal) -> dict[str, float] | None:
         sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
         if stop.agreed():
             return None
-    nats, count = sum_over_ranks(sums, ranks).tolist()
+    nats, count = all_reduce(sums, run.ranks).tolist()
     values = {"val": nats / max(1, count)}
-    if run.bytes_per_token:
-        values["bpb"] = values["val"] / math.log(2) / run.bytes_per_token
+    listed = [shard for shard in run.manifest["shards"] if shard["split"] == "val"]
+    if text_bytes := 0 if run.val.has_masks else sum(shard.get("bytes", 0) for shard in listed):
+        values["bpb"] = values["val"] / math.log(2) * sum(shard["tokens"] for shard in listed) / text_bytes
     return values
 
 
-def score_hellaswag(run: "Run", stop: StopSignal) -> dict[str, float] | None:
-    """Accuracy by mean loss per token, and its standard error. None if the run is to stop."""
+def score_hellaswag(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
+    """Accuracy by mean loss per token, and its standard error."""
+    import hellaswag
+
     counts = hellaswag.evaluate(
         run.raw_model.features, run.raw_model.head, run.hella_rows, run.device, run.ranks.rank, run.ranks.world_size,
         should_stop=stop.agreed, autocast=run.autocast,
     )  # fmt: skip
     if counts is None:
         return None
-    scores = hellaswag.summarize(sum_over_ranks(counts, run.ranks))
+    scores = hellaswag.summarize(all_reduce(counts, run.ranks))
     return {"hella": scores["acc_norm"], "hella_se": scores["stderr_norm"]}
 
 
-def draw_samples(run: "Run", stop: StopSignal, n: int = 4, length: int = 24) -> dict:
+def draw_samples(run: "Run", stop: "StopSignal", n: int = 4, length: int = 24) -> dict:
     """Print continuations of the prompt, `length` tokens, of the 50 likeliest: the same seed each time."""
     if run.ranks.rank == 0:
         prompt = run.tokenizer.encode(run.config.sample_prompt) or [run.tokenizer.eot]
@@ -492,66 +676,440 @@ def draw_samples(run: "Run", stop: StopSignal, n: int = 4, length: int = 24) -> 
         with run.autocast():
             ids = run.raw_model.generate(idx, length, top_k=50, generator=generator)
         for row in ids.tolist():
-            run.ranks.say("  > " + run.tokenizer.decode(row).replace("\n", "\\n"))
+            run.ranks.print0("  > " + run.tokenizer.decode(row).replace("\n", "\\n"))
     return {}
+
+
+EVALUATIONS = {  # name -> the setting that says how often, and the function; a new evaluation is a line here
+    "val": ("val_every", validate),
+    "hella": ("hella_every", score_hellaswag),
+    "samples": ("sample_every", draw_samples),
+}
+
+
+def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
+    """Tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
+    tokenizer = rows = None
+    try:
+        with optional("--sample_every"):
+            from extras.tokenizer import load_tokenizer
+        tokenizer = load_tokenizer(name)
+        with optional("--hella_every"):
+            from hellaswag import rows_or_none
+        how = (config.hella_data, config.hella_limit, config.seed, tokenizer, config.seq_len)
+        rows = rows_or_none(*how) if config.hella_every and ranks.rank == 0 else None  # it may have to download a file
+        if any_rank(rows is not None, ranks):
+            rows = rows_or_none(*how) if ranks.rank else rows
+            rows = None if any_rank(rows is None, ranks) else rows
+    except UserError as error:
+        if config.hella_every or config.sample_every:
+            ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {error}")
+    return tokenizer, rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks and devices
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. Without torchrun: one, rank 0."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def print0(self, text: str) -> None:
+        """Print on rank 0. That nobody reads it any more, `tee` after Ctrl-C for one, must not end the run."""
+        if self.rank == 0:
+            try:
+                print(text, flush=True)
+            except OSError:  # BrokenPipeError; on Windows another
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError if it is none, or not one of this machine's."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 11):  # 2.10 compiled gives NaNs on A100
+        raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    try:
+        device = torch.device(next(kind for kind in counts if counts[kind]) if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device; use auto, cuda, mps, cpu or cuda:N") from error
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise UserError(f"--device {name}: there is none here; CUDA devices: {counts['cuda']}, MPS: {counts['mps']}")
+    if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
+        raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
+    return device
+
+
+def join_ranks(kind: str) -> Ranks:
+    """Read what torchrun set, choose the device (`kind`: auto, cuda, mps, cpu, cuda:N), form the process group."""
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    found = [os.environ.get(name, default) for name, default in names.items()]
+    rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
+    if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
+        raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
+    device = find_device(kind)
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks must not live on
+    if W > 1 and (device.type == "mps" or device.index is not None):
+        raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
+    if device.type == "cuda":
+        if (cards := torch.cuda.device_count()) < local_W:
+            raise UserError(f"{local_W} ranks on this node, but {cards} CUDA devices; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        keep_freed_memory()
+        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
+    if W > 1:
+        limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            with optional("torchrun --max-restarts"):
+                from extras.elastic import name_this_start
+            store = dist.PrefixStore(name_this_start(store, rank, W, limit.total_seconds()), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
+        dist.all_reduce(torch.zeros(1, device=device if backend == "nccl" else "cpu"))  # NCCL connects here
+        set_timeout(30)
+    return Ranks(rank, W, device)
+
+
+def set_timeout(minutes: float) -> None:
+    """From now on a rank that hangs ends the run after `minutes`."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
+
+
+@contextlib.contextmanager
+def joined_ranks(kind: str) -> Iterator[Ranks]:
+    """`join_ranks`, and leave them at the end."""
+    ranks, failed = join_ranks(kind), True
+    try:
+        yield ranks
+        failed = False
+    finally:
+        backend = dist.get_backend() if dist.is_initialized() else None
+        if backend == "gloo" or (backend and not failed):  # NCCL would wait for ranks that wait for this one's message
+            dist.destroy_process_group()
+        if backend == "gloo":  # DDP's threads live on: one that frees a tensor as Python ends aborts (pytorch 179291)
+            time.sleep(0.5)
+
+
+def call_libc(function: str, *arguments: int) -> None:
+    """Call a function of the C library, where it has one of that name: prctl on Linux, mallopt in glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that are freed: each step asks for the same, and a new page costs a fault."""
+    for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # M_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD
+        call_libc("mallopt", parameter, value)
+
+
+def all_reduce(tensor: torch.Tensor, ranks: Ranks, op: str = "SUM") -> torch.Tensor:
+    """The SUM or MIN over ranks, of a tensor on the CPU or on the device; on one rank, the tensor itself."""
+    if ranks.world_size == 1:
+        return tensor
+    there = tensor.to(ranks.device if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(there, op=getattr(dist.ReduceOp, op))
+    return there.to(tensor.device)
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether `flag` is true on any rank: all ranks call this at the same point, and get the same answer."""
+    return bool(all_reduce(torch.tensor(float(flag)), ranks))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto": bfloat16 where the hardware has it, float16 on older CUDA cards, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
+
+
+def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
+    """What --compile asked for; else whether this is CUDA with Triton, which Windows' wheels and old cards lack."""
+    if asked is not None or ranks.device.type != "cuda":
+        return bool(asked)
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        ranks.print0("compile  off: there is no Triton for this card or system; training is slower without")
+    return has_triton()
+
+
+def largest_divisor(n: int, most: float) -> int:
+    """Of n, no larger than `most`, but at least 1."""
+    return max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= most))
+
+
+def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks) -> int:
+    """Sequences per forward: --micro_batch, which must divide the batch, or the largest divisor that should fit."""
+    B, T, W, total = config.micro_batch, config.seq_len, ranks.world_size, config.total_batch_size
+    if total % ((B or 1) * T * W):
+        of = f"of {f'--micro_batch {B} * ' if B else ''}--seq_len {T} * {W} ranks = {(B or 1) * T * W}"
+        near = max(1, total // ((B or 1) * T * W)) * (B or 1) * T * W
+        divisor = largest_divisor(total // T // W, B)
+        better = f"--total_batch_size {near}" if total % (T * W) else f"--micro_batch {divisor}"
+        raise UserError(f"--total_batch_size {total} is not a multiple {of}; try {better}, or other ranks")
+    if ranks.device.type == "mps" and config.compile:
+        raise UserError("--compile on MPS sums the head's gradient wrongly on M1 and M2; leave it out")
+    if ranks.device.type == "mps" and B * T > 2**14:  # as many terms are in a weight's gradient
+        raise UserError(f"--micro_batch {B} * --seq_len {T} is over 16,384: MPS sums that wrongly; lower it")
+    if B:
+        return B
+    most = 4096 // T  # on a CPU small is fast: what is worked on should stay in the cache
+    if ranks.device.type == "cuda":
+        parameters = 12 * shape.n_layer * shape.n_embd**2 + shape.vocab_size * shape.n_embd
+        free = 0.9 * torch.cuda.mem_get_info(ranks.device)[0] - 12 * parameters  # gradients and moments
+        blocks = 2 * shape.n_layer + 40 if config.recompute else 34 * shape.n_layer  # bytes per token and channel
+        most = free // (T * (blocks * shape.n_embd + 8 * shape.vocab_size))
+    return largest_divisor(total // T // W, all_reduce(torch.tensor(float(min(most, 64))), ranks, "MIN").item())
+
+
+class StopSignal:
+    """SIGTERM, SIGINT or SIGUSR1 ask for a checkpoint and the end; another, two seconds later or more, ends at once."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.since, self.former = ranks, None, {}
+
+    def __enter__(self):
+        names = {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal))  # Windows has no SIGUSR1
+        for name in names if threading.current_thread() is threading.main_thread() else ():
+            self.former[name] = signal.signal(getattr(signal, name), self._receive)
+        return self
+
+    def __exit__(self, *_):
+        for name, handler in self.former.items():
+            signal.signal(getattr(signal, name), handler)
+
+    def _receive(self, number, _frame):
+        if self.since and time.monotonic() - self.since > 2:  # torchrun passes on what the terminal has already sent
+            os._exit(128 + number)
+        self.since = self.since or time.monotonic()
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return any_rank(self.since is not None, self.ranks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run directory: log.txt, which only grows, and checkpoints, which are there whole or not at all
+
+
+CHECKPOINT_KEYS = ("model", "model_config", "optimizer", "loader", "step", "config", "versions")
+SHAPE = ("model", "n_layer", "n_head", "n_embd")  # of the weights: what not even --force can change
+FIXED = ("seq_len", "total_batch_size", "order", "seed", "tokenizer", "data")  # what only --force can change
+STEP_STREAMS = ("train", "lr", "norm", "ms", "skipped")  # what update s logs at step s; evaluations come before it
+
+
+def checkpoint_path(log_dir: str, step: int) -> Path:
+    return Path(log_dir) / f"ckpt_{step:06d}.pt"
+
+
+def saved_steps(log_dir: str) -> list[int]:
+    """Steps of the checkpoints in a directory, newest first."""
+    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
+    return sorted((int(m[1]) for name in names if (m := re.fullmatch(r"ckpt_(\d{6,})\.pt", name))), reverse=True)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """The checkpoint in a file, on the CPU. UserError unless it is whole and this trainer's; nothing is executed."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at checksums: a flipped bit would pass
+                raise ValueError(f"{damaged} fails its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := [key for key in CHECKPOINT_KEYS if key not in state]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        return state
+    except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
+        reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
+        raise UserError(f"{path} is not a whole checkpoint of this trainer ({reason}); use another") from error
+
+
+def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict | None:
+    """The newest whole checkpoint in log_dir, from which the run continues; None for one that begins. Writes nothing.
+
+    UserError if it is not the same run: if its weights have another shape or, without --force, if the data, the batch
+    or the order are others. `loader` says what the stream of samples depends on.
+    """
+    log_dir, log, steps = config.log_dir, Path(config.log_dir) / "log.txt", saved_steps(config.log_dir)
+    if log.exists() and not steps and not died_before_first_checkpoint(log, config.save_every):
+        raise UserError(f"{log_dir} has a log.txt but no checkpoint to resume from; choose another --log_dir")
+    if not config.resume and (steps or log.exists()):
+        raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
+    saved, damaged = None, []
+    while saved is None and len(damaged) < len(steps):
+        try:
+            saved = read_checkpoint(checkpoint_path(log_dir, steps[len(damaged)]))
+        except UserError as error:
+            damaged.append(str(error))
+            print0(f"WARNING: {error}")
+    if saved is None:
+        if damaged and not config.force:
+            raise UserError(f"{log_dir}: no checkpoint of this run can be read ({damaged[0]}); --force starts anew")
+        if log.exists():
+            print0(f"resuming at step 0: {log_dir} has no checkpoint yet")
+        return None
+    before, now = saved["config"] | saved["loader"], asdict(config) | loader
+    changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
+    if shape := "; ".join(changed[key] for key in changed if key in SHAPE):
+        raise UserError(f"{log_dir} can't go on with weights of another shape: {shape}; choose another --log_dir")
+    others = "; ".join(changed[key] for key in changed if key in FIXED)
+    if others and not config.force:
+        raise UserError(f"{log_dir} can't go on as the same run: {others}; --force does it all the same")
+    if told := "; ".join(changed[key] for key in changed if key not in ("resume", "force")):
+        print0(f"resuming with other settings: {told}")
+    if config.init_from:
+        print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
+    return saved
+
+
+def died_before_first_checkpoint(log: Path, save_every: int) -> bool:
+    """Whether a log without checkpoints is that of a run of ours which had none to lose; it begins again at step 0."""
+    last_step = max(read_log(log).get("train", {}), default=0)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return not text or (text.startswith("# config {") and (last_step <= save_every or not save_every))
+
+
+def read_log(path: Path, start: int = sys.maxsize) -> dict[str, dict[int, float]]:
+    """stream -> step -> value, in the history that led to the checkpoint of step `start`.
+
+    The last value of a step wins; a line `# restart` takes back what came after its step. Other lines are no records.
+    """
+    values: dict[str, dict[int, float]] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    for line in [*lines, f'# restart {{"step": {start}}}']:
+        if match := re.fullmatch(r'# restart \{"step": (\d+)\}', line):
+            for name, of in values.items():
+                end = int(match[1]) + (name not in STEP_STREAMS)
+                values[name] = {step: value for step, value in of.items() if step < end}
+        elif len(words := line.split()) == 3:
+            with contextlib.suppress(ValueError):
+                values.setdefault(words[1], {})[int(words[0])] = float(words[2])
+    return {name: of for name, of in values.items() if of}
+
+
+class Log:
+    """LOG_DIR/log.txt: `step stream value` a line, append-only; lines that begin with # tell about the run.
+
+    If the disk is full, the lines wait in memory until there is room.
+    """
+
+    def __init__(self, log_dir: str, writes: bool, start: int = 0, track: Callable[[int, dict], None] | None = None):
+        self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
+        self.values = read_log(self.path, start)
+        if writes:
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
+            if self.file.seek(0, os.SEEK_END):
+                self.comment("restart", {"step": start})
+
+    def write(self, step: int, **values: float) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, {})[step] = value
+            self.waiting += f"{step} {name} {value:{'.6g' if name == 'lr' else '.6f'}}\n"
+        if self.track:
+            self.track(step, values)
+
+    def comment(self, what: str, content: dict) -> None:
+        self.waiting += f"# {what} {json.dumps(content)}\n"
+
+    def flush(self, to_disk: bool = False) -> bool:
+        """Write the lines that wait; to_disk: and return when they are on the disk. Whether that succeeded."""
+        data, end = self.waiting.encode(), self.file.seek(0, os.SEEK_END) if self.file else 0
+        try:
+            while self.file and data:
+                data = data[self.file.write(data) :]
+            if self.file and to_disk:
+                os.fsync(self.file.fileno())
+            self.waiting = ""
+        except OSError as error:
+            self.file.truncate(end)  # no half line
+            if not self.warned:
+                print(f"WARNING: {self.path} can't be written, its lines wait: {error}", file=sys.stderr, flush=True)
+            self.warned = True
+        return not self.waiting
+
+    def last(self) -> dict[str, float]:
+        """The last value of each stream."""
+        return {name: values[max(values)] for name, values in self.values.items()}
+
+
+class Saver:
+    """Saves in the background: `save` returns as soon as the state is copied to host memory.
+
+    A save that fails warns and leaves the older checkpoints as they are. One save is under way at a time.
+    """
+
+    def __init__(self, log_dir: str, keep: int, log: Log, writes: bool):
+        self.log_dir, self.keep, self.log, self.writes = Path(log_dir), keep, log, writes
+        self.thread, self.failed = None, False
+        for half in self.log_dir.glob("ckpt_*.tmp") if writes else ():
+            half.unlink()  # a run that was killed may have left it
+
+    def require_room(self, model: GPT) -> None:
+        """UserError unless the disk has room for all the checkpoints: the best one and one being written, too."""
+        needed = (self.keep + 2) * 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
+        needed -= sum(checkpoint_path(self.log_dir, step).stat().st_size for step in saved_steps(self.log_dir))
+        if needed > (free := shutil.disk_usage(self.log_dir).free):
+            there = f"{self.log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints"
+            raise UserError(f"{there}; free some, lower --keep_checkpoints, or choose another --log_dir")
+
+    def save(self, state: dict) -> None:
+        """Save `state` as its step's checkpoint, after the log: a resumed run does not log again what came before."""
+        self.wait()
+        self.failed = self.writes and not self.log.flush(to_disk=True)
+        if self.writes and not self.failed:
+            torch.save(state, data := io.BytesIO())
+            self.thread = threading.Thread(target=self._write, args=(state["step"], data.getbuffer()))
+            self.thread.start()
+
+    def wait(self) -> bool:
+        """Until what was saved is on disk, or has failed and said so. Whether it is on disk."""
+        if self.thread:
+            self.thread.join()
+        return not self.failed
+
+    def _write(self, step: int, data: memoryview) -> None:
+        """A file that is there whole or not at all; then keep the newest, and that of the best validation."""
+        path, self.failed = checkpoint_path(self.log_dir, step), True
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            self.failed = False
+            if os.name == "posix":  # the new name, too, should survive a power cut
+                os.fsync(folder := os.open(self.log_dir, os.O_RDONLY))
+                os.close(folder)
+            # a file with a later step was damaged, or this run would have begun there: it doesn't count as one of ours
+            steps, val = [s for s in saved_steps(self.log_dir) if s <= step], self.log.values.get("val", {})
+            scored = [s for s in saved_steps(self.log_dir) if math.isfinite(val.get(s, math.nan))]
+            for old in set(steps[self.keep :] if self.keep else ()) - {min(scored, key=val.get, default=None)}:
+                checkpoint_path(self.log_dir, old).unlink()
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            what = f"{path.name} was not saved" if self.failed else "an old checkpoint could not be removed"
+            print(f"WARNING: {what}, training goes on: {error}", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def model_of(saved: dict) -> GPT:
-    return GPT.of(saved["model_config"], rundir.to_host(saved["model"]))  # a copy: the file may have to go
-
-
-def load_model(source: str) -> tuple[GPT, str]:
-    """Model and tokenizer name of a checkpoint file, a run directory, a hub name or a directory of `transformers`."""
-    steps = rundir.saved_steps(source)
-    if os.path.isfile(source) or steps:
-        path = rundir.path_of(source, steps[0]) if steps else source
-        model = GPT.from_checkpoint(path)
-    else:
-        model = GPT.from_pretrained(source)
-    return model, "bytes" if model.config.n_tokens == 257 else "gpt2"
-
-
-def make_model(config: Config, n_tokens: int) -> GPT:
-    """The model a run begins with: that of --init_from, or random weights from the seed, the same on every device."""
-    if not config.init_from:
-        sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
-        torch.manual_seed(config.seed)
-        model = GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
-        for block in model.transformer.h if config.zero_init else ():
-            nn.init.zeros_(block.attn.c_proj.weight), nn.init.zeros_(block.mlp.c_proj.weight)
-        return model
-    return load_model(config.init_from)[0]
-
-
-def check_fit(model: GPT, config: Config, n_tokens: int) -> None:
-    """UserError if the data are not for a model that was loaded."""
-    if config.seq_len > model.config.block_size:
-        where = config.init_from or config.log_dir
-        raise UserError(f"--seq_len {config.seq_len} is over the {model.config.block_size} positions of {where}")
-    if model.config.n_tokens != n_tokens:
-        raise UserError(
-            f"the model has {model.config.n_tokens} tokens and {config.data_dir} was made with {n_tokens}; "
-            "run fineweb.py with the other --tokenizer"
-        )
-
-
-def load_hellaswag(config: Config, tokenizer, ranks: Ranks) -> list | None:
-    """HellaSwag's rows; None if they are not wanted, or not to be had. Rank 0 looks first, and downloads for all."""
-    rows, W = None, ranks.world_size
-    for turn, having in ((True, 1), (False, W)) if config.hella_every else ():
-        if turn == (ranks.rank == 0):
-            try:
-                examples = hellaswag.load_examples(config.hella_data, config.hella_limit, config.seed)
-                rows = hellaswag.render(examples, tokenizer, config.seq_len)
-            except hellaswag.Unavailable as error:
-                print(f"going on without HellaSwag: {error}", flush=True)
-        if sum_over_ranks(torch.tensor(float(rows is not None)), ranks) != having:
-            return None
-    return rows
 
 
 @dataclass
@@ -560,19 +1118,19 @@ class Run:
 
     config: Config
     ranks: Ranks
-    tokenizer: object
-    source: dict | None  # of the text
-    dtype: torch.dtype
-    compiled: bool
+    manifest: dict
+    tokenizer: object | None
+    hella_rows: list | None
+    evaluations: dict[str, int]  # name -> steps between two; 0 = never
     raw_model: GPT  # is scored, sampled and saved; never rebound
     model: nn.Module  # is trained: raw_model compiled, in DDP, both or neither
+    compiled: bool
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    dtype: torch.dtype
     micro_batch: int
-    train: Windows
-    val: Windows
-    bytes_per_token: float | None  # of the val split
-    hella_rows: list | None
+    train: SampleStream
+    val: SampleStream
     loader: dict  # what the stream of samples depends on
     start: int  # updates done before
     origin: int  # the sample with which step 0 begins
@@ -584,96 +1142,226 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def sample_at(self, step: int) -> int:
-        return self.origin + step * (self.config.total_batch_size // self.config.seq_len)
-
     def batch(self, step: int):
-        first, end = self.sample_at(step), self.sample_at(step + 1)
-        return batch_of_step(self.train, first, end - first, self.micro_batch, self.ranks)
-
-    def versions(self) -> dict[str, str]:
-        return {"torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
+        """This rank's part of the batch of an update."""
+        count = self.config.total_batch_size // self.config.seq_len
+        return batch_of_step(self.train, self.origin + step * count, count, self.micro_batch, self.ranks)
 
     def state(self, step: int) -> dict:
         """All that there is to save after `step` updates: no dropout, and the data is a function of the step."""
+        sample = self.origin + step * (self.config.total_batch_size // self.config.seq_len)
         return {
             "step": step, "model": self.raw_model.state_dict(), "model_config": asdict(self.raw_model.config),
-            "optimizer": machine.whole_state(self.optimizer, self.ranks), "scaler": self.scaler.state_dict(),
-            "config": asdict(self.config), "loader": self.loader | {"sample": self.sample_at(step)},
-            "versions": self.versions(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "config": asdict(self.config), "loader": self.loader | {"sample": sample},
+            "versions": versions(),
         }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}
+
+
+def make_model(config: Config, n_tokens: int) -> GPT:
+    """The model a run begins with: that of --init_from, or random weights from the seed, the same on every device."""
+    if config.init_from:
+        with optional("--init_from"):
+            from extras.checkpoints import load_any
+        return GPT.of(*load_any(config.init_from))
+    sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
+    torch.manual_seed(config.seed)
+    model = GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
+    for block in model.transformer.h if config.zero_init else ():
+        nn.init.zeros_(block.attn.c_proj.weight), nn.init.zeros_(block.mlp.c_proj.weight)
+    return model
 
 
 def set_up(config: Config, ranks: Ranks) -> Run:
     """Open the data, make or load the model, and what trains it. Nothing is written."""
-    manifest, dtype = read_manifest(config.data_dir), machine.pick_dtype(config.dtype, ranks.device)
-    tokenizer = load_tokenizer(manifest["tokenizer"]["name"])
+    config, manifest = resolve(config), read_manifest(config.data_dir)
+    name, n_tokens = manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
     shards = {split: open_shards(config.data_dir, split, manifest) for split in ("train", "val")}
-    windows = Windows(shards["train"], config.seq_len, tokenizer.n_vocab, config.order, config.seed)
-    val_windows = Windows(shards["val"], config.seq_len, tokenizer.n_vocab)
+    train = SampleStream(shards["train"], config.seq_len, n_tokens, config.order, config.seed)
+    val = SampleStream(shards["val"], config.seq_len, n_tokens)
     if config.epochs:
-        steps = math.ceil(config.epochs * len(windows) * config.seq_len / config.total_batch_size)
+        steps = math.ceil(config.epochs * len(train) * config.seq_len / config.total_batch_size)
         config = replace(config, max_steps=steps)
-    loader = {"tokenizer": tokenizer.name, "data": fingerprint(shards["train"], manifest)}
-    saved = rundir.open_run(config.log_dir, asdict(config), loader, CHECKPOINT_KEYS, FIXED, ranks.say)
-    raw_model = (make_model(config, tokenizer.n_vocab) if saved is None else model_of(saved)).to(ranks.device)
-    check_fit(raw_model, config, tokenizer.n_vocab)
-    machine.choose_sdpa(config.sdpa)
-    micro_batch = machine.pick_micro_batch(config, raw_model.config, ranks)
+    loader = {"tokenizer": name, "data": fingerprint(shards["train"], manifest)}
+
+    saved = checkpoint_to_resume(config, loader, ranks.print0)
+    start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
+    origin = sample - start * (config.total_batch_size // config.seq_len)
+    if any_rank(start != all_reduce(torch.tensor(float(start)), ranks, "MIN"), ranks):
+        raise UserError(f"the ranks find different checkpoints in {config.log_dir}; all nodes must share it")
+    raw_model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
+    shape, source = raw_model.to(ranks.device).config, config.init_from or config.log_dir
+    if config.seq_len > shape.block_size:
+        raise UserError(f"--seq_len {config.seq_len} is over the {shape.block_size} positions of {source}")
+    if shape.n_tokens != n_tokens:
+        other = f"{config.data_dir} was made with {n_tokens}; run fineweb.py with the other --tokenizer"
+        raise UserError(f"the model in {source} has {shape.n_tokens} tokens and {other}")
+    micro_batch, dtype = pick_micro_batch(config, shape, ranks), pick_dtype(config.dtype, ranks.device)
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-    start = origin = 0
-    if saved is not None:
-        machine.load_whole_state(optimizer, rundir.to_host(saved["optimizer"]))
+    if saved:
+        load_optimizer(optimizer, saved["optimizer"])
         if saved.get("scaler"):  # there is none of a run in bfloat16
             scaler.load_state_dict(saved["scaler"])
-        start = saved["step"]
-        origin = saved["loader"]["sample"] - start * (config.total_batch_size // config.seq_len)
-    if sum_over_ranks(torch.tensor(float(start)), ranks) != start * ranks.world_size:
-        raise UserError(f"the ranks find different checkpoints in {config.log_dir}; all nodes must share it")
-    use_compile = machine.wants_compile(config.compile, ranks)
-    if config.recompute:
-        for block in raw_model.transformer.h:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
+
+    for kernel in SDPA_KERNELS["auto"]:
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel in SDPA_KERNELS[config.sdpa])
+    for block in raw_model.transformer.h if config.recompute else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    compiled = wants_compile(config.compile, ranks)
+    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    tokenizer, hella_rows = load_text_evaluations(config, name, ranks)
+    evaluations = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
+    evaluations |= {"samples": 0} if tokenizer is None else {}
+    evaluations |= {"hella": 0} if hella_rows is None else {}
     run = Run(
-        config, ranks, tokenizer, manifest["source"], dtype, use_compile, raw_model, model, optimizer, scaler,
-        micro_batch, windows, val_windows, bytes_per_token(manifest, "val"), load_hellaswag(config, tokenizer, ranks),
-        loader, start, origin,
+        config, ranks, manifest, tokenizer, hella_rows, evaluations, raw_model, model, compiled, optimizer,
+        scaler, dtype, micro_batch, train, val, loader, start, origin,
     )  # fmt: skip
-    if use_compile or ranks.device.type != "cpu":
-        run.micro_batch = machine.fit_micro_batch(run)
+    if compiled or ranks.device.type != "cpu":
+        with contextlib.suppress(ModuleNotFoundError):  # without it the estimate stands
+            from extras.fit import fit_micro_batch
+
+            run.micro_batch = fit_micro_batch(run, any_rank)
     return run
+
+
+class Meter:
+    """Logs and shows. Losses and norms stay on the device until a few steps have come together: no wait per step."""
+
+    def __init__(self, run: Run, log: Log, stop: StopSignal):
+        self.run, self.log, self.stop, self.pending = run, log, stop, []
+        self.every, self.bad_steps, self.eval_seconds = 1, 0, {}  # at first every step: how slow they are is not known
+        self.seconds, self.steps, self.began, self.clock = 0.0, 0, time.perf_counter(), time.perf_counter()
+        try:
+            from extras import screen
+        except ImportError:
+            screen = None  # what it shows is left out
+        self.screen = screen
+
+    def log_start(self) -> None:
+        """What was found and decided, at the head of the log and on the screen."""
+        run, config, shape = self.run, self.run.config, self.run.raw_model.config
+        counts = {name: len(stream) * config.seq_len for name, stream in (("train", run.train), ("val", run.val))}
+        data = {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"]}
+        self.log.comment("config", asdict(config) | {"micro_batch": run.micro_batch, "ranks": run.ranks.world_size})
+        self.log.comment("model", asdict(shape) | {"parameters": sum(p.numel() for p in run.raw_model.parameters())})
+        self.log.comment("data", data | {f"{name}_tokens": count for name, count in counts.items()})
+        self.log.comment("versions", versions())
+        self.log.flush()
+        run.ranks.print0(self.screen.begin(run) if self.screen else f"training on {run.device}; extras/ is not here")
+
+    def log_end(self, step: int) -> None:
+        """A block of `key: value`, made for grep."""
+        run, finished = self.run, step >= self.run.config.max_steps
+        fresh = {name: of[max(of)] for name, of in self.log.values.items() if max(of) >= step - 1}
+        facts = {"step": step, **{name: value for name, value in fresh.items() if name not in ("lr", "ms")}}
+        facts |= self.screen.end(run, self.seconds, self.steps, self.began) if self.screen else {}
+        if not finished:
+            run.ranks.print0(f"stopped after {step} of {run.config.max_steps} steps; --resume goes on")
+        for name, value in facts.items():
+            run.ranks.print0(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        self.log.comment("done" if finished else "stopped", facts)
+        self.log.flush()
+        if self.log.track:
+            self.log.track.end(finished)
+
+    def restart_clock(self) -> None:
+        """After what is not training, on whichever rank it was."""
+        self.stop.agreed()
+        self.clock = time.perf_counter()
+
+    def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Note a step: this rank's loss, the norm of the averaged gradient. True if the run is to stop."""
+        self.pending.append((step, lr, loss, norm))
+        return self.read() if len(self.pending) >= self.every else False
+
+    def read(self) -> bool:
+        """Read, log and show what is noted; True if any rank was asked to stop. All ranks call it together."""
+        if not self.pending:
+            return self.stop.agreed()
+        (steps, lrs, losses, norms), self.pending = zip(*self.pending), []
+        values = torch.stack([*losses, *norms]).cpu().double()  # the one wait for the device
+        mine = torch.tensor([time.perf_counter() - self.clock, self.stop.since is not None], dtype=torch.float64)
+        mean = all_reduce(torch.cat([values[: len(steps)], mine]), self.run.ranks) / self.run.ranks.world_size
+        *losses, elapsed, stopping = mean.tolist()
+        config, ms = self.run.config, 1000 * elapsed / len(steps)
+        if steps[0] == self.run.start:  # its time has the compilation in it
+            set_timeout(config.timeout_minutes)
+            gc.collect()
+            gc.freeze()  # later collections, which halt a step each, need not look at what is there by now
+        else:
+            self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
+        for step, lr, loss, norm in zip(steps, lrs, losses, values[len(steps) :].tolist()):
+            self.log.write(step, train=loss, lr=lr, norm=norm, ms=ms)
+            self.count_bad(step, loss, norm)
+        self.log.flush()
+        self.run.ranks.print0(
+            f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | "
+            f"{config.total_batch_size / ms * 1000:,.0f} tok/s"
+            + (self.screen.step(self.run, step + 1, ms / 1000, self.eval_seconds) if self.screen else "")
+        )
+        self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
+        self.clock = time.perf_counter()
+        return stopping > 0
+
+    def count_bad(self, step: int, loss: float, norm: float) -> None:
+        """Warn of a skipped update. UserError after MAX_BAD_STEPS in a row; every rank sees the same numbers."""
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
+        if self.bad_steps:
+            self.run.ranks.print0(f"WARNING: step {step}: loss {loss}, gradient norm {norm}; the update is skipped")
+            self.log.write(step, skipped=1)
+        if self.bad_steps >= MAX_BAD_STEPS:
+            better = "--resume returns to the last checkpoint: try a lower --max_lr or --dtype float32"
+            raise UserError(f"{self.bad_steps} steps in a row without a finite gradient, up to {step}; {better}")
+
+    def evaluate(self, step: int, name: str) -> bool:
+        """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
+        began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
+        run.raw_model.eval()
+        values = function(run, self.stop)
+        run.raw_model.train()
+        if values is not None:
+            self.log.write(step, **values)
+            self.log.flush()
+            self.eval_seconds[setting] = time.perf_counter() - began
+            shown = " | ".join(f"{stream} {value:.4f}" for stream, value in values.items()) or name
+            shown += self.screen.compare(run, step, values) if self.screen else ""
+            run.ranks.print0(f"EVAL {step:5d} | {shown} | {self.eval_seconds[setting]:.1f} s")
+        self.restart_clock()
+        return values is not None
 
 
 def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
-    config, step, stopping = run.config, run.start, False
+    config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
     os.makedirs(config.log_dir, exist_ok=True)
-    tracker = open_tracker(config.track, config.log_dir, asdict(config), step) if run.ranks.rank == 0 else None
-    log = rundir.Log(config.log_dir, run.ranks.rank == 0, tracker)
-    saver = rundir.Saver(config.log_dir, config.keep_checkpoints, log, run.ranks.rank == 0)
-    saver.require_room(run.state(step))
+    if rank0 and config.track != "none":
+        from extras.track import open_tracker
+
+        track = open_tracker(config.track, config.log_dir, asdict(config), step)
+    log = Log(config.log_dir, rank0, step, track)
+    saver = Saver(config.log_dir, config.keep_checkpoints, log, rank0)
+    saver.require_room(run.raw_model)
     meter = Meter(run, log, stop)
-    meter.tell_begin(run)
-    evaluations = [("val", config.val_every, validate), ("samples", config.sample_every, draw_samples)]
-    if run.hella_rows:
-        evaluations.insert(1, ("hella", config.hella_every, score_hellaswag))
-    with closing(prefetched(run.batch, step, config.max_steps)) as batches:
+    meter.log_start()
+    with contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
-            for name, every, evaluate in evaluations:
-                known = step == run.start > 0 and log.has(step, name)  # these very weights were, before the save
-                if every and (last or step % every == 0) and not known and not stopping:
-                    stopping = meter.read() or not meter.evaluate(step, name, evaluate, run, stop)
-            timely = 0 < config.save_minutes <= meter.minutes_unsaved
-            timely |= config.save_every > 0 and step % config.save_every == 0
-            if step > run.start and (last or stopping or timely):
+            for name, every in run.evaluations.items():
+                already = step == run.start > 0 and step in log.values.get(name, {})  # before this checkpoint was saved
+                if every and (last or step % every == 0) and not already and not stopping:
+                    stopping = meter.read() or not meter.evaluate(step, name)
+            if step > run.start and (last or stopping or (config.save_every and step % config.save_every == 0)):
                 stopping |= meter.read()
                 saver.save(run.state(step))
-                meter.saved()
+                meter.restart_clock()
             if last or stopping:
                 break
             lr = lr_at(step, config)
@@ -683,16 +1371,47 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
         saver.save(run.state(step))
         if not saver.wait():
             raise UserError(f"the last checkpoint, of step {step}, could not be saved; make room and --resume")
-    meter.tell_end(step)
+    meter.log_end(step)
     return log.last()
 
 
 def main(config: Config) -> dict[str, float]:
     """Train as `config` says, and return the last value of each stream of the log."""
+    config = resolve(config)
     check(config)
     with joined_ranks(config.device) as ranks, StopSignal(ranks) as stop:
         return train(set_up(config, ranks), stop)
 
 
+def parse(argv: list[str] | None = None) -> Config:
+    """The command line as a Config."""
+    import tyro
+
+    about, rank0 = __doc__.partition("\nContents:")[0], os.environ.get("RANK", "0") == "0"
+    markers = (tyro.conf.DisallowNone,)  # so that `compile`, None by default, is --compile and --no-compile
+    return tyro.cli(Config, args=argv, description=about, use_underscores=True, console_outputs=rank0, config=markers)
+
+
+def run_command_line(argv: list[str] | None = None) -> None:
+    """Parse and train. A UserError or want of memory becomes one line on stderr, and exit status 2."""
+    for output in (sys.stdout, sys.stderr):
+        output.reconfigure(errors="replace")  # a console that can't show a character must not end a run
+    try:
+        main(parse(argv))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
+        no_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", message)
+        if no_memory:
+            message = f"out of memory: a smaller batch, sequence or model fits better, see --help ({message[:200]})"
+        elif not any(kind.__name__ == "UserError" for kind in type(error).__mro__):  # extras/ has its own UserError
+            raise
+        if rank == "0" or no_memory or isinstance(error, LocalError):
+            where = f"rank {rank}: " if rank != "0" else ""
+            print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    run(main, Config, __doc__)
+    run_command_line()

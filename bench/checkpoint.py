@@ -20,20 +20,19 @@ from pathlib import Path
 
 import torch
 
-import rundir
-from cli import knob, run
-from machine import keep_freed_memory
-from train_gpt2 import GPT, GPTConfig
+import train_gpt2
+from extras.cli import run
+from train_gpt2 import GPT, GPTConfig, keep_freed_memory
 
 
 @dataclass
 class Config:
-    n_layer: int = knob(12, "of the model")
-    n_head: int = knob(12, "of the model")
-    n_embd: int = knob(768, "of the model")
-    rounds: int = knob(5, "measured saves of each kind, after one that is not")
-    device: str = knob("cuda" if torch.cuda.is_available() else "cpu", "where the model lies")
-    directory: str = knob("", "where to write; by default a temporary directory")
+    n_layer: int = 12  # of the model
+    n_head: int = 12  # of the model
+    n_embd: int = 768  # of the model
+    rounds: int = 5  # measured saves of each kind, after one that is not
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the model lies
+    directory: str = ""  # where to write; by default a temporary directory
 
 
 def main(config: Config) -> None:
@@ -46,21 +45,27 @@ def main(config: Config) -> None:
     times: dict[str, list[float]]
     times = {"written at once": [], "copied, written in a thread": [], "until it is on disk": []}
     with tempfile.TemporaryDirectory(dir=config.directory or None) as directory:
-        log = rundir.Log(directory, writes=True)
-        saver = rundir.Saver(directory, 1, log, writes=True)
+        log = train_gpt2.Log(directory, writes=True)
+        saver = train_gpt2.Saver(directory, 1, log, writes=True)
         for step in range(config.rounds + 1):
             state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            times["written at once"].append(timed(config.device, rundir.write, Path(directory) / "plain.pt", state))
+            times["written at once"].append(timed(config.device, write, Path(directory) / "plain.pt", state))
             began = time.perf_counter()
             times["copied, written in a thread"].append(timed(config.device, saver.save, state))
             saver.wait()
             times["until it is on disk"].append(time.perf_counter() - began)
-        size = rundir.path_of(directory, config.rounds).stat().st_size / 1e9
+        size = train_gpt2.checkpoint_path(directory, config.rounds).stat().st_size / 1e9
     print(f"{size:.2f} GB, {config.device}, torch {torch.__version__}, medians of {config.rounds}")
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     for name, median in medians.items():
         print(f"{name:30s} {median:6.2f} s")
     print(f"the pause is {medians['written at once'] / medians['copied, written in a thread']:.1f} times shorter")
+
+
+def write(path: Path, state: dict) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        os.fsync(file.fileno())
 
 
 def timed(device: str, function, *arguments) -> float:

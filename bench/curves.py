@@ -26,26 +26,25 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import machine
 import train_gpt2
-from cli import knob, run
-from pretrained import transpose_conv1d
+from extras.cli import run
+from extras.pretrained import transpose_conv1d
 from train_gpt2 import lr_at
 
 
 @dataclass
 class Config:
-    data_dir: str = knob("data/python-docs", "token shards")
-    steps: int = knob(200, "updates of each")
-    n_layer: int = knob(4, "of the model")
-    n_head: int = knob(4, "of the model")
-    n_embd: int = knob(128, "of the model")
-    seq_len: int = knob(256, "tokens per window")
-    micro_batch: int = knob(2, "windows per update")
-    max_lr: float = knob(6e-4, "learning rate after 20 steps of warm-up")
-    device: str = knob("auto", "cuda, mps or cpu")
-    compile: bool = knob(False, "the compiled trainer, too")
-    out: str = knob("bench/out/curves.png", "the picture")
+    data_dir: str = "data/python-docs"  # token shards
+    steps: int = 200  # updates of each
+    n_layer: int = 4  # of the model
+    n_head: int = 4  # of the model
+    n_embd: int = 128  # of the model
+    seq_len: int = 256  # tokens per window
+    micro_batch: int = 2  # windows per update
+    max_lr: float = 6e-4  # learning rate after 20 steps of warm-up
+    device: str = "auto"  # cuda, mps or cpu
+    compile: bool = False  # the compiled trainer, too
+    out: str = "bench/out/curves.png"  # the picture
 
 
 def trainer_of(config: Config, dtype: str, compile: bool = False):
@@ -57,7 +56,7 @@ def trainer_of(config: Config, dtype: str, compile: bool = False):
             total_batch_size=config.micro_batch * config.seq_len, max_steps=config.steps, compile=compile,
             warmup_steps=20, max_lr=config.max_lr, min_lr=config.max_lr / 10,
         ),
-        machine.join_ranks(config.device),
+        train_gpt2.join_ranks(config.device),
     )  # fmt: skip
 
 

@@ -22,21 +22,20 @@ from dataclasses import dataclass
 
 import torch
 
-import machine
 import train_gpt2
-from cli import knob, run
+from extras.cli import run
 
 
 @dataclass
 class Config:
-    data_dir: str = knob("data/python-docs", "token shards")
-    n_layer: int = knob(0, "instead of the model's own 12")
-    micro_batch: int = knob(4, "windows per forward")
-    seq_len: int = knob(1024, "tokens per window")
-    total_batch_size: int = knob(0, "tokens per update; 0 = one micro-batch")
-    device: str = knob("auto", "cuda, mps or cpu")
-    compile: bool = knob(False, "the step as torch.compile makes it")
-    steps: int = knob(5, "how many to look at, after the first; 0 = none, only read")
+    data_dir: str = "data/python-docs"  # token shards
+    n_layer: int = 0  # instead of the model's own 12
+    micro_batch: int = 4  # windows per forward
+    seq_len: int = 1024  # tokens per window
+    total_batch_size: int = 0  # tokens per update; 0 = one micro-batch
+    device: str = "auto"  # cuda, mps or cpu
+    compile: bool = False  # the step as torch.compile makes it
+    steps: int = 5  # how many to look at, after the first; 0 = none, only read
 
 
 def drop_from_cache(shards) -> None:
@@ -55,7 +54,7 @@ def main(config: Config) -> None:
         total_batch_size=config.total_batch_size or config.micro_batch * config.seq_len, seq_len=config.seq_len,
         hella_every=0, device=config.device, compile=config.compile,
     )  # fmt: skip
-    trainer = train_gpt2.set_up(ours, machine.join_ranks(ours.device))
+    trainer = train_gpt2.set_up(ours, train_gpt2.join_ranks(ours.device))
     cold = []
     for step in range(5):
         drop_from_cache(trainer.train.shards)

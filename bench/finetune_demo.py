@@ -32,10 +32,11 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, knob, run
-from generate import pad_left
-from tokenizer import load_tokenizer
-from train_gpt2 import load_model
+from extras.checkpoints import load_any
+from extras.cli import UserError, run
+from extras.generation import pad_left
+from extras.tokenizer import load_tokenizer
+from train_gpt2 import GPT
 
 ROOT = Path(__file__).parent.parent
 KINDS = {ast.ClassDef: "class", ast.FunctionDef: "function"}
@@ -45,13 +46,13 @@ PROMPT = "Instruction: {instruction}\n\nAnswer:"  # fineweb.py --format alpaca, 
 
 @dataclass
 class Config:
-    model: str = knob("log/demo", "the model to begin with", flag="-m")
-    out: str = knob("log/finetune_demo", "examples, shards and the run go here; it must not be there yet")
-    examples: int = knob(200, "examples to learn")
-    asked: int = knob(100, "prompts that are not among them")
-    epochs: float = knob(20.0, "how often to read the examples")
-    max_lr: float = knob(2e-3, "learning rate; for a pretrained GPT-2 take less")
-    max_new_tokens: int = knob(20, "an answer that is longer did not end")
+    model: str = "log/demo"  # the model to begin with
+    out: str = "log/finetune_demo"  # examples, shards and the run go here; it must not be there yet
+    examples: int = 200  # examples to learn
+    asked: int = 100  # prompts that are not among them
+    epochs: float = 20.0  # how often to read the examples
+    max_lr: float = 2e-3  # learning rate; for a pretrained GPT-2 take less
+    max_new_tokens: int = 20  # an answer that is longer did not end
 
 
 def main(config: Config) -> None:
@@ -119,7 +120,7 @@ def described() -> Iterator[tuple[str, str]]:
 
 def answers(source: str, prompts: list[str], max_new_tokens: int) -> list[tuple[str, bool]]:
     """The likeliest continuation of each prompt, and whether it came to its end."""
-    model, tokenizer = load_model(source)[0].eval(), load_tokenizer("gpt2")
+    model, tokenizer = GPT.of(*load_any(source)).eval(), load_tokenizer("gpt2")
     idx, padding = pad_left([tokenizer.encode(prompt) for prompt in prompts])
     with torch.no_grad():
         rows = model.generate(idx, max_new_tokens, temperature=0, stop=tokenizer.eot, padding=padding)

@@ -18,25 +18,25 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # thi
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from cli import knob, run
-from machine import keep_freed_memory
-from train_gpt2 import GPT, SIZES, GPTConfig
+from extras.cli import run
+from train_gpt2 import GPT, SIZES, GPTConfig, keep_freed_memory
 
 
 @dataclass
 class Config:
-    model: str = knob("gpt2", "size", choices=list(SIZES))
-    prompt_tokens: int = knob(32, "length of each prompt")
-    new_tokens: int = knob(400, "tokens to add")
-    batches: list[int] = knob([1, 16], "numbers of prompts side by side")
-    rounds: int = knob(3, "how often each is measured")
-    sample: bool = knob(False, "draw from the 50 likeliest instead of the likeliest")
-    device: str = knob("cpu", "cpu, cuda or mps")
-    dtype: str = knob("float32", "of the weights", choices=["float32", "bfloat16"])
+    model: Literal[*SIZES] = "gpt2"  # size
+    prompt_tokens: int = 32  # length of each prompt
+    new_tokens: int = 400  # tokens to add
+    batches: list[int] = field(default_factory=lambda: [1, 16])  # numbers of prompts side by side
+    rounds: int = 3  # how often each is measured
+    sample: bool = False  # draw from the 50 likeliest instead of the likeliest
+    device: str = "cpu"  # cpu, cuda or mps
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
 
 
 def main(config: Config) -> None:
@@ -57,9 +57,8 @@ def main(config: Config) -> None:
 
 def same_in_transformers(model: GPT):
     """The same weights in transformers' class; no end-of-text, so that all draw as many tokens."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     from pretrained import transpose_conv1d
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     c, weight = model.config, model.lm_head.weight
     shape = {"n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}

@@ -19,30 +19,30 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
 import hellaswag
-from cli import knob, run
-from machine import find_device
-from tokenizer import load_tokenizer
+from extras.cli import run
+from extras.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 
 @dataclass
 class Config:
-    data: str = knob("", "a HellaSwag .jsonl or .jsonl.gz file; by default the validation set, downloaded once")
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps", flag="-d")
-    limit: int = knob(32, "examples in each measurement, drawn at random")
-    rounds: int = knob(5, "how often every variant runs")
-    n_layer: int = knob(12, "of the model; with n_head and n_embd as in GPT-2 124M")
-    n_head: int = knob(12, "of the model")
-    n_embd: int = knob(768, "of the model")
-    style: str = knob("karpathy", "whose convention to follow", choices=hellaswag.STYLES)
+    data: str = ""  # a HellaSwag .jsonl or .jsonl.gz file; by default the validation set, downloaded once
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    limit: int = 32  # examples in each measurement, drawn at random
+    rounds: int = 5  # how often every variant runs
+    n_layer: int = 12  # of the model; with n_head and n_embd as in GPT-2 124M
+    n_head: int = 12  # of the model
+    n_embd: int = 768  # of the model
+    style: Literal[hellaswag.STYLES] = "karpathy"  # whose convention to follow
 
 
 def main(config: Config) -> None:
-    device = find_device(config.device)
+    device = hellaswag.find_device(config.device)
     torch.manual_seed(0)
     shape = GPTConfig(vocab_size=50304, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     model = GPT(shape).eval().to(device)
@@ -88,9 +88,8 @@ def main(config: Config) -> None:
 
 def transformers_parts(model: GPT):
     """Features and head of transformers' GPT-2 with the same weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     from pretrained import transpose_conv1d
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
     theirs = GPT2LMHeadModel(GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd))

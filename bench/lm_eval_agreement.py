@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 
 import hellaswag
-from cli import UserError, knob, run
-from tokenizer import load_tokenizer, vocab_files
+from extras.cli import UserError, run
+from extras.tokenizer import load_tokenizer, vocab_files
 
 
 @dataclass
 class Config:
-    data: str = knob("", "a HellaSwag .jsonl or .jsonl.gz file; by default the validation set, downloaded once")
-    limit: int = knob(500, "examples, drawn at random; 0 = all")
-    model: str = knob("", "a directory that transformers can load; by default a small random GPT-2", flag="-m")
+    data: str = ""  # a HellaSwag .jsonl or .jsonl.gz file; by default the validation set, downloaded once
+    limit: int = 500  # examples, drawn at random; 0 = all
+    model: str = ""  # a directory that transformers can load; by default a small random GPT-2
 
 
 def main(config: Config) -> None:

@@ -11,28 +11,28 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this file would hide Python's own profile
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-import machine
 import train_gpt2
-from cli import knob, run
+from extras.cli import run
 from train_gpt2 import SIZES
 
 
 @dataclass
 class Config:
-    data_dir: str = knob("data/python-docs", "token shards")
-    model: str = knob("gpt2", "size", choices=list(SIZES))
-    n_layer: int = knob(0, "instead of the model's own")
-    micro_batch: int = knob(4, "windows per forward")
-    seq_len: int = knob(1024, "tokens per window")
-    device: str = knob("auto", "cuda, mps or cpu")
-    dtype: str = knob("auto", "autocast dtype", choices=["auto", "bfloat16", "float16", "float32"])
-    compile: bool = knob(False, "the step as torch.compile makes it")
-    steps: int = knob(2, "how many to look at, after two that are not")
-    rows: int = knob(25, "of the table")
-    trace: str = knob("", "write a trace there")
+    data_dir: str = "data/python-docs"  # token shards
+    model: Literal[*SIZES] = "gpt2"  # size
+    n_layer: int = 0  # instead of the model's own
+    micro_batch: int = 4  # windows per forward
+    seq_len: int = 1024  # tokens per window
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # autocast dtype
+    compile: bool = False  # the step as torch.compile makes it
+    steps: int = 2  # how many to look at, after two that are not
+    rows: int = 25  # of the table
+    trace: str = ""  # write a trace there
 
 
 def main(config: Config) -> None:
@@ -41,7 +41,7 @@ def main(config: Config) -> None:
         total_batch_size=config.micro_batch * config.seq_len, micro_batch=config.micro_batch, seq_len=config.seq_len,
         hella_every=0, device=config.device, dtype=config.dtype, compile=config.compile,
     )  # fmt: skip
-    trainer = train_gpt2.set_up(ours, machine.join_ranks(ours.device))
+    trainer = train_gpt2.set_up(ours, train_gpt2.join_ranks(ours.device))
     batches = [trainer.batch(step) for step in range(2 + config.steps)]
     for batch in batches[:2]:
         train_gpt2.train_step(trainer, batch, 1e-4)

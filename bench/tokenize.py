@@ -27,30 +27,29 @@ import subprocess
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import knob, run
-from sources import module_docs
-from tokenizer import load_tokenizer
+from extras.cli import run
+from extras.sources import module_docs
+from extras.tokenizer import load_tokenizer
 
 SHARD = 100_000_000  # tokens, fineweb.py's default
 
 
 @dataclass
 class Config:
-    files: list[str] = knob([], "parquet files with a column `text`", flag="files", metavar="FILE")
-    rounds: int = knob(3, "how often every variant runs", metavar="N")
-    repeat: int = knob(
-        1, "read the files so many times over: longer, and kinder to whoever remembers words", metavar="N"
-    )
-    only: str = knob("", "run this variant once, in this process; what the others are started with", metavar="VARIANT")
-    out: str = knob("", "where --only writes", metavar="DIR")
+    files: tyro.conf.Positional[list[str]] = field(default_factory=list)  # parquet files with a column `text`
+    rounds: int = 3  # how often every variant runs
+    repeat: int = 1  # read the files so many times over: longer, and kinder to whoever remembers words
+    only: str = ""  # run this variant once, in this process; what the others are started with
+    out: str = ""  # where --only writes
 
 
 def main(config: Config) -> None:

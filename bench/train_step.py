@@ -35,35 +35,36 @@ import statistics
 import time
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import machine
 import train_gpt2
-from cli import UserError, knob, run
-from meter import flops_per_token, peak_flops
+from extras.cli import UserError, run
+from extras.hardware import flops_per_token, peak_flops
 from train_gpt2 import GPT, SIZES, GPTConfig
 
 
 @dataclass
 class Config:
-    variants: list[str] = knob(["ours", "ours,compile"], "what to measure; ratios are to the first", group="what")
-    peer: list[str] = knob([], "checkouts of build-nanogpt or nanoGPT")
-    data_dir: str = knob("data/python-docs", "token shards")
-    model: str = knob("gpt2", "size", choices=list(SIZES), group="step")
-    n_layer: int = knob(0, "instead of the model's own")
-    micro_batch: int = knob(4, "windows per forward")
-    seq_len: int = knob(1024, "tokens per window")
-    accumulate: int = knob(1, "micro-batches per update")
-    device: str = knob("auto", "cuda, mps or cpu", group="measurement")
-    rounds: int = knob(5, "turns of each variant")
-    steps: int = knob(1, "steps per turn; more on a GPU, where waiting for each would count")
-    warmup: int = knob(2, "steps before the first turn; compilation is in them")
-    tolerance: float = knob(0.05, "how far losses may be from the first variant's, in nats")
+    variants: list[str] = field(default_factory=lambda: ["ours", "ours,compile"])
+    """what to measure; ratios are to the first"""
+    peer: list[str] = field(default_factory=list)  # checkouts of build-nanogpt or nanoGPT
+    data_dir: str = "data/python-docs"  # token shards
+    model: Literal[*SIZES] = "gpt2"  # size
+    n_layer: int = 0  # instead of the model's own
+    micro_batch: int = 4  # windows per forward
+    seq_len: int = 1024  # tokens per window
+    accumulate: int = 1  # micro-batches per update
+    device: str = "auto"  # cuda, mps or cpu
+    rounds: int = 5  # turns of each variant
+    steps: int = 1  # steps per turn; more on a GPU, where waiting for each would count
+    warmup: int = 2  # steps before the first turn; compilation is in them
+    tolerance: float = 0.05  # how far losses may be from the first variant's, in nats
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,14 +109,14 @@ def without_padding(make_model):
 
 
 LEVERS = {  # what takes one out, or turns it around: what stands in its place
-    "no_kept_memory": lambda: setattr(machine, "keep_freed_memory", lambda: None),
+    "no_kept_memory": lambda: setattr(train_gpt2, "keep_freed_memory", lambda: None),
     "no_chunks": lambda: setattr(train_gpt2, "HeadLoss", types.SimpleNamespace(apply=plain_head_loss)),
     "no_fusion": lambda: setattr(train_gpt2, "make_optimizer", without_fusion(train_gpt2.make_optimizer)),
     "no_padding": lambda: setattr(train_gpt2, "make_model", without_padding(train_gpt2.make_model)),
-    "no_bf16_residual": lambda: setattr(machine, "casts_to_bfloat16", lambda device: False),
+    "no_bf16_residual": lambda: setattr(train_gpt2, "casts_to_bfloat16", lambda device: False),
     "ddp_inside": lambda: setattr(train_gpt2, "DistributedDataParallel", compile_around(DistributedDataParallel)),
     "ddp_whole": lambda: setattr(torch._dynamo.config, "optimize_ddp", False),
-    "no_frozen_garbage": lambda: setattr(machine, "freeze_garbage", lambda: None),
+    "no_frozen_garbage": lambda: setattr(gc, "freeze", lambda: None),
 }
 
 
@@ -142,7 +143,7 @@ def our_config(config: Config, settings: list[str]) -> train_gpt2.Config:
         if name in LEVERS:
             LEVERS[name]()
         elif name in hints:
-            values[name] = hints[name](value) if value else True
+            values[name] = (hints[name] if hints[name] in (int, float) else str)(value) if value else True
         else:
             raise UserError(f"{setting}: no knob of train_gpt2.py, and none of {', '.join(LEVERS)}")
     return train_gpt2.Config(**values)
@@ -151,10 +152,11 @@ def our_config(config: Config, settings: list[str]) -> train_gpt2.Config:
 def our_step(config: Config, settings: list[str]):
     """A function that makes the next update and returns its loss, still on the device."""
     ours = our_config(config, settings)
-    trainer = train_gpt2.set_up(ours, machine.join_ranks(ours.device))
+    trainer = train_gpt2.set_up(ours, train_gpt2.join_ranks(ours.device))
     batches = train_gpt2.prefetched(trainer.batch, 0, 10**9)
-    machine.freeze_garbage()
-    return lambda: train_gpt2.train_step(trainer, next(batches), ours.max_lr)[0]
+    gc.collect()
+    gc.freeze()
+    return lambda: train_gpt2.train_step(trainer, next(batches), trainer.config.max_lr)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,14 +212,14 @@ def peer_step(config: Config, name: str, settings: list[str]):
     if set(settings) - {"compile"}:
         raise UserError(f"{name} knows compile and no other setting")
     data = our_config(config, [])
-    ranks = machine.Ranks(0, 1, machine_device(config.device))
+    ranks = train_gpt2.Ranks(0, 1, machine_device(config.device))
     if ranks.device.type == "cuda" and ranks.device.index is not None:
         torch.cuda.set_device(ranks.device)
     torch.set_float32_matmul_precision("high")
     model, optimizer = make_peer(config, name, ranks.device)
     raw_model, model = model, torch.compile(model) if "compile" in settings else model
     shards = train_gpt2.open_shards(data.data_dir, "train", train_gpt2.read_manifest(data.data_dir))
-    windows = train_gpt2.Windows(shards, config.seq_len, 50257)
+    windows = train_gpt2.SampleStream(shards, config.seq_len, 50257)
     samples, state = config.micro_batch * config.accumulate, {"step": 0}
     ahead = {}
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,8 @@ import torch
 from test_train import plain_loop, same_weights
 from tiny import ROOT, flags, launch, read_log, tiny_config, token_set
 
-import rundir
 import train_gpt2
-from cli import UserError
-from train_gpt2 import Config, main
+from train_gpt2 import Config, UserError, main
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +38,13 @@ SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import torch, train_gpt2
-from cli import run
+from extras.cli import run
 save = torch.save
 def slow(state, file):
     save(state, file)
     time.sleep(0.3)  # so that it is often killed here: the file is written, but has not its name yet
 torch.save = slow
-run(train_gpt2.main, train_gpt2.Config, "")
+train_gpt2.run_command_line()
 """
 
 
@@ -88,9 +87,9 @@ def unharmed(data, tmp_path, ranks: int, kills: int, seed: int) -> None:
     lines = [line.split() for line in (tmp_path / "wrecked" / "log.txt").read_text().splitlines() if line[0] != "#"]
     repeated = [(int(step), name, float(value)) for step, name, value in lines if name in ("train", "val", "norm")]
     assert all(logs[0][name][step] == value for step, name, value in repeated), "what was logged twice is the same"
-    assert same_weights(*(rundir.path_of(tmp_path / name, end) for name in ("straight", "wrecked")))
+    assert same_weights(*(train_gpt2.checkpoint_path(tmp_path / name, end) for name in ("straight", "wrecked")))
     names = {path.name for path in (tmp_path / "wrecked").iterdir()} - {"log.txt"}
-    assert all(rundir.NAME.fullmatch(name) for name in names), "no half file is left"
+    assert all(re.fullmatch(r"ckpt_\d{6}\.pt", name) for name in names), "no half file is left"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills process groups")
@@ -114,7 +113,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(data, tmp_path):
     process.send_signal(signal.SIGUSR1)
     output = process.stdout.read()
     assert process.wait(timeout=30) == 0
-    (step,) = rundir.saved_steps(tmp_path / "log")
+    (step,) = train_gpt2.saved_steps(tmp_path / "log")
     assert f"stopped after {step} of 100000 steps; --resume goes on" in output
     assert max(read_log(tmp_path / "log")["train"]) == step - 1
 
@@ -133,9 +132,9 @@ def test_a_stop_inside_an_evaluation_breaks_it_off(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt2.StopSignal, "agreed", agreed)
         main(config)
-    assert rundir.saved_steps(tmp_path / "log") == [3] and 3 not in read_log(tmp_path / "log")["val"]
+    assert train_gpt2.saved_steps(tmp_path / "log") == [3] and 3 not in read_log(tmp_path / "log")["val"]
     main(Config(**vars(config) | {"resume": True, "val_tokens": straight.val_tokens}))
-    assert same_weights(rundir.path_of(tmp_path / "straight", 6), rundir.path_of(tmp_path / "log", 6))
+    assert same_weights(*(train_gpt2.checkpoint_path(tmp_path / name, 6) for name in ("straight", "log")))
     assert sorted(read_log(tmp_path / "log")["val"]) == [0, 3, 6]
 
 
@@ -143,26 +142,26 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(data, 
     config = tiny_config(data, tmp_path / "straight")
     main(config)
     shutil.copytree(tmp_path / "straight", tmp_path / "log")
-    newest = rundir.path_of(tmp_path / "log", 10)
+    newest = train_gpt2.checkpoint_path(tmp_path / "log", 10)
     newest.write_bytes(newest.read_bytes()[:-1000])
     main(Config(**vars(config) | {"log_dir": str(tmp_path / "log"), "resume": True}))
-    assert same_weights(rundir.path_of(tmp_path / "straight", 10), newest)
+    assert same_weights(train_gpt2.checkpoint_path(tmp_path / "straight", 10), newest)
 
 
 POISONED = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch, train_gpt2
-from cli import run
+from extras.cli import run
 whole = train_gpt2.batch_of_step
 bad_rank, bad_steps = int(sys.argv.pop(1)), eval(sys.argv.pop(1))
-def poisoned(windows, first, count, micro_batch, ranks):
-    x, y, weights = whole(windows, first, count, micro_batch, ranks)
+def poisoned(sequences, first, count, micro_batch, ranks):
+    x, y, weights = whole(sequences, first, count, micro_batch, ranks)
     if ranks.rank == bad_rank and first // count in bad_steps:
         weights = [float("nan"), *weights[1:]]
     return x, y, weights
 train_gpt2.batch_of_step = poisoned
-run(train_gpt2.main, train_gpt2.Config, "")
+train_gpt2.run_command_line()
 """
 
 
@@ -187,15 +186,16 @@ def test_an_update_with_a_bad_gradient_is_skipped_on_all_ranks(tmp_path, ranks, 
 def test_bad_gradients_in_a_row_end_the_run(data, tmp_path, monkeypatch):
     whole = train_gpt2.batch_of_step
 
-    def poisoned(windows, first, count, *rest):
-        x, y, weights = whole(windows, first, count, *rest)
+    def poisoned(sequences, first, count, *rest):
+        x, y, weights = whole(sequences, first, count, *rest)
         return x, y, [float("inf")] * len(weights) if first // count >= 6 else weights
 
     monkeypatch.setattr(train_gpt2, "batch_of_step", poisoned)
+    monkeypatch.setattr(train_gpt2, "MAX_BAD_STEPS", 3)
     with pytest.raises(UserError, match="3 steps in a row without a finite gradient, up to 8"):
-        main(tiny_config(data, tmp_path / "log", max_bad_steps=3, max_steps=50, log_every=1))
-    assert rundir.saved_steps(tmp_path / "log") == [5]
-    state = rundir.read(rundir.path_of(tmp_path / "log", 5))
+        main(tiny_config(data, tmp_path / "log", max_steps=50, log_every=1))
+    assert train_gpt2.saved_steps(tmp_path / "log") == [5]
+    state = train_gpt2.read_checkpoint(train_gpt2.checkpoint_path(tmp_path / "log", 5))
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
 
 
@@ -232,11 +232,11 @@ DRIVER = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
 import hashlib, train_gpt2
-from cli import run
+from extras.cli import run
 what, where = sys.argv.pop(1), sys.argv.pop(1)
 whole = train_gpt2.batch_of_step
-def watched(windows, first, count, micro_batch, ranks):
-    batch = whole(windows, first, count, micro_batch, ranks)
+def watched(sequences, first, count, micro_batch, ranks):
+    batch = whole(sequences, first, count, micro_batch, ranks)
     if what == "hash":
         with open(f"{where}/{ranks.world_size}-{ranks.rank}", "a") as file:
             for row in batch[0].flatten(0, 1).numpy():
@@ -245,7 +245,7 @@ def watched(windows, first, count, micro_batch, ranks):
         time.sleep(600)
     return batch
 train_gpt2.batch_of_step = watched
-run(train_gpt2.main, train_gpt2.Config, "")
+train_gpt2.run_command_line()
 """
 
 
@@ -268,9 +268,9 @@ def test_from_one_rank_to_four_to_two_the_batches_are_the_same(data, tmp_path):
         config = Config(**vars(straight) | {"log_dir": str(tmp_path / "log"), "resume": True})
         result = drive(tmp_path, "hash", tmp_path / "many", config, ranks)
         assert result.returncode == 0, result.stderr
-        for step in rundir.saved_steps(tmp_path / "log"):
+        for step in train_gpt2.saved_steps(tmp_path / "log"):
             if end < 9 and step > end:
-                rundir.path_of(tmp_path / "log", step).unlink()  # as if it had been stopped after `end` steps
+                train_gpt2.checkpoint_path(tmp_path / "log", step).unlink()  # as if it had been stopped at `end`
     expected = sorted((tmp_path / "one" / "1-0").read_text().splitlines())
     seen = {name.name: name.read_text().splitlines() for name in (tmp_path / "many").iterdir()}
     for world_size, steps in (("1", range(0, 3)), ("4", range(3, 6)), ("2", range(6, 9))):

@@ -17,9 +17,9 @@ from tiny import tiny_config, token_set
 import fineweb
 import sample
 import train_gpt2
-import units
-from cli import UserError
-from tokenizer import load_tokenizer
+from extras import units
+from extras.cli import UserError
+from extras.tokenizer import load_tokenizer
 
 EOT = "<|endoftext|>"
 ALPACA = [  # record, and its text, an answer between « and »

@@ -22,10 +22,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
-import sources
-import units
-from cli import UserError
-from tokenizer import load_tokenizer
+from extras import sources, units
+from extras.cli import UserError
+from extras.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 GPT2 = load_tokenizer("gpt2")
@@ -37,7 +36,7 @@ NASTY = [
     "emoji 👩‍👩‍👧‍👦 and 中文，全角　空格 \u2028 lines",
     "x" * 50 + " y" * 1_000_000,  # one line of 2 MB
     "before" + " " * 1_100_000 + "after",  # tiktoken alone panics at this
-    "windows\r\nlines\r\n\r\n  indented\t\r\n",
+    "sequences\r\nlines\r\n\r\n  indented\t\r\n",
     "don't I'LL \x85\xa0\x1c 12345678901234567890",
     "",
     "The end.",
@@ -146,7 +145,7 @@ def test_a_long_row_group_makes_several_units(tmp_path, monkeypatch):
 
 TEXTS = [
     "plain words in lines\nand more of them\n\n\n  indented\ttabs\n" * 20,
-    "windows\r\nlines\r\n\r\n  and\r\n" * 30,
+    "sequences\r\nlines\r\n\r\n  and\r\n" * 30,
     "中文没有空格。\n第二行　全角空格\n" * 30,
     "nospacesatall" * 100,
     "runs" + " " * 500 + "of" + "\n" * 500 + "space " * 3,
@@ -183,7 +182,7 @@ def test_a_big_row_group_is_read_a_little_at_a_time(tmp_path):
     table = pa.table({"text": [f"{i:01000}" for i in range(40_000)]})
     pq.write_table(table, tmp_path / "texts.parquet", compression="none", use_dictionary=False)
     code = (  # in a process of its own, for the most memory it ever took
-        "import pyarrow, units; unit = units.Unit('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
+        "import pyarrow, extras.units as units; unit = units.Unit('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
         "texts = units.read_rows(unit, units.Job('gpt2', 'text', False, 'tiktoken')); "
         "assert [int(text) for text in texts] == list(range(30_000, 30_010)); "
         "print(pyarrow.default_memory_pool().max_memory())"

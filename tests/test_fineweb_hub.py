@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import fineweb
-import sources
-from cli import UserError
-from tokenizer import load_tokenizer
+from extras import sources
+from extras.cli import UserError
+from extras.tokenizer import load_tokenizer
 
 REPO = "HuggingFaceFW/fineweb-edu"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from cli import UserError
-from generate import filter_logits, new_cache, pad_left, penalize, stream
+from extras.cli import UserError
+from extras.generation import filter_logits, new_cache, pad_left, penalize, stream
 from train_gpt2 import GPT, GPTConfig
 
 OPTIONS = {

@@ -5,10 +5,7 @@ import pytest
 import torch
 from tiny import token_set
 
-from cli import LocalError, UserError
-from machine import Ranks
-from shards import Shard, open_shards, read_manifest
-from train_gpt2 import Windows, batch_of_step
+from train_gpt2 import LocalError, Ranks, SampleStream, Shard, UserError, batch_of_step, open_shards, read_manifest
 
 T = 16
 
@@ -24,13 +21,13 @@ def rank(r, world_size) -> Ranks:
     return Ranks(r, world_size, torch.device("cpu"))
 
 
-# 33 = 2 T + 1: a whole number of windows; 17 = T + 1: just one; 15: none
+# 33 = 2 T + 1: a whole number of sequences; 17 = T + 1: just one; 15: none
 @pytest.mark.parametrize("order", ["shuffle", "sequential"])
 @pytest.mark.parametrize("lengths", [[100, 33, 250], [17, 400], [15, 100], [1000]])
 def test_an_epoch_reads_every_token_of_a_shard_once_but_at_most_T(order, lengths):
-    windows = Windows(numbered(lengths), T, 2**16, order, seed=3)
+    sequences = SampleStream(numbered(lengths), T, 2**16, order, seed=3)
     for epoch in range(3):
-        x, y = windows.read(range(epoch * len(windows), (epoch + 1) * len(windows)))
+        x, y = sequences.read(range(epoch * len(sequences), (epoch + 1) * len(sequences)))
         assert (y == x + 1).all(), "a window never crosses into another shard, and targets are the next tokens"
         seen = np.sort(y.flatten())
         assert len(np.unique(seen)) == len(seen), "no target twice"
@@ -41,65 +38,65 @@ def test_an_epoch_reads_every_token_of_a_shard_once_but_at_most_T(order, lengths
 
 
 def test_sequential_order_is_the_shards_from_the_start():
-    windows = Windows(numbered([100, 33, 250]), T, 2**16)
-    x, _ = windows.read(range(len(windows)))
+    sequences = SampleStream(numbered([100, 33, 250]), T, 2**16)
+    x, _ = sequences.read(range(len(sequences)))
     starts = [*range(0, 100 - T, T), *range(100, 133 - T, T), *range(133, 383 - T, T)]
     expected = [start + np.arange(T) for start in starts]
     assert (x == np.array(expected)).all()
 
 
 def test_shuffling_is_by_seed_and_epoch_and_moves_the_cuts():
-    windows = Windows(numbered([1000, 1003]), T, 2**16, "shuffle", seed=3)
-    n = len(windows)
-    first, second = windows.read(range(n))[0], windows.read(range(n, 2 * n))[0]
+    sequences = SampleStream(numbered([1000, 1003]), T, 2**16, "shuffle", seed=3)
+    n = len(sequences)
+    first, second = sequences.read(range(n))[0], sequences.read(range(n, 2 * n))[0]
     assert not (first == second).all()
-    assert (first != np.sort(first, axis=0)).any(), "windows are permuted"
+    assert (first != np.sort(first, axis=0)).any(), "sequences are permuted"
     assert set(first[:, 0] % T) != set(second[:, 0] % T), "they are cut elsewhere in the next epoch"
-    again = Windows(numbered([1000, 1003]), T, 2**16, "shuffle", seed=3)
+    again = SampleStream(numbered([1000, 1003]), T, 2**16, "shuffle", seed=3)
     assert (again.read(range(n, 2 * n))[0] == second).all(), "and it needs no history"
-    other = Windows(numbered([1000, 1003]), T, 2**16, "shuffle", seed=4)
+    other = SampleStream(numbered([1000, 1003]), T, 2**16, "shuffle", seed=4)
     assert (other.read(range(n))[0] != first).any()
 
 
 @pytest.mark.parametrize("order", ["shuffle", "sequential"])
 def test_the_batch_of_a_step_is_the_same_for_any_ranks_and_micro_batch(order):
-    windows, G = Windows(numbered([300, 500]), T, 2**16, order), 16  # 16 samples a step, an epoch is 49: it wraps
+    sequences, G = SampleStream(numbered([300, 500]), T, 2**16, order), 16  # an epoch is 49 samples: it wraps
     for step in (0, 2, 3, 7):
-        expected = windows.read(range(step * G, (step + 1) * G))[0]
+        expected = sequences.read(range(step * G, (step + 1) * G))[0]
         for W in (1, 2, 4, 8):
             for B in (1, 2, G // W):
-                parts = [batch_of_step(windows, step * G, G, B, rank(r, W))[0] for r in range(W)]
+                parts = [batch_of_step(sequences, step * G, G, B, rank(r, W))[0] for r in range(W)]
                 assert all(part.shape == (G // W // B, B, T) for part in parts)
                 together = torch.stack(parts, dim=1).reshape(G, T)  # micro-batch, rank, row: the order of the samples
                 assert (together.numpy() == expected).all()
 
 
 def test_a_shard_shorter_than_a_batch_is_used():
-    windows = Windows(numbered([40]), T, 2**16)
-    x, _, _ = batch_of_step(windows, 0, 8, 8, rank(0, 1))
+    sequences = SampleStream(numbered([40]), T, 2**16)
+    x, _, _ = batch_of_step(sequences, 0, 8, 8, rank(0, 1))
     assert (x[0, :, 0].numpy() == [0, 16] * 4).all()
 
 
 def test_weights_are_shares_of_the_targets():
     masks = [np.zeros(400, dtype=np.uint8)]
-    masks[0][5:30] = 1  # all targets in the first two windows
-    windows = Windows(numbered([400], masks), T, 2**16)
-    _, y, _ = batch_of_step(windows, 0, 8, 8, rank(0, 1))
+    masks[0][5:30] = 1  # all targets in the first two sequences
+    sequences = SampleStream(numbered([400], masks), T, 2**16)
+    _, y, _ = batch_of_step(sequences, 0, 8, 8, rank(0, 1))
     assert (y >= 0).sum() == 25 and y[y >= 0].tolist() == list(range(5, 30))
-    assert batch_of_step(windows, 0, 8, 1, rank(0, 1))[2] == pytest.approx([12 / 25, 13 / 25] + [0] * 6)
-    assert batch_of_step(windows, 0, 8, 1, rank(1, 2))[2] == pytest.approx([2 * 13 / 25, 0, 0, 0])
-    plain = Windows(numbered([400]), T, 2**16)
+    assert batch_of_step(sequences, 0, 8, 1, rank(0, 1))[2] == pytest.approx([12 / 25, 13 / 25] + [0] * 6)
+    assert batch_of_step(sequences, 0, 8, 1, rank(1, 2))[2] == pytest.approx([2 * 13 / 25, 0, 0, 0])
+    plain = SampleStream(numbered([400]), T, 2**16)
     assert batch_of_step(plain, 0, 8, 2, rank(1, 2))[2] == [1 / 2, 1 / 2]
 
 
 def test_no_window_fits():
     with pytest.raises(UserError, match=r"--seq_len 16 \+ 1 tokens, only 16"):
-        Windows(numbered([16, 3]), T, 2**16)
+        SampleStream(numbered([16, 3]), T, 2**16)
 
 
 def test_an_id_that_is_no_token_is_named():
     with pytest.raises(LocalError, match="holds id 99, its tokenizer has 50 ids"):
-        Windows(numbered([100]), 99, 50).read([0])
+        SampleStream(numbered([100]), 99, 50).read([0])
 
 
 UNFINISHED = '{"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": false}'

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from tiny import ROOT
 
-import machine
-from cli import UserError
-from machine import name_this_start
+import train_gpt2
+from extras.elastic import name_this_start
+from train_gpt2 import UserError
 
 
 def names_of(store, world_size: int, delays: list[float]) -> list[str]:
@@ -53,11 +53,11 @@ def test_a_rank_that_waits_for_nobody_gives_up():
 
 
 SPEAKER = """
-import sys, torch, machine
-ranks = machine.Ranks(0, 1, torch.device("cpu"))
+import sys, torch, train_gpt2
+ranks = train_gpt2.Ranks(0, 1, torch.device("cpu"))
 sys.stdin.read()
 for line in ("nobody reads this", "nor this"):
-    ranks.say(line)
+    ranks.print0(line)
 print("saved", file=sys.stderr)
 """
 
@@ -79,7 +79,7 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, fa
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: told.append("left"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with contextlib.suppress(ZeroDivisionError), machine.joined_ranks("cpu") as ranks:
+    with contextlib.suppress(ZeroDivisionError), train_gpt2.joined_ranks("cpu") as ranks:
         assert ranks.world_size == 1 and not told
         if fails:
             1 / 0  # noqa: B018
@@ -87,20 +87,20 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, fa
 
 
 def test_no_compiler_is_no_traceback(monkeypatch, capsys):
-    cuda, cpu = (machine.Ranks(0, 1, torch.device(kind)) for kind in ("cuda", "cpu"))
+    cuda, cpu = (train_gpt2.Ranks(0, 1, torch.device(kind)) for kind in ("cuda", "cpu"))
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-    assert not machine.wants_compile(None, cuda) and "there is no Triton" in capsys.readouterr().out
-    assert machine.wants_compile(True, cuda) and machine.wants_compile(True, cpu)
+    assert not train_gpt2.wants_compile(None, cuda) and "there is no Triton" in capsys.readouterr().out
+    assert train_gpt2.wants_compile(True, cuda) and train_gpt2.wants_compile(True, cpu)
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    assert machine.wants_compile(None, cuda) and not machine.wants_compile(None, cpu)
-    assert not machine.wants_compile(False, cuda) and not capsys.readouterr().out
+    assert train_gpt2.wants_compile(None, cuda) and not train_gpt2.wants_compile(None, cpu)
+    assert not train_gpt2.wants_compile(False, cuda) and not capsys.readouterr().out
 
 
 def test_mps_wants_a_newer_torch(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch, "__version__", "2.12.1")
     with pytest.raises(UserError, match=r"MPS needs torch 2\.13, not 2\.12\.1: .* or --device cpu"):
-        machine.find_device("mps")
-    assert machine.find_device("cpu").type == "cpu"
+        train_gpt2.find_device("mps")
+    assert train_gpt2.find_device("cpu").type == "cpu"
     monkeypatch.setattr(torch, "__version__", "2.13.0")
-    assert machine.find_device("mps").type == "mps"
+    assert train_gpt2.find_device("mps").type == "mps"

@@ -1,74 +1,50 @@
-"""What a run says on the screen: its head, its estimate of the whole, its evaluations, and a last block for grep."""
+"""What a run says on the screen: its head, its steps, its evaluations, and a last block for grep."""
 
 import re
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_config, token_set
 
-import meter
-from meter import Meter, duration
+import train_gpt2
+from extras import hardware, screen
 from train_gpt2 import main
 
 
 def test_the_screen(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(meter, "peak_flops", lambda device: 1e12)  # as if the card were known
-    monkeypatch.setattr(meter, "ESTIMATE_AFTER", 0)
+    monkeypatch.setattr(screen, "peak_flops", lambda device: 1e12)  # as if the card were known
     main(tiny_config(token_set(tmp_path / "data"), tmp_path / "log", log_every=5))
     lines = capsys.readouterr().out.splitlines()
-    head = {line.split()[0]: line for line in lines[:6]}
-    assert list(head) == ["device", "model", "data", "step", "run", "time"]
-    assert re.search(r"cpu \(\d+ of \d+ threads, [\d.]+ GiB\), eager, float32", head["device"])
+    head = {line.split()[0]: line for line in lines[:5]}
+    assert list(head) == ["device", "model", "data", "step", "run"]
+    assert re.search(r"cpu \(\d+ threads\), eager, float32", head["device"])
     assert "38,784 parameters: 2 layers, 2 heads, width 32" in head["model"]
     assert "5,472 train tokens (bytes), 21 steps an epoch" in head["data"]
-    assert "256 tokens: 8 windows x 32 tokens x 1 ranks x 1 micro-batches" in head["step"]
-    flops = 2560 * meter.flops_per_token(SimpleNamespace(n_layer=2, n_embd=32, vocab_size=384), 32)
+    assert "256 tokens: 8 sequences x 32 tokens x 1 ranks x 1 micro-batches" in head["step"]
+    flops = 2560 * hardware.flops_per_token(SimpleNamespace(n_layer=2, n_embd=32, vocab_size=384), 32)
     assert f"10 steps, 2,560 tokens, 0.47 epochs, {flops:.1e} FLOP" in head["run"]
     assert [line[:10] for line in lines if line.startswith("EVAL")] == ["EVAL     0", "EVAL     5", "EVAL    10"]
-    assert sum("the whole run: " in line for line in lines) == 1
     steps = [line for line in lines if line.startswith("step ") and " | loss " in line]
     assert all(re.search(r"\| lr .* \| norm .* ms \| .* tok/s \| MFU [\d.]+% \| .* left$", line) for line in steps)
     facts = dict(line.split(": ") for line in lines[lines.index("step: 10") :])
     assert {"val", "train", "bpb", "norm", "tokens_per_second", "training_seconds", "total_seconds"} <= facts.keys()
-    assert all(float(value) >= 0 for value in facts.values()) and {"mfu_percent", "peak_memory_gib"} <= facts.keys()
-
-
-def fake_meter(**config) -> tuple[Meter, list[str]]:
-    """A meter that has seen 10 steps of 600 ms after the first, validations of 4 s and samples of 1 s."""
-    said, it = [], Meter.__new__(Meter)
-    it.config = SimpleNamespace(**{"max_steps": 1000, "val_every": 100, "sample_every": 300, **config})
-    it.ranks = SimpleNamespace(say=said.append, world_size=1, device=torch.device("cpu"))
-    it.first, it.seconds, it.steps, it.estimated = 0, 6.0, 10, False
-    it.eval_seconds = {"val_every": 4.0, "sample_every": 1.0}
-    return it, said
+    assert all(float(value) >= 0 for value in facts.values()) and "mfu_percent" in facts
 
 
 @pytest.mark.parametrize(
     "step, validations, samples",
     [(-1, 11, 5), (0, 10, 4), (99, 10, 4), (100, 9, 4), (899, 2, 2), (900, 1, 1), (999, 1, 1)],
 )
-def test_evaluations_to_come(step, validations, samples, monkeypatch):
-    monkeypatch.setattr(meter, "asdict", vars)
-    it, _ = fake_meter()
-    assert it.evals_after(step) == 4 * validations + samples  # at 0, 100 ... 1000, and at 0, 300, 600, 900, 1000
-
-
-def test_the_estimate_counts_steps_and_evaluations_and_is_said_once(monkeypatch):
-    monkeypatch.setattr(meter, "asdict", vars)
-    it, said = fake_meter()
-    it.estimate()
-    expected = "time     the whole run: 10 min 49 s (1,000 steps at 600 ms, 49 s of evaluations, as measured so far)"
-    assert said == [expected] and it.estimated
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (250, "4 min 10 s"), (3569, "59 min 29 s"),
-     (3571, "1 h 0 min"), (6917, "1 h 55 min"), (2 * 86400, "2 days 0 h"), (100 * 3600, "4 days 4 h")],
-)  # fmt: skip
-def test_duration(seconds, text):
-    assert duration(seconds) == text
+def test_evaluations_to_come(step, validations, samples):
+    """With validations of 4 s and samples of 1 s: at 0, 100 ... 1000, and at 0, 300, 600, 900, 1000."""
+    config = train_gpt2.Config(max_steps=1000, val_every=100, sample_every=300)
+    run = SimpleNamespace(config=config, ranks=SimpleNamespace(world_size=1), device=torch.device("cpu"))
+    run.raw_model = SimpleNamespace(config=train_gpt2.GPTConfig())
+    shown = screen.step(run, step + 1, 0.6, {"val_every": 4.0, "sample_every": 1.0})
+    left = timedelta(seconds=round((999 - step) * 0.6 + 4 * validations + samples))
+    assert shown == f" | MFU n/a | {left} left"
 
 
 CARDS = {
@@ -83,4 +59,4 @@ CARDS = {
 @pytest.mark.parametrize("name", CARDS)
 def test_no_card_is_taken_for_another(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert meter.peak_flops(torch.device("cuda")) == CARDS[name] * 1e12
+    assert hardware.peak_flops(torch.device("cuda")) == CARDS[name] * 1e12

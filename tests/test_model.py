@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-import headloss
-import machine
-import pretrained
+import train_gpt2
+from extras import generation, pretrained
 from train_gpt2 import GPT, GPTConfig
 
 SHAPES = {  # the proportions of the four sizes, at small widths
@@ -46,7 +45,7 @@ def ours_like(theirs) -> GPT:
 
 @pytest.mark.parametrize("size, longest_sum", [(size, 10**6) for size in SHAPES] + [(min(SHAPES), 128)])
 def test_logits_losses_and_gradients_are_those_of_transformers(size, longest_sum, monkeypatch):
-    monkeypatch.setitem(headloss.LONGEST_SUM, "cpu", longest_sum)  # a Mac's gradients are added up in parts
+    monkeypatch.setitem(train_gpt2.LONGEST_SUM, "cpu", longest_sum)  # a Mac's gradients are added up in parts
     theirs = reference(SHAPES[size])
     ours = ours_like(theirs)
     ids = torch.randint(0, 300, (3, 33), generator=torch.Generator().manual_seed(1))
@@ -139,9 +138,11 @@ def test_too_long_a_text_is_refused(padded):
         padded[0].features(torch.zeros(1, 3, dtype=torch.long), start=2)
 
 
-def test_linear_layers_are_nn_linears_with_and_without_gradients():
+def test_onednn_linear_layers_are_nn_linears_with_and_without_gradients():
     torch.manual_seed(0)
-    layer, x = machine.Linear(48, 40), torch.randn(3, 7, 48)
+    model, x = torch.nn.Sequential(torch.nn.Linear(48, 40)), torch.randn(3, 7, 48)
+    generation.use_onednn(model)
+    layer = model[0]
     expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
         for rows in (x, x[:1, :1], x[:, ::2]):  # one row and rows that are not contiguous, too

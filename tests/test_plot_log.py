@@ -11,9 +11,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-import cli
 import plot_log
-import reference
+from extras import cli, reference
 
 FINEWEB = "HuggingFaceFW/fineweb-edu:sample-10BT"
 RECIPE = {

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from test_model import SHAPES, reference
+from tiny import USER_ERRORS
 
-import pretrained
-import rundir
-from cli import UserError
-from tokenizer import load_tokenizer
-from train_gpt2 import GPT, GPTConfig, load_model
+from extras import checkpoints, pretrained
+from extras.checkpoints import load_any
+from extras.tokenizer import load_tokenizer
+from train_gpt2 import GPT, GPTConfig
 
 IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
 
@@ -105,7 +105,7 @@ def test_the_block_is_cropped_on_request(folder):
     whole, short = GPT.from_pretrained(str(folder)), GPT.from_pretrained(str(folder), block_size=20)
     assert short.config.block_size == 20 and short.transformer.wpe.weight.shape == (20, 32)
     assert torch.equal(short(IDS[:, :20])[0], whole(IDS[:, :20])[0])
-    with pytest.raises(UserError, match=r"block_size 33 .* 32"):
+    with pytest.raises(USER_ERRORS, match=r"block_size 33 .* 32"):
         GPT.from_pretrained(str(folder), block_size=33)
 
 
@@ -120,17 +120,17 @@ def test_a_hub_name_is_read_from_the_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(GPT.from_pretrained("someone/tiny")(IDS)[0], GPT.from_pretrained(str(folder))(IDS)[0])
-    with pytest.raises(UserError, match="someone/other is not here, and the hub can't be reached"):
+    with pytest.raises(USER_ERRORS, match="someone/other is not here, and the hub can't be reached"):
         GPT.from_pretrained("someone/other")
     (tmp_path / "log" / "a").mkdir(parents=True)
     (tmp_path / "log" / "a" / "ckpt_000001.pt").touch()
-    with pytest.raises(UserError, match=r"log/b is not there; .*log holds a$"):
+    with pytest.raises(USER_ERRORS, match=r"log/b is not there; .*log holds a$"):
         GPT.from_pretrained(str(tmp_path / "log" / "b"))
-    with pytest.raises(UserError, match=r"has no config.json; .*; there is a run in .*log/a$"):
+    with pytest.raises(USER_ERRORS, match=r"has no config.json; .*; there is a run in .*log/a$"):
         GPT.from_pretrained(str(tmp_path / "log"))
-    with pytest.raises(UserError, match="no name for one on the hub"):
+    with pytest.raises(USER_ERRORS, match="no name for one on the hub"):
         GPT.from_pretrained("some/where/else")
-    with pytest.raises(UserError, match=r"config.json is a file"):
+    with pytest.raises(USER_ERRORS, match=r"config.json is a file"):
         GPT.from_pretrained(str(folder / "config.json"))
 
 
@@ -226,7 +226,7 @@ def spoil(folder, how: str) -> None:
 def test_what_does_not_fit_is_named(folder, tmp_path, how, changes, words):
     copied(folder, tmp_path, **changes)
     spoil(tmp_path, how)
-    with pytest.raises(UserError, match=words) as raised:
+    with pytest.raises(USER_ERRORS, match=words) as raised:
         GPT.from_pretrained(str(tmp_path))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "exploded").exists()
@@ -247,7 +247,7 @@ def test_weights_that_may_not_be_read_are_named(folder, tmp_path, monkeypatch, n
     monkeypatch.setattr("safetensors.safe_open", absent)
     monkeypatch.setattr(torch, "load", denied)
     monkeypatch.setattr(pretrained, "open", denied, raising=False)
-    with pytest.raises(UserError, match=rf"{name} can't be read: Permission denied$"):
+    with pytest.raises(USER_ERRORS, match=rf"{name} can't be read: Permission denied$"):
         GPT.from_pretrained(str(tmp_path))
 
 
@@ -258,7 +258,7 @@ def test_what_the_system_says_while_weights_are_read_is_told(folder, tmp_path, m
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("safetensors.safe_open", broken)
-    with pytest.raises(UserError, match=r"model.safetensors can't be read: Input/output error$"):
+    with pytest.raises(USER_ERRORS, match=r"model.safetensors can't be read: Input/output error$"):
         GPT.from_pretrained(str(tmp_path))
 
 
@@ -286,11 +286,11 @@ def test_a_checkpoint_of_build_nanogpt_is_read(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # pickle looks for the class when it writes; later there is none of that name
         patch.setattr(sys.modules["__main__"], "GPTConfig", TheirConfig, raising=False)
         torch.save({"model": state, "config": TheirConfig(), "step": 19072, "val_loss": 3.07}, path)
-    loaded, tokenizer_name = load_model(str(path))
-    assert loaded.config == model.config and loaded.config.n_tokens == 50257 and tokenizer_name == "gpt2"
+    loaded = GPT.of(*load_any(str(path)))
+    assert loaded.config == model.config and loaded.config.n_tokens == 50257
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-    with pytest.raises(UserError, match="GPTConfig"):  # it was allowed for that one file
-        rundir.read(path)
+    with pytest.raises(USER_ERRORS, match="GPTConfig"):  # it was allowed for that one file
+        checkpoints.read(path)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -310,20 +310,20 @@ def test_a_checkpoint_that_would_execute_something_is_refused(tmp_path):
     bomb = Bomb()
     bomb.path = tmp_path / "exploded"
     torch.save({"model": {}, "config": bomb}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(USER_ERRORS, match="not a whole checkpoint"):
         GPT.from_checkpoint(tmp_path / "a.pt")
     assert not bomb.path.exists()
 
 
 def test_a_file_of_weights_is_no_checkpoint(folder):
-    with pytest.raises(UserError, match="is the weights alone; name the directory"):
-        load_model(str(folder / "model.safetensors"))
+    with pytest.raises(USER_ERRORS, match="is the weights alone; name the directory"):
+        load_any(str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize("saved", [{"model": {}}, {"model": 3, "model_args": {"n_layer": 2}}, {"weights": {}}, [1, 2]])
 def test_a_foreign_checkpoint_is_refused(tmp_path, saved):
     torch.save(saved, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="checkpoint"):
+    with pytest.raises(USER_ERRORS, match="checkpoint"):
         GPT.from_checkpoint(tmp_path / "a.pt")
 
 
@@ -332,7 +332,7 @@ def test_a_checkpoint_with_a_missing_weight_is_refused(tmp_path):
     state = model.state_dict()
     del state["transformer.ln_f.bias"]
     torch.save({"model": state, "model_config": vars(model.config)}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=r"transformer.ln_f.bias is missing"):
+    with pytest.raises(USER_ERRORS, match=r"transformer.ln_f.bias"):
         GPT.from_checkpoint(tmp_path / "a.pt")
 
 
@@ -365,14 +365,14 @@ def test_a_strange_checkpoint_is_one_line(tmp_path, weights, sizes, words):
     if WTE in weights:
         state["lm_head.weight"] = state[WTE]  # as a run saves it that went astray
     torch.save({"model": state, "model_config": vars(model.config) | sizes}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match=words) as raised:
+    with pytest.raises(USER_ERRORS, match=words) as raised:
         GPT.from_checkpoint(tmp_path / "a.pt")
     assert "\n" not in str(raised.value)
 
 
 def test_a_configuration_of_tensors_is_refused(tmp_path):
     torch.save({"model": {}, "model_config": torch.zeros(2)}, tmp_path / "a.pt")  # which is neither true nor false
-    with pytest.raises(UserError, match="does not tell block_size"):
+    with pytest.raises(USER_ERRORS, match="does not tell block_size"):
         GPT.from_checkpoint(tmp_path / "a.pt")
 
 
@@ -490,10 +490,10 @@ def test_nothing_is_overwritten(small, tmp_path):
     small.save_pretrained(str(tmp_path / "a"))  # empty: fine
     before = (tmp_path / "a" / "config.json").stat().st_mtime_ns
     for name in ("a", "a/config.json"):
-        with pytest.raises(UserError, match="is there already"):
+        with pytest.raises(USER_ERRORS, match="is there already"):
             small.save_pretrained(str(tmp_path / name))
     assert (tmp_path / "a" / "config.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="can't write"):
+    with pytest.raises(USER_ERRORS, match="can't write"):
         small.save_pretrained(str(tmp_path / "a" / "config.json" / "b"))
 
 
@@ -502,6 +502,6 @@ def test_a_save_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(pretrained, "write_tokenizer", fail)
-    with pytest.raises(UserError, match="disk full"):
+    with pytest.raises(USER_ERRORS, match="disk full"):
         small.save_pretrained(str(tmp_path / "a"))
     assert list(tmp_path.iterdir()) == []

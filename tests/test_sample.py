@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from tiny import ROOT
+from tiny import ROOT, USER_ERRORS
 
 import sample
-from cli import UserError, parse, run
-from tokenizer import load_tokenizer
+from extras.cli import parse, run
+from extras.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 LINE = "-" * 80
@@ -117,7 +117,7 @@ def test_samples_end_at_end_of_text(run_dir, capsys, monkeypatch):
         assert options["stop"] == 256
         return iter(torch.tensor([[[104]], [[105]], [[256]], [[256]]]))
 
-    monkeypatch.setattr("train_gpt2.stream", ending)
+    monkeypatch.setattr("extras.generation.stream", ending)
     call(run_dir, "--prompt", "o")
     assert capsys.readouterr().out == f"ohi\n{LINE}\n"
 
@@ -128,7 +128,7 @@ def test_without_a_prompt_it_asks(run_dir, capsys, monkeypatch):
     samples = capsys.readouterr().out.split(f"\n{LINE}\n")  # no "> " among them: nobody sits at a terminal
     assert [text[:2] for text in samples] == ["ab", "cd", ""]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\n\xff\n"), "utf-8"))
-    with pytest.raises(UserError, match="what was typed is not text"):
+    with pytest.raises(USER_ERRORS, match="what was typed is not text"):
         call(run_dir, "--max_new_tokens", "3")
 
 
@@ -139,7 +139,7 @@ def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys)
     exported = capsys.readouterr().out
     call(run_dir, "--prompt", "abc", "--temperature", "0")
     assert exported == capsys.readouterr().out
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(USER_ERRORS, match="is there already"):
         call(run_dir, "--export", str(tmp_path / "exported"))
 
 
@@ -167,7 +167,7 @@ def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys)
 def test_mistakes_are_named(run_dir, tmp_path, argv, words):
     for name, text in (("EMPTY", "\n"), ("HOLE", "a\n---\n---\nb")):
         (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(USER_ERRORS, match=words):
         call(run_dir, *[str(tmp_path / word) if word in ("EMPTY", "HOLE") else word for word in argv])
 
 
@@ -175,7 +175,7 @@ def test_a_model_of_unknown_tokens_is_exported_and_not_sampled(tmp_path, capsys)
     GPT(GPTConfig(32, 65, 1, 1, 8)).save_pretrained(str(tmp_path / "a"))
     call(tmp_path / "a", "--export", str(tmp_path / "b"))
     assert "without a tokenizer" in capsys.readouterr().out
-    with pytest.raises(UserError, match="has 65 tokens"):
+    with pytest.raises(USER_ERRORS, match="has 65 tokens"):
         call(tmp_path / "a", "--prompt", "a")
 
 

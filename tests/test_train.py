@@ -7,19 +7,16 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import flags, launch, read_log, tiny_config, token_set
+from tiny import USER_ERRORS, flags, launch, read_log, tiny_config, token_set
 
-import rundir
 import train_gpt2
-from cli import UserError, parse
-from meter import Meter
-from train_gpt2 import Config, GPTConfig, lr_at, main, make_model
+from extras.reference import remarks
+from train_gpt2 import Config, GPTConfig, UserError, lr_at, main, make_model, parse, resolve
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def logged(log_dir) -> tuple[list[float], list[float]]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """20 steps of 8 windows within the first train shard, and what a plain loop makes of them."""
+    """20 steps of 8 sequences within the first train shard, and what a plain loop makes of them."""
     directory = token_set(tmp_path_factory.mktemp("long"), (700, 20 * 256 + 2, 300))
     config = tiny_config(directory, "unused", max_steps=20)
     return config, plain_loop(config)
@@ -115,15 +112,42 @@ def test_validation_is_on_the_same_tokens_for_any_micro_batch(data, tmp_path):
     assert values[0] == pytest.approx(values[1], abs=1e-6) == pytest.approx(values[2], abs=1e-6)
     model = train_gpt2.GPT.from_checkpoint(tmp_path / "3" / "ckpt_000001.pt")
     tokens = torch.from_numpy(np.load(shards_of(config, "val")[0]).astype(np.int64))
-    x, y = tokens[: 62 * 32].view(-1, 32), tokens[1 : 62 * 32 + 1].view(-1, 32)  # 2000 tokens are 62 windows
+    x, y = tokens[: 62 * 32].view(-1, 32), tokens[1 : 62 * 32 + 1].view(-1, 32)  # 2000 tokens are 62 sequences
     assert values[3] == pytest.approx(F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_validation_is_the_same_when_the_ranks_do_not_divide_the_sequences(data, tmp_path, ranks):
+    """7 sequences on 2 and 3 ranks: each is counted once, and the sums of all ranks make the value."""
+    settings = {"val_tokens": 7 * 32, "total_batch_size": 192, "micro_batch": 1, "max_steps": 1}
+    expected = main(tiny_config(data, tmp_path / "one", **settings))
+    result = launch(tiny_config(data, tmp_path / "log", **settings), ranks)
+    assert result.returncode == 0, result.stderr
+    found = read_log(tmp_path / "log")
+    assert found["val"][0] == pytest.approx(read_log(tmp_path / "one")["val"][0], abs=1e-6)
+    assert found["val"][1] == pytest.approx(expected["val"], abs=1e-5)
+
+
+def test_a_run_resumed_from_an_older_checkpoint_returns_its_own_values(data, tmp_path, capsys):
+    """The log has later steps, of a history that this run is not; no number of it may be given as this run's."""
+    config = tiny_config(data, tmp_path / "log", max_steps=10, save_every=4, val_every=2)
+    first = main(config)
+    for step in (8, 10):
+        train_gpt2.checkpoint_path(tmp_path / "log", step).unlink()
+    capsys.readouterr()
+    last = main(Config(**vars(config) | {"resume": True, "max_steps": 6, "val_every": 3}))
+    said = capsys.readouterr().out
+    assert last["val"] == read_log(tmp_path / "log")["val"][6] != first["val"]
+    assert "\nstep: 6\n" in said and f"\nval: {last['val']:.6g}\n" in said
+    done = json.loads((tmp_path / "log" / "log.txt").read_text().split("# done ")[-1])
+    assert done["step"] == 6 and done["val"] == last["val"] and done["train"] == last["train"]
 
 
 def interrupt(straight, log_dir, step: int) -> None:
     """A copy of a finished run, as it would be had it been killed a little after the checkpoint of `step`."""
     shutil.copytree(straight, log_dir)
     for path in log_dir.glob("ckpt_*.pt"):
-        if path != rundir.path_of(log_dir, step):
+        if path != train_gpt2.checkpoint_path(log_dir, step):
             path.unlink()
     lines = (log_dir / "log.txt").read_text().splitlines(keepends=True)
     kept = next(i for i, line in enumerate(lines) if line.startswith(f"{step + 2} train"))
@@ -131,7 +155,7 @@ def interrupt(straight, log_dir, step: int) -> None:
 
 
 def same_weights(a, b) -> bool:
-    a, b = rundir.read(a), rundir.read(b)
+    a, b = train_gpt2.read_checkpoint(a), train_gpt2.read_checkpoint(b)
     moments = [state["optimizer"]["state"] for state in (a, b)]
     return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"]) and all(
         torch.equal(moments[0][i][key], moments[1][i][key]) for i in moments[0] for key in moments[0][i]
@@ -193,12 +217,12 @@ def test_compiled_losses_are_the_eager_ones(data, tmp_path, monkeypatch):
 
 
 def test_the_learning_rate_is_the_papers():
-    config = Config()
+    config = resolve(Config())
     assert lr_at(0, config) == pytest.approx(6e-4 / 715)
     assert lr_at(714, config) == lr_at(715, config) == pytest.approx(6e-4)
     assert lr_at(715 + (19073 - 715) // 2, config) == pytest.approx((6e-4 + 6e-5) / 2)
     assert lr_at(19073, config) == pytest.approx(6e-5)
-    assert lr_at(0, Config(warmup_steps=0, max_steps=1)) == pytest.approx(6e-4)
+    assert lr_at(0, resolve(Config(warmup_steps=0, max_steps=1))) == pytest.approx(6e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,7 +239,7 @@ def broken_weights(tmp_path):
     [
         ({"data_dir": "nowhere"}, "no train shards in 'nowhere'; run fineweb.py first"),
         ({"total_batch_size": 250}, r"--total_batch_size 250 is not a multiple of --seq_len 32; try 256"),
-        ({"micro_batch": 3}, r"3 windows \* --seq_len 32 \* 1 ranks = 96; try --micro_batch 2, or"),
+        ({"micro_batch": 3}, r"--micro_batch 3 \* --seq_len 32 \* 1 ranks = 96; try --micro_batch 2, or"),
         ({"n_embd": 33}, "n_embd 33 is not a multiple of n_head 2"),
         ({"seq_len": 4096, "total_batch_size": 4096}, "only 3000; lower it"),
         ({"max_steps": 0}, "--max_steps is 0"),
@@ -233,7 +257,7 @@ def test_mistakes_are_named_before_anything_is_written(data, tmp_path, monkeypat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(USER_ERRORS, match=message):
         main(tiny_config(data, tmp_path / "log", **changes))
     assert not (tmp_path / "log").exists()
 
@@ -275,9 +299,11 @@ def test_one_line_and_exit_status_2(tmp_path):
 
 
 @pytest.mark.parametrize("line", [["--max_steps", "ten"], ["--model", "gpt5"], ["--nonsense"], ["--max_steps"]])
-def test_a_flag_that_does_not_fit(line):
-    with pytest.raises(UserError, match=line[0]):
-        parse(Config, "", line)
+def test_a_flag_that_does_not_fit(line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(line)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and line[0].replace("_", "-") in said.replace("_", "-") and "Traceback" not in said
 
 
 def test_epochs_instead_of_steps(data, tmp_path):
@@ -296,22 +322,21 @@ def test_only_the_recipe_on_fineweb_edu_is_held_against_the_reference(data, tmp_
     main(tiny_config(mine, tmp_path / "small", max_steps=1, val_tokens=32))
     assert "reference" not in capsys.readouterr().out
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("meter.follows_recipe", lambda settings: True)
+    monkey.setattr("extras.reference.follows_recipe", lambda settings: True)
     main(tiny_config(mine, tmp_path / "recipe", max_steps=1, val_tokens=32))
     monkey.undo()
     assert "reference 10.93: ahead by 0.1" in capsys.readouterr().out
 
 
 def test_a_mark_is_passed_only_on_all_of_hellaswag():
-    on_fineweb = SimpleNamespace(comparable=True, on_recipe=False)
-    assert Meter.remarks(on_fineweb, 9, {"hella": 0.3, "hella_se": 0.0046}) == ["above GPT-2 124M's 0.2955"]
-    assert Meter.remarks(on_fineweb, 9, {"hella": 0.3, "hella_se": 0.1}) == [], "a small subset says nothing"
-    other = SimpleNamespace(comparable=False, on_recipe=False)
-    assert Meter.remarks(other, 9, {"hella": 0.3, "hella_se": 0.0046, "val": 3.0}) == []
+    edu = ({}, "fineweb-edu", "gpt2")
+    assert remarks(9, {"hella": 0.3, "hella_se": 0.0046}, *edu) == ["above GPT-2 124M's 0.2955"]
+    assert remarks(9, {"hella": 0.3, "hella_se": 0.1}, *edu) == [], "a small subset says nothing"
+    assert remarks(9, {"hella": 0.3, "hella_se": 0.0046, "val": 3.0}, {}, "mine", "gpt2") == []
 
 
 def test_flags_are_the_fields():
     config = tiny_config("a", "b", compile=False, resume=True)
-    assert parse(Config, "", flags(config)) == config
-    assert parse(Config, "", ["--max-steps=3", "--no-compile"]) == Config(max_steps=3, compile=False)
-    assert parse(Config, "", []) == Config()
+    assert parse(flags(config)) == config
+    assert parse(["--max-steps=3", "--no-compile"]) == Config(max_steps=3, compile=False)
+    assert parse([]) == Config()

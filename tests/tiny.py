@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+import extras.cli
+import train_gpt2
 from train_gpt2 import Config
 
 ROOT = Path(__file__).parent.parent
+USER_ERRORS = (train_gpt2.UserError, extras.cli.UserError)  # two classes: train_gpt2.py runs without extras/
 
 
 def token_set(directory: Path, lengths=(2000, 3000, 2500), tokenizer="bytes", vocab_size=257, masks=None) -> Path:
@@ -35,7 +38,7 @@ def token_set(directory: Path, lengths=(2000, 3000, 2500), tokenizer="bytes", vo
 
 
 def tiny_config(data, log, **changes) -> Config:
-    """A run of some milliseconds a step: 8 windows of 32 tokens, 2 layers of 32 channels."""
+    """A run of some milliseconds a step: 8 sequences of 32 tokens, 2 layers of 32 channels."""
     settings = {
         "data_dir": str(data), "log_dir": str(log), "order": "sequential", "device": "cpu", "dtype": "float32",
         "n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 32, "total_batch_size": 256, "micro_batch": 8,

@@ -38,12 +38,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import machine
-import rundir
 import train_gpt2
-from cli import UserError, knob, run
-from files import atomic_file
-from recipes import RECIPES
+from extras.cli import UserError, run
+from extras.files import atomic_file
+from train_gpt2 import RECIPES
 
 SMALL = {"seq_len": 128, "total_batch_size": 8192, "micro_batch": 16, "val_tokens": 65536, "dtype": "auto"}
 SIZES = {  # the model, the batch, and the middle of the grids: max_lr of gpt2, muon_lr of fast
@@ -58,15 +56,15 @@ LENGTHS = (1.8, 2.4, 3.2)  # times fewer steps than gpt2; of the first, the rate
 
 @dataclass
 class Config:
-    data_dir: str = knob("", "token shards; empty = the bytes of the built-in corpus, made in OUT/data")
-    out: str = knob("log/recipe", "run directories, report.md and curves.png go here")
-    sizes: list[str] = knob(["0.6M"], f"of {', '.join(SIZES)}")
-    steps: int = knob(300, "N, of the gpt2 recipe")
-    seeds: int = knob(3, "of each length and lever")
-    workers: int = knob(2, "trials at a time, one thread each")
-    device: str = knob("cpu", "cpu, or cuda with --workers 1")
-    picture: str = knob("", "the last size's picture goes there, too")
-    report: bool = knob(False, "only report what is there")
+    data_dir: str = ""  # token shards; empty = the bytes of the built-in corpus, made in OUT/data
+    out: str = "log/recipe"  # run directories, report.md and curves.png go here
+    sizes: list[str] = field(default_factory=lambda: ["0.6M"])  # of the names above
+    steps: int = 300  # N, of the gpt2 recipe
+    seeds: int = 3  # of each length and lever
+    workers: int = 2  # trials at a time, one thread each
+    device: str = "cpu"  # cpu, or cuda with --workers 1
+    picture: str = ""  # the last size's picture goes there, too
+    report: bool = False  # only report what is there
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,11 +102,11 @@ class Trial:
             return {}
         text = path.read_text(encoding="utf-8")
         begun = next(line for line in text.splitlines() if line.startswith("# config "))
-        was, now = json.loads(begun.removeprefix("# config ")), vars(train_gpt2.Config(**self.settings(config)))
+        was, now = json.loads(begun.removeprefix("# config ")), vars(train_gpt2.resolve(train_gpt2.Config(**self.settings(config))))
         for name in (*RECIPES["fast"], "zero_init"):
             if was.get(name) != now[name]:
                 raise UserError(f"{path.parent} was run with --{name} {was.get(name)}, not {now[name]}: another --out")
-        return rundir.Log(str(path.parent), writes=False).values["val"]
+        return train_gpt2.read_log(path)["val"]
 
     def loss(self, config: Config) -> float:
         """At the end; nan if the trial is not done."""
@@ -124,8 +122,8 @@ def gpt2(size: str, steps: int, lr: float, arm="gpt2", seed=1, **knobs) -> Trial
 
 def fast(size: str, steps: int, lr: float, seed=1) -> Trial:
     """`lr` is Muon's; the others' keeps the recipe's ratio to it."""
-    defaults = train_gpt2.Config(recipe="fast")
-    knobs = {"recipe": "fast", "max_lr": lr * defaults.max_lr / defaults.muon_lr, "muon_lr": lr}
+    defaults = RECIPES["fast"]
+    knobs = {"recipe": "fast", "max_lr": lr * defaults["max_lr"] / defaults["muon_lr"], "muon_lr": lr}
     return Trial(size, "fast", steps, tuple(knobs.items()), seed)
 
 
@@ -142,8 +140,8 @@ def carry_out(trial: Trial, config: Config) -> None:
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if not trial.losses(config):
         raise UserError(f"{trial.log_dir(config)}: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
-    for step in rundir.saved_steps(str(trial.log_dir(config))):
-        rundir.path_of(str(trial.log_dir(config)), step).unlink()
+    for step in train_gpt2.saved_steps(str(trial.log_dir(config))):
+        train_gpt2.checkpoint_path(str(trial.log_dir(config)), step).unlink()
     print(f"{trial.log_dir(config)}: {trial.loss(config):.4f} in {time.perf_counter() - began:.0f} s", flush=True)
 
 
@@ -224,7 +222,7 @@ def step_seconds(size: str, config: Config, max_lr: float, muon_lr: float, round
     sides = []
     for trial in (gpt2(size, config.steps, max_lr), fast(size, config.steps, muon_lr)):
         settings = trial.settings(config) | {"log_dir": str(Path(config.out) / "unused")}
-        sides.append(train_gpt2.set_up(train_gpt2.Config(**settings), machine.join_ranks(config.device)))
+        sides.append(train_gpt2.set_up(train_gpt2.Config(**settings), train_gpt2.join_ranks(config.device)))
     now = time.process_time if sides[0].device.type == "cpu" else time.perf_counter
     seconds = ([], [])
     for step in range(rounds + 2):

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError
-from files import atomic_file
+from extras.cli import UserError
+from extras.files import atomic_file
 
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
 
@@ -38,7 +38,11 @@ class Tracker:
     close: Callable[[bool], None]
 
     def __call__(self, step: int, values: dict) -> None:
-        self.tell(step, values)
+        try:
+            self.tell(step, values)
+        except Exception as error:  # whatever a tracker raises, the run is worth more than it
+            self.tell = lambda step, values: None
+            print(f"WARNING: the tracker failed and is left alone from now on: {error}", file=sys.stderr, flush=True)
 
     def end(self, finished: bool) -> None:
         """The run has ended, or was stopped. Whatever the tracker raises is said and no more: all is saved by then."""

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import UserError
-from sources import SourceFile
-from tokenizer import load_tokenizer, replace_surrogates
+from extras.cli import UserError
+from extras.sources import SourceFile
+from extras.tokenizer import load_tokenizer, replace_surrogates
 
 SLICE_BYTES = 4 * 2**20  # of a text file per unit: about a million tokens, as in a row group of FineWeb-Edu
 GROUP_BYTES = 64 * 2**20  # of text in a row group, beyond which it makes several units

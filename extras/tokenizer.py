@@ -1,7 +1,7 @@
 """
 Text <-> token ids: GPT-2's byte-pair encoding through tiktoken, or plain bytes for character-level models.
 
-    from tokenizer import load_tokenizer
+    from extras.tokenizer import load_tokenizer
     tokenizer = load_tokenizer("gpt2")                  # or "bytes"
     tokenizer.decode(tokenizer.encode("Hello world"))   # == "Hello world"
 
@@ -15,7 +15,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from cli import UserError
+from extras.cli import UserError
 
 VOCAB_SHA256 = {  # of OpenAI's release, as tiktoken_ext/openai_public.py lists them
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",

@@ -2,6 +2,8 @@
 What is known of GPT-2 124M, to hold a run against: its recipe, its curve, and the marks of the originals.
 """
 
+import math
+
 import numpy as np
 
 TOKENS_PER_STEP = 524_288  # of GPT-2's recipe, and of build-nanogpt, whose logs don't say
@@ -36,3 +38,19 @@ def follows_recipe(settings: dict) -> bool:
 def reference_loss(step):
     """REFERENCE_CURVE between its points, on a logarithmic axis of steps, where it is nearly straight."""
     return np.interp(np.log(step + 50), np.log(np.array([*REFERENCE_CURVE]) + 50), [*REFERENCE_CURVE.values()])
+
+
+def remarks(step: int, values: dict[str, float], settings: dict, source, tokenizer: str) -> list[str]:
+    """How an evaluation compares with what is known about GPT-2 124M; nothing where the setup is another."""
+    if not on_fineweb_edu(source, tokenizer):
+        return []
+    found = []
+    if "val" in values and follows_recipe(settings):
+        expected = float(reference_loss(step))
+        side = "ahead" if values["val"] <= expected else "behind"
+        found.append(f"reference {expected:.2f}: {side} by {abs(expected - values['val']):.2f}")
+    if values.get("val", math.inf) < GPT2_LOSS:
+        found.append(f"below GPT-2 124M's {GPT2_LOSS}")
+    if values.get("hella", 0) > GPT2_HELLASWAG and values["hella_se"] < 0.005:  # all 10,042
+        found.append(f"above GPT-2 124M's {GPT2_HELLASWAG}")
+    return found

@@ -1,14 +1,14 @@
 """
-GPT-2 weights in and out: directories of Hugging Face's `transformers`, its hub, and other trainers' checkpoints.
+GPT-2 weights in and out: directories of Hugging Face's `transformers`, and its hub.
 
     shape, state = load("gpt2-medium")                # a hub name, or a directory with config.json and weights
-    shape, state = load_checkpoint("ckpt_019073.pt")  # of train_gpt2.py, of build-nanogpt or of nanoGPT
-    save("exported", shape, state)                    # what transformers, lm-eval and llama.cpp's converter load
+    save("exported", model)                           # what transformers, lm-eval and llama.cpp's converter load
 
 Knows no model class: it speaks of a shape, a dict of sizes with the names of train_gpt2.GPTConfig, and of a state dict
 with Hugging Face's names and nn.Linear's layout. Every weight must be there, and fit; nothing in a file is executed.
 """
 
+import copy
 import json
 import logging
 import os
@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-import rundir
-from cli import UserError
-from tokenizer import vocab_files
+from extras.cli import UserError
+from extras.tokenizer import vocab_files
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older files carry along
@@ -229,59 +228,24 @@ def crop(shape: dict, state: dict, block_size: int | None, source: str) -> tuple
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In: checkpoints
-
-
-class PickledConfig:
-    """Stands in for build-nanogpt's `__main__.GPTConfig`: the unpickler fills its attributes and calls nothing."""
-
-
-def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
-    """Shape and state dict of the model in a checkpoint of train_gpt2.py, of build-nanogpt or of nanoGPT.
-
-    nanoGPT's GELU is the exact one, ours is GPT-2's with tanh: its models' logits come out some 1e-3 different.
-    """
-    if Path(path).suffix in (".safetensors", ".bin"):
-        raise UserError(f"{path} is the weights alone; name the directory, where config.json is beside them")
-    with torch.serialization.safe_globals([(PickledConfig, "__main__.GPTConfig")]):
-        saved = rundir.read(path, ("model",))
-    config = next((saved[key] for key in ("model_config", "model_args", "config") if key in saved), None)
-    config = vars(config) if isinstance(config, PickledConfig) else config
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no GPT-2 checkpoint: it does not tell {', '.join(names)}")
-    bad = [name for name in names if not is_size(name, config.get(name))]
-    tokens = config.get("n_tokens", 0)
-    if not bad and not (type(tokens) is int and 0 <= tokens <= config["vocab_size"]):
-        bad = ["n_tokens"]
-    if bad:
-        raise UserError(f"{path} is no GPT-2 checkpoint: it has no sensible number for {', '.join(bad)}")
-    shape = {name: config[name] for name in (*names, "n_tokens") if name in config}
-    if not isinstance(saved["model"], dict) or not all(map(is_weight, saved["model"], saved["model"].values())):
-        raise UserError(f"{path} is no GPT-2 checkpoint: its model is not a dict of names and dense tensors")
-    state = {name.removeprefix("module.").removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
-    if config.get("bias") is False:  # nanoGPT can leave them out: that is, they are 0
-        state |= {name: torch.zeros(1).expand(size) for name, size in layout(shape).items() if name.endswith("bias")}
-    return shape, fit(state, shape, str(path))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Out
 
 
-def save(directory: str, shape: dict, state: dict) -> None:
+def save(directory: str, model: torch.nn.Module) -> None:
     """Write a new directory, whole or not at all: config, weights, tokenizer, generation config.
 
     Of the vocabulary it has the `n_tokens` ids that are tokens. Which tokenizer that is, their number tells: 50257 or
-    257; for any other the directory has none. UserError if there is something of that name.
+    257; for any other the directory has none. UserError if there is something of that name, or if what was written
+    computes something else than the model, which is then no GPT-2.
     """
-    target = Path(directory)
+    target, shape = Path(directory), vars(model.config)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{directory} is there already, and not empty; name another directory")
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        write_model(temporary, shape, state)
+        write_model(temporary, shape, model.state_dict())
+        compare(temporary, model)
         write_tokenizer(temporary, shape["n_tokens"], shape["block_size"])
         for path in temporary.iterdir():
             with open(path, "rb+") as file:
@@ -293,6 +257,30 @@ def save(directory: str, shape: dict, state: dict) -> None:
         raise UserError(f"can't write {directory}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.no_grad()
+def compare(folder: Path, model: torch.nn.Module) -> None:
+    """UserError unless transformers computes the model's logits from what was written."""
+    try:
+        from transformers import GPT2LMHeadModel
+    except ModuleNotFoundError:
+        print("transformers is not installed: the exported model was not compared with the trained one")
+        return
+    if model.lm_head.weight.dtype != torch.float32 or model.lm_head.weight.device.type != "cpu":
+        model = copy.deepcopy(model).float().cpu()
+    theirs, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    generator, n = torch.Generator().manual_seed(0), model.config.n_tokens
+    ids = torch.randint(n, (2, min(64, model.config.block_size)), generator=generator)
+    training = model.training
+    ours, theirs = model.eval()(ids)[0][..., :n], theirs.eval()(ids).logits
+    model.train(training)
+    apart, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    if info["missing_keys"] or info["unexpected_keys"] or not apart <= 1e-4 * max(1.0, scale):
+        raise UserError(
+            f"this model is no plain GPT-2, transformers would compute something else: logits up to {apart:.3g} apart "
+            f"on random ids, of size {scale:.3g}; GPT.from_checkpoint and sample.py can use it"
+        )
 
 
 def write_model(folder: Path, shape: dict, state: dict) -> None:

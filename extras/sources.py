@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import UserError
-from files import atomic_file
+from extras.cli import UserError
+from extras.files import atomic_file
 
 PYTHON_DOCS = "python-docs"
 KINDS = ("parquet", "jsonl", "txt")  # of files; by suffix, before .gz or .zst

@@ -1,0 +1,58 @@
+"""
+Does a micro-batch fit into memory? Asked on a GPU before the first step; without this file the estimate stands.
+"""
+
+import re
+import time
+
+import torch
+
+from extras.cli import UserError
+
+
+def try_micro_batch(run, micro_batch: int) -> None:
+    """All the memory that a step needs: two micro-batches of zeros, forward and backward, with room for the moments.
+
+    Compiles what there is to compile. No rank waits for another in here: one alone may run out of memory.
+    """
+    try:
+        idx = torch.zeros(micro_batch, run.config.seq_len, dtype=torch.int32, device=run.device)  # as in a step
+        moments = [torch.empty_like(p) for p in run.raw_model.parameters() if not run.optimizer.state for _ in range(2)]
+        if run.ranks.world_size > 1:  # DDP looks at it in the forward
+            run.model.require_backward_grad_sync = False
+        for _ in range(2):  # the second finds the gradients of the first
+            with run.autocast():
+                loss = run.model(idx, idx.long())[1]
+            loss.backward()
+        del moments
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+
+
+def fit_micro_batch(run, any_rank) -> int:
+    """run.micro_batch, or the half of it for which every rank has the memory; the batch of an update stays.
+
+    any_rank(flag, ranks) tells whether a flag is true on any rank. UserError if one sequence doesn't fit, or if the
+    --micro_batch that was asked for doesn't.
+    """
+    B, per_rank = run.micro_batch, run.config.total_batch_size // run.config.seq_len // run.ranks.world_size
+    began = time.perf_counter()
+    while True:
+        failed = False
+        try:
+            try_micro_batch(run, B)
+        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on MPS
+            if not re.search("out of memory|ALLOC_FAILED", str(error)):  # the latter from cuBLAS
+                raise
+            failed = True
+        if not any_rank(failed, run.ranks):
+            run.ranks.print0(f"ready    micro-batch {B} compiled and tried in {time.perf_counter() - began:.1f} s")
+            return B
+        if B == 1 or run.config.micro_batch:
+            better = "leave --micro_batch at 0" if B > 1 else "lower --seq_len or --model, or turn on --recompute"
+            raise UserError(f"out of memory with --micro_batch {B}; {better}")
+        B = max(d for d in range(1, B // 2 + 1) if per_rank % d == 0)
+        run.ranks.print0(f"memory   does not suffice; trying micro-batch {B}")
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(run.device)

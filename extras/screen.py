@@ -1,0 +1,86 @@
+"""
+What a run shows beside losses: what it is made of, how fast it should be, how long it will take, how good it is.
+
+`run` is train_gpt2.Run. Without this file the trainer prints its steps and evaluations and no more.
+"""
+
+import time
+from dataclasses import asdict
+from datetime import timedelta
+
+import torch
+
+from extras.hardware import flops_per_token, peak_flops
+from extras.reference import remarks
+
+
+def begin(run) -> str:
+    """What was found and decided."""
+    config, shape, W = run.config, run.raw_model.config, run.ranks.world_size
+    parameters, tokens = sum(p.numel() for p in run.raw_model.parameters()), len(run.train) * config.seq_len
+    steps, batch = config.max_steps, config.total_batch_size
+    accumulation, flops = batch // (run.micro_batch * config.seq_len * W), flops_per_token(shape, config.seq_len)
+    lines = [
+        f"device   {run.device.type} ({hardware(run.device)}), {'compiled' if run.compiled else 'eager'}, "
+        f"{str(run.dtype).removeprefix('torch.')}",
+        f"model    {parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
+        f"{shape.n_tokens} ids padded to {shape.vocab_size}, sequences up to {shape.block_size}",
+        f"data     {config.data_dir}: {tokens:,} train tokens ({run.loader['tokenizer']}), "
+        f"{tokens / batch:,.0f} steps an epoch",
+        f"step     {batch:,} tokens: {run.micro_batch} sequences x {config.seq_len} tokens x {W} ranks x "
+        f"{accumulation} micro-batches",
+        f"run      {steps:,} steps, {steps * batch:,} tokens, {steps * batch / tokens:.2f} epochs, "
+        f"{steps * batch * flops:.1e} FLOP",
+    ]
+    if run.start:
+        done = "; all is done, a larger --max_steps goes on" if run.start >= steps else ""
+        lines.append(f"resumed  at step {run.start}{done}")
+    if config.warmup_steps >= steps:
+        lines.append(f"note     --warmup_steps {config.warmup_steps:,} is not over when the run is")
+    return "\n".join(lines)
+
+
+def hardware(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"{torch.get_num_threads()} threads"
+    free, total = (number / 2**30 for number in torch.cuda.mem_get_info(device))
+    free += (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2**30  # ours to use
+    return f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GiB free"
+
+
+def mfu(run, seconds_a_step: float) -> float:
+    """Percent of the devices' bf16 peak (Chowdhery et al. 2022); 0 if the peak is not known."""
+    peak = peak_flops(run.device) * run.ranks.world_size
+    flops = flops_per_token(run.raw_model.config, run.config.seq_len) * run.config.total_batch_size
+    return 100 * flops / seconds_a_step / peak if peak else 0.0
+
+
+def step(run, done: int, seconds_a_step: float, eval_seconds: dict[str, float]) -> str:
+    """MFU, and time left after `done` steps; eval_seconds: setting that says how often -> how long the last took."""
+    end, left = run.config.max_steps, (run.config.max_steps - done) * seconds_a_step
+    for setting, seconds in eval_seconds.items():
+        every = getattr(run.config, setting)
+        left += seconds * (end // every - (done - 1) // every + (end % every > 0))
+    percent = mfu(run, seconds_a_step)
+    return f" | MFU {f'{percent:.1f}%' if percent else 'n/a'} | {timedelta(seconds=round(left))} left"
+
+
+def compare(run, done: int, values: dict[str, float]) -> str:
+    """How an evaluation compares with what is known about GPT-2 124M."""
+    settings = asdict(run.config) | asdict(run.raw_model.config)
+    found = remarks(done, values, settings, run.manifest["source"], run.loader["tokenizer"])
+    return "".join(f" | {remark}" for remark in found)
+
+
+def end(run, seconds: float, steps: int, began: float) -> dict[str, float]:
+    """Speed and memory, for the last block; `steps` took `seconds` of training, the run began at `began`."""
+    facts = {}
+    if steps:
+        facts["tokens_per_second"] = round(steps * run.config.total_batch_size / seconds)
+        if percent := mfu(run, seconds / steps):
+            facts["mfu_percent"] = round(percent, 1)
+        facts["training_seconds"] = round(seconds, 1)
+    facts["total_seconds"] = round(time.perf_counter() - began, 1)
+    if run.device.type == "cuda":
+        facts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(run.device) / 2**30, 2)
+    return facts
