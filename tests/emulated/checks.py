@@ -219,11 +219,11 @@ def test_out_of_memory_at_first_halves_the_micro_batch(config, compiled, phase, 
         gc.enable()
     assert results[0] == ("failed" if phase == "backward" else "done") and set(results[1:]) == {"done"}
     assert run.micro_batch == 32 and left == held
-    assert "64 windows do not fit; trying 32" in capsys.readouterr().out
+    assert "trying micro-batch 32" in capsys.readouterr().out
     run = set_up(config(**{**BIG, "micro_batch": 32}), RANKS)
     assert losses == [train_gpt2.train_step(run, run.batch(step), 1e-3)[0].item() for step in range(2)]
 
 
-def test_no_memory_for_one_window_is_a_message(config):
-    with device.limited_to(300_000), pytest.raises(ValueError, match="out of memory with one window per forward"):
+def test_no_memory_for_one_sequence_is_a_message(config):
+    with device.limited_to(300_000), pytest.raises(ValueError, match="out of memory with --micro_batch 1;"):
         set_up(config(**BIG), RANKS)

@@ -15,6 +15,7 @@
 #include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -264,6 +265,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", resize_);
   m.impl("as_strided", native::as_strided_tensorimpl);
   m.impl("view", native::view);
+  m.impl("set_.source_Storage", static_cast<at::Tensor& (*)(at::Tensor&, Storage)>(native::set_));
+  m.impl("set_.source_Storage_storage_offset", native::set_storage_cpu_);
   m.impl("_reshape_alias", native::_reshape_alias);
   m.impl("scaled_dot_product_attention", attention);  // a CPU build can't choose among CUDA's kernels
 }
