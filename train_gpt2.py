@@ -49,7 +49,6 @@ from torch.utils.checkpoint import checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 
-
 SIZES = {  # Radford et al. 2019, table 2; the parameter counts are the released models'
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 350M
@@ -136,6 +135,12 @@ class LocalError(UserError):
     """A UserError that perhaps only this rank meets, so this rank reports it; of the others, only rank 0 speaks."""
 
 
+def missing(error: ModuleNotFoundError) -> str:
+    """What to say of a file or a package that a setting asks for and that is not here."""
+    top, file = error.name.split(".")[0], error.name.replace(".", "/") + ("/" if error.name == "extras" else ".py")
+    return f"{file} is not beside train_gpt2.py" if top in ("extras", "hellaswag") else f"pip install {top}"
+
+
 def resolve(config: Config) -> Config:
     """The config with the recipe's values where a setting is None. Derived when a run starts, not before."""
     recipe = RECIPES.get(config.recipe, {})
@@ -161,26 +166,12 @@ def check(config: Config) -> None:
     if config.epochs and config.max_steps != Config.max_steps:
         raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
     if config.track != "none":
-        with optional(f"--track {config.track}"):
-            from extras.track import require_tracker
+        from extras.track import require_tracker
         require_tracker(config.track)
-
-
-@contextlib.contextmanager
-def optional(wanted_by: str) -> Iterator[None]:
-    """Around an import that only `wanted_by` needs: a UserError that names the file or package that is not there."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name.split(".")[0] not in ("extras", "hellaswag"):
-            raise UserError(f"{wanted_by} needs the package {error.name}: pip install {error.name}") from error
-        file = "extras/" if error.name == "extras" else error.name.replace(".", "/") + ".py"
-        raise UserError(f"{wanted_by} needs {file}, which is not beside train_gpt2.py") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
-
 
 @dataclass
 class GPTConfig:
@@ -299,21 +290,18 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, **options) -> torch.Tensor:
         """(B, T) ids -> (B, T + new) ids; the options are those of `extras.generation.stream`."""
         from extras.generation import stream
-
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
         """A GPT-2 of the hub ("gpt2" ... "gpt2-xl") or a directory, cropped to `block_size`; every weight must fit."""
         from extras.pretrained import load
-
         return cls.of(*load(name_or_dir, block_size))
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "GPT":
         """The model of a checkpoint: of this trainer, of build-nanogpt or of nanoGPT."""
         from extras.checkpoints import load_checkpoint
-
         return cls.of(*load_checkpoint(path))
 
     @classmethod
@@ -331,7 +319,6 @@ class GPT(nn.Module):
     def save_pretrained(self, directory: str) -> None:
         """Write a new directory for `transformers`, lm-eval and llama.cpp: the tokens that exist, without padding."""
         from extras.pretrained import save
-
         save(directory, self)
 
 
@@ -394,7 +381,6 @@ class HeadLoss(torch.autograd.Function):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -555,7 +541,6 @@ def prefetched(make: Callable, first: int, stop: int) -> Iterator:
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimization
 
-
 def lr_at(step: int, config: Config) -> float:
     """The learning rate of AdamW; Muon's is muon_lr / max_lr times it.
 
@@ -572,8 +557,7 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
     """Fused AdamW, or Muon with it; what multiplies or embeds is decayed, biases and LayerNorms are not."""
     settings = {"lr": config.max_lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     if config.muon_lr:
-        with optional("--recipe fast or --muon_lr"):
-            from extras.muon import make_muon
+        from extras.muon import make_muon
         dtype = pick_dtype(config.dtype, model.lm_head.weight.device)
         rates = config.muon_lr, config.muon_momentum, config.weight_decay
         return make_muon(model.named_parameters(), *rates, dtype, **settings)
@@ -628,7 +612,6 @@ def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation. Each function returns {stream: value}, or None if the run is to stop; all ranks call it together.
 
-
 @torch.no_grad()
 def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
     """Loss in nats a token on the first val_tokens of the split: the same for any micro-batch and any ranks."""
@@ -656,7 +639,6 @@ def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
 def score_hellaswag(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
     """Accuracy by mean loss per token, and its standard error."""
     import hellaswag
-
     counts = hellaswag.evaluate(
         run.raw_model.features, run.raw_model.head, run.hella_rows, run.device, run.ranks.rank, run.ranks.world_size,
         should_stop=stop.agreed, autocast=run.autocast,
@@ -691,25 +673,22 @@ def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
     """Tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
     tokenizer = rows = None
     try:
-        with optional("--sample_every"):
-            from extras.tokenizer import load_tokenizer
+        from extras.tokenizer import load_tokenizer
         tokenizer = load_tokenizer(name)
-        with optional("--hella_every"):
-            from hellaswag import rows_or_none
+        from hellaswag import rows_or_none
         how = (config.hella_data, config.hella_limit, config.seed, tokenizer, config.seq_len)
         rows = rows_or_none(*how) if config.hella_every and ranks.rank == 0 else None  # it may have to download a file
         if any_rank(rows is not None, ranks):
             rows = rows_or_none(*how) if ranks.rank else rows
             rows = None if any_rank(rows is None, ranks) else rows
-    except UserError as error:
+    except ModuleNotFoundError as error:
         if config.hella_every or config.sample_every:
-            ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {error}")
+            ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {missing(error)}")
     return tokenizer, rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks and devices
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -771,8 +750,7 @@ def join_ranks(kind: str) -> Ranks:
         limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            with optional("torchrun --max-restarts"):
-                from extras.elastic import name_this_start
+            from extras.elastic import name_this_start
             store = dist.PrefixStore(name_this_start(store, rank, W, limit.total_seconds()), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
@@ -843,7 +821,6 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     if asked is not None or ranks.device.type != "cuda":
         return bool(asked)
     from torch.utils._triton import has_triton
-
     if not has_triton():
         ranks.print0("compile  off: there is no Triton for this card or system; training is slower without")
     return has_triton()
@@ -906,7 +883,6 @@ class StopSignal:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Run directory: log.txt, which only grows, and checkpoints, which are there whole or not at all
-
 
 CHECKPOINT_KEYS = ("model", "model_config", "optimizer", "loader", "step", "config", "versions")
 SHAPE = ("model", "n_layer", "n_head", "n_embd")  # of the weights: what not even --force can change
@@ -978,10 +954,12 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
 
 
 def died_before_first_checkpoint(log: Path, save_every: int) -> bool:
-    """Whether a log without checkpoints is that of a run of ours which had none to lose; it begins again at step 0."""
-    last_step = max(read_log(log).get("train", {}), default=0)
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return not text or (text.startswith("# config {") and (last_step <= save_every or not save_every))
+    """Whether a log without checkpoints is that of a run of ours which had none to lose; it begins again at step 0.
+
+    Training goes on while the first is written, but at the latest when the second is due that has ended.
+    """
+    last_step, text = max(read_log(log).get("train", {}), default=0), log.read_text(encoding="utf-8", errors="replace")
+    return not text or (text.startswith("# config {") and (last_step <= 2 * save_every or not save_every))
 
 
 def read_log(path: Path, start: int = sys.maxsize) -> dict[str, dict[int, float]]:
@@ -1111,7 +1089,6 @@ class Saver:
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-
 @dataclass
 class Run:
     """What a run is made of, once it is set up."""
@@ -1165,8 +1142,7 @@ def versions() -> dict[str, str]:
 def make_model(config: Config, n_tokens: int) -> GPT:
     """The model a run begins with: that of --init_from, or random weights from the seed, the same on every device."""
     if config.init_from:
-        with optional("--init_from"):
-            from extras.checkpoints import load_any
+        from extras.checkpoints import load_any
         return GPT.of(*load_any(config.init_from))
     sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
     torch.manual_seed(config.seed)
@@ -1227,7 +1203,6 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     if compiled or ranks.device.type != "cpu":
         with contextlib.suppress(ModuleNotFoundError):  # without it the estimate stands
             from extras.fit import fit_micro_batch
-
             run.micro_batch = fit_micro_batch(run, any_rank)
     return run
 
@@ -1344,7 +1319,6 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     os.makedirs(config.log_dir, exist_ok=True)
     if rank0 and config.track != "none":
         from extras.track import open_tracker
-
         track = open_tracker(config.track, config.log_dir, asdict(config), step)
     log = Log(config.log_dir, rank0, step, track)
     saver = Saver(config.log_dir, config.keep_checkpoints, log, rank0)
@@ -1386,7 +1360,6 @@ def main(config: Config) -> dict[str, float]:
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config."""
     import tyro
-
     about, rank0 = __doc__.partition("\nContents:")[0], os.environ.get("RANK", "0") == "0"
     markers = (tyro.conf.DisallowNone,)  # so that `compile`, None by default, is --compile and --no-compile
     return tyro.cli(Config, args=argv, description=about, use_underscores=True, console_outputs=rank0, config=markers)
@@ -1400,11 +1373,13 @@ def run_command_line(argv: list[str] | None = None) -> None:
         main(parse(argv))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except (ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
         no_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", message)
         if no_memory:
             message = f"out of memory: a smaller batch, sequence or model fits better, see --help ({message[:200]})"
+        elif isinstance(error, ModuleNotFoundError):
+            message = f"a setting needs more than this file: {missing(error)}"
         elif not any(kind.__name__ == "UserError" for kind in type(error).__mro__):  # extras/ has its own UserError
             raise
         if rank == "0" or no_memory or isinstance(error, LocalError):

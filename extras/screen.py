@@ -4,6 +4,8 @@ What a run shows beside losses: what it is made of, how fast it should be, how l
 `run` is train_gpt2.Run. Without this file the trainer prints its steps and evaluations and no more.
 """
 
+import os
+import sys
 import time
 from dataclasses import asdict
 from datetime import timedelta
@@ -41,11 +43,26 @@ def begin(run) -> str:
 
 
 def hardware(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"{torch.get_num_threads()} threads"
-    free, total = (number / 2**30 for number in torch.cuda.mem_get_info(device))
-    free += (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2**30  # ours to use
-    return f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GiB free"
+    """What the device is, and its memory."""
+    if device.type == "cuda":
+        free, total = (number / 2**30 for number in torch.cuda.mem_get_info(device))
+        free += (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2**30  # ours to use
+        return f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GiB free"
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        return f"{torch.get_num_threads()} of {os.cpu_count()} threads, {total:.1f} GiB"
+    return f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most that was in use at once, in GiB: by tensors on a GPU, else by this process; 0 = unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
 def mfu(run, seconds_a_step: float) -> float:
@@ -81,6 +98,6 @@ def end(run, seconds: float, steps: int, began: float) -> dict[str, float]:
             facts["mfu_percent"] = round(percent, 1)
         facts["training_seconds"] = round(seconds, 1)
     facts["total_seconds"] = round(time.perf_counter() - began, 1)
-    if run.device.type == "cuda":
-        facts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(run.device) / 2**30, 2)
+    if memory := peak_memory(run.device):
+        facts["peak_memory_gib"] = round(memory, 2)
     return facts

@@ -19,7 +19,7 @@ def test_the_screen(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     head = {line.split()[0]: line for line in lines[:5]}
     assert list(head) == ["device", "model", "data", "step", "run"]
-    assert re.search(r"cpu \(\d+ threads\), eager, float32", head["device"])
+    assert re.search(r"cpu \(\d+ of \d+ threads, [\d.]+ GiB\), eager, float32", head["device"])
     assert "38,784 parameters: 2 layers, 2 heads, width 32" in head["model"]
     assert "5,472 train tokens (bytes), 21 steps an epoch" in head["data"]
     assert "256 tokens: 8 sequences x 32 tokens x 1 ranks x 1 micro-batches" in head["step"]
@@ -30,7 +30,7 @@ def test_the_screen(tmp_path, capsys, monkeypatch):
     assert all(re.search(r"\| lr .* \| norm .* ms \| .* tok/s \| MFU [\d.]+% \| .* left$", line) for line in steps)
     facts = dict(line.split(": ") for line in lines[lines.index("step: 10") :])
     assert {"val", "train", "bpb", "norm", "tokens_per_second", "training_seconds", "total_seconds"} <= facts.keys()
-    assert all(float(value) >= 0 for value in facts.values()) and "mfu_percent" in facts
+    assert all(float(value) >= 0 for value in facts.values()) and {"mfu_percent", "peak_memory_gib"} <= facts.keys()
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def test_links_within_the_readme_lead_somewhere():
 def test_commands_run_as_written(tmp_path):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "extras", tmp_path / "extras", ignore=shutil.ignore_patterns("__pycache__"))
     python = f'python() {{ "{sys.executable}" "$@"; }}\n'
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for language, needs, text in BLOCKS:

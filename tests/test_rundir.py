@@ -212,7 +212,7 @@ def test_only_damaged_checkpoints_are_no_new_beginning(tmp_path):
 def test_a_log_without_a_checkpoint_is_resumed_only_if_there_was_none_to_lose(tmp_path):
     """build-nanogpt's own log directory has our default name; a run killed early has a log and nothing else."""
     log = tmp_path / "log.txt"
-    for text in ("0 val 10.9\n0 train 10.9\n", '# config {}\n0 train 9.0\n20 train 5.0\n'):
+    for text in ("0 val 10.9\n0 train 10.9\n", '# config {}\n0 train 9.0\n21 train 5.0\n'):
         log.write_text(text)
         for settings in ({}, {"resume": False}):
             with pytest.raises(UserError, match=r"a log.txt but no checkpoint to resume from; choose another"):
