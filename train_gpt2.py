@@ -329,12 +329,37 @@ def casts_to_bfloat16(device: torch.device) -> bool:
 
 def head_loss(x, weight, targets, n_tokens: int):
     """Summed cross-entropy of the tied head. x (N, C), weight (V, C), targets (N,) with -100 for none -> scalar."""
-    if torch.compiler.is_compiling():  # the compiler fuses the upcast and the padding into the softmax's reads
-        logits = F.linear(x, weight).float()
-        padding = torch.arange(len(weight), device=x.device) >= n_tokens
-        return F.cross_entropy(logits.masked_fill(padding, -math.inf), targets, reduction="sum")
+    if torch.compiler.is_compiling():
+        padding = torch.where(torch.arange(len(weight), device=x.device) < n_tokens, 0.0, -math.inf)  # by the matmul
+        parts = 1 + len(x) * len(weight) // 2**31  # more logits at a time would need 64-bit indices, which are slower
+        chunks = zip(x.chunk(parts), targets.chunk(parts))
+        return sum(CrossEntropy.apply(F.linear(rows, weight, padding), wanted) for rows, wanted in chunks)
     rows = 256 if x.device.type == "cpu" else 8192
     return HeadLoss.apply(x, weight, targets, n_tokens, rows, torch.is_grad_enabled())
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of logits (N, V), written for torch.compile: it makes one kernel of each pass.
+
+    It keeps the logits and writes their gradient over them: 2 V bytes a token less than F.cross_entropy, and 2% faster
+    on an H200 (bench/RESULTS.md). keepdim is what lets Inductor find the largest and the sum in one read.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        values = logits.float()
+        top = values.amax(dim=1, keepdim=True)
+        log_z = top + (values - top).exp().sum(dim=1, keepdim=True).log()
+        ctx.save_for_backward(logits, log_z, targets)
+        picked = logits.gather(1, targets.clamp(min=0)[:, None]).float()
+        return ((log_z - picked) * (targets >= 0)[:, None]).sum()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        logits, log_z, targets = ctx.saved_tensors
+        one_hot = (torch.arange(logits.shape[1], device=logits.device) == targets[:, None]).float()
+        grad = ((logits.float() - log_z).exp() - one_hot) * ((targets >= 0)[:, None] * grad_loss)
+        return grad.to(logits.dtype), None
 
 
 LONGEST_SUM = {"mps": 2**14}  # M1 and M2 sum 32,767 or more terms wrongly until torch 2.14 (pytorch issue 177116)
@@ -1189,7 +1214,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     for block in raw_model.transformer.h if config.recompute else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     compiled = wants_compile(config.compile, ranks)
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+    model = torch.compile(raw_model, dynamic=False, options={"use_fast_math": True}) if compiled else raw_model
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     tokenizer, hella_rows = load_text_evaluations(config, name, ranks)

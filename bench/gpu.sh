@@ -1,72 +1,100 @@
 #!/bin/sh
-# All that is to be known of speed on one GPU: checks first, then tables, each in a file of $OUT (bench/out).
+# Everything to be measured on one GPU, in an order that a 30-minute lease can hold. Each part ends within nine minutes on
+# an H100 or H200 and writes its own file into $OUT (bench/out); one that fails does not stop the next.
 #
-#   bench/gpu.sh check                  the tests of speed, and a first table in which all losses must agree
-#   bench/gpu.sh peers [flags]          ours beside the checkouts in peers/ and transformers: the 124M recipe's step
-#   bench/gpu.sh levers [flags]         ours with one lever changed at a time
-#   bench/gpu.sh sizes [flags]          350M, 774M and 1558M
-#   bench/gpu.sh ddp [flags]            several ranks: what torch.compile does to DDP, in both orders
-#   bench/gpu.sh where [flags]          the profile, the wait for data, and the time of evaluations
-#   bench/gpu.sh rehearse               all of it in miniature, on the CPU
+#   bench/gpu.sh check        1  attention's gradients; losses against the CPU's; resume; where the time of a step goes
+#   bench/gpu.sh peers        2  the 124M recipe's step beside build-nanogpt, nanoGPT (in peers/) and transformers
+#   bench/gpu.sh levers       3  ours with one thing changed at a time
+#   bench/gpu.sh memory       4  peak memory at B = 16, 32, 64
+#   bench/gpu.sh evaluations  5  seconds of the first and later HellaSwag and validations
+#   bench/gpu.sh curves       6  124M trained from text with both recipes, 4 minutes each
+#   bench/gpu.sh sizes        7  350M, 774M and 1558M
+#   bench/gpu.sh all             1 to 7
+#   bench/gpu.sh ddp             several ranks (RANKS=2): what torch.compile does to DDP, in both orders
+#   bench/gpu.sh rehearse        1 to 7 in miniature, on the CPU
 #
-# Flags go to bench/train_step.py, after ours; RANKS=2 says how many ranks `ddp` has. Wants data/python-docs (makes it if
-# it isn't there) and, for `peers`, peers/build-nanogpt and peers/nanoGPT. $PYTHON is the Python to use; each part ends
-# within ten minutes on an H200.
+# More flags go to the part's bench/*.py, behind ours. $PYTHON is the Python to use. Wants data/python-docs (makes it if it
+# isn't there); `evaluations` wants $HELLA, a local hellaswag_val.jsonl(.gz); `evaluations` and `curves` read the shards in
+# $DATA, which fineweb.py makes from $TEXT where they are missing.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/out}
-what=${1:?check, peers, levers, sizes, ddp, where or rehearse}
+DATA=${DATA:-data/corpus}
+HELLA=${HELLA:-}
+what=${1:?check, peers, levers, memory, evaluations, curves, sizes, ddp, all or rehearse}
 shift
 mkdir -p "$OUT"
-step="$PYTHON bench/train_step.py --device cuda --micro_batch 64 --accumulate 8 --rounds 3 --steps 2"
+export PYTHONUNBUFFERED=1
+SMALL=${SMALL:-}  # set by rehearse
+if [ -n "$SMALL" ]; then
+    step="--device cpu --n_layer 1 --seq_len 64 --micro_batch 2 --accumulate 2 --rounds 1 --steps 1 --warmup 1"
+    one="--device cpu --n_layer 1 --seq_len 64"
+else
+    step="--device cuda --micro_batch 64 --accumulate 8 --rounds 5 --steps 2 --at_once 0"
+    one="--device cuda"
+fi
+step="$PYTHON bench/train_step.py $step"
 
-if [ ! -e data/python-docs/manifest.json ] && [ ! -e data/python-docs/edufineweb_train_000001.npy ]; then
+if [ ! -e data/python-docs/manifest.json ]; then
     $PYTHON fineweb.py --dataset python-docs --out data/python-docs
 fi
 
 case $what in
 check)
-    $PYTHON -m pytest -q tests/test_speed.py || echo "tests of speed: failed, or no pytest here"
-    $step --accumulate 1 --rounds 1 --variants ours,compile ours ours,recompute ours,compile,sdpa=cudnn \
-        ours,compile,sdpa=flash "$@" | tee "$OUT/check.md"
+    $PYTHON bench/cuda_check.py --device "${SMALL:+cpu}${SMALL:-cuda}" --steps "${SMALL:+2}${SMALL:-20}" "$@" 2>&1 |
+        tee "$OUT/check.md"
+    $PYTHON bench/profile.py $one --compile --micro_batch "${SMALL:-64}" "$@" 2>&1 | tee "$OUT/profile.md"
     ;;
 peers)
     $step --peer peers/build-nanogpt peers/nanoGPT --variants build-nanogpt ours,compile build-nanogpt,compile \
-        nanoGPT,compile transformers,compile ours "$@" | tee "$OUT/peers.md"
+        nanoGPT,compile transformers,compile "$@" 2>&1 | tee "$OUT/peers.md"
     ;;
 levers)
-    $step --variants ours,compile ours,compile,sdpa=cudnn ours,compile,sdpa=flash ours,compile,no_bf16_residual \
-        ours,compile,no_padding ours,compile,no_fusion ours,compile,no_frozen_garbage ours,compile,recompute \
-        "$@" | tee "$OUT/levers.md"
-    $step --micro_batch 32 --accumulate 16 --variants ours,compile ours,compile,sdpa=cudnn "$@" | tee -a "$OUT/levers.md"
+    $step --accumulate 4 --variants ours,compile ours,compile,sdpa=cudnn ours,compile,sdpa=flash \
+        ours,compile,loss_logsumexp ours,compile,loss_halves ours,compile,coordinate_descent \
+        ours,compile,no_bf16_residual ours,compile,recompute ours,compile,recipe=fast "$@" 2>&1 | tee "$OUT/levers.md"
+    ;;
+memory)
+    $PYTHON bench/memory.py $one ${SMALL:+--micro_batches 1 2} "$@" 2>&1 | tee "$OUT/memory.md"
+    ;;
+evaluations)
+    for sdpa in auto flash; do
+        $PYTHON bench/evaluations.py $one --data_dir "$DATA" --hella_data "$HELLA" --sdpa $sdpa \
+            ${SMALL:+--hella_limit 20 --micro_batch 2} "$@" 2>&1 | tee -a "$OUT/evaluations.md"
+    done
+    ;;
+curves)
+    if [ -n "${TEXT:-}" ] && [ ! -e "$DATA/manifest.json" ]; then
+        # shellcheck disable=SC2086
+        $PYTHON fineweb.py --input $TEXT --out "$DATA" --val_size 2000000 2>&1 | tail -n 3
+    fi
+    for recipe in gpt2 fast; do  # 105M tokens each
+        $PYTHON train_gpt2.py --recipe $recipe --data_dir "$DATA" --log_dir "$OUT/$recipe" $one --warmup_steps 60 \
+            ${SMALL:---total_batch_size 131072 --max_steps 800 --val_every 50 --val_tokens 1048576 --sample_every 400} \
+            ${SMALL:+--total_batch_size 128 --max_steps 4 --val_tokens 256 --warmup_steps 1} \
+            --hella_every 0 --save_every 0 "$@" 2>&1 | tee "$OUT/$recipe.txt"
+    done
+    $PYTHON plot_log.py "$OUT/gpt2" "$OUT/fast" --out "$OUT/curves.png"
     ;;
 sizes)
-    for size in "gpt2-medium 32" "gpt2-large 16" "gpt2-xl 16"; do
-        $step --model "${size% *}" --micro_batch "${size#* }" --accumulate 4 --rounds 2 \
-            --variants ours,compile ours,compile,recompute "$@" | tee -a "$OUT/sizes.md"
+    for size in "gpt2-medium 32" "gpt2-large 32" "gpt2-xl 16"; do
+        $step --model "${size% *}" ${SMALL:---micro_batch "${size#* }"} --accumulate 4 --rounds 2 --steps 1 \
+            --variants ours,compile "$@" 2>&1 | tee -a "$OUT/sizes.md"
     done
     ;;
 ddp)
-    $PYTHON -c "import sys, torch; sys.exit(0 < torch.cuda.device_count() < ${RANKS:-2})" ||
-        { echo "bench/gpu.sh: ddp wants ${RANKS:-2} cards; set RANKS" >&2 && exit 2; }
     ranks=ours,ranks=${RANKS:-2}
-    for accumulate in 1 4; do
-        $step --variants "$ranks" "$ranks,compile" "$ranks,compile,ddp_whole" "$ranks,compile,ddp_inside" \
-            "$@" --accumulate $accumulate | tee -a "$OUT/ddp.md"
-    done
+    $step --variants "$ranks" "$ranks,compile" "$ranks,compile,ddp_whole" "$ranks,compile,ddp_inside" "$@" 2>&1 |
+        tee "$OUT/ddp.md"
     ;;
-where)
-    $PYTHON bench/profile.py --compile --micro_batch 64 --trace "$OUT/trace.json" "$@" | tee "$OUT/where.md"
-    $PYTHON bench/data_wait.py --compile "$@" | tee -a "$OUT/where.md"
+all)
+    for part in check peers levers memory evaluations curves sizes; do
+        sh bench/gpu.sh $part || echo "bench/gpu.sh $part: exit status $?"
+    done
     ;;
 rehearse)
-    small="--device cpu --n_layer 1 --seq_len 64 --micro_batch 2 --accumulate 2 --rounds 1 --steps 1 --warmup 1"
-    for part in check peers levers sizes ddp; do
-        # shellcheck disable=SC2086
-        PYTHON=$PYTHON OUT=$OUT/rehearsal sh bench/gpu.sh $part $small
-    done
-    PYTHON=$PYTHON OUT=$OUT/rehearsal sh bench/gpu.sh where --device cpu --n_layer 1 --seq_len 64 --micro_batch 2
+    SMALL=2 OUT=$OUT/rehearsal sh bench/gpu.sh all
     ;;
-*) echo "bench/gpu.sh: $what is none of check, peers, levers, sizes, ddp, where, rehearse" >&2 && exit 2 ;;
+*) echo "bench/gpu.sh: $what is none of the parts; see its first lines" >&2 && exit 2 ;;
 esac

@@ -31,8 +31,37 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # autocast dtype
     compile: bool = False  # the step as torch.compile makes it
     steps: int = 2  # how many to look at, after two that are not
-    rows: int = 25  # of the table
+    rows: int = 45  # of the table
     trace: str = ""  # write a trace there
+
+
+KINDS = {  # what a CUDA kernel's name tells
+    "attention": ("flash", "fmha", "sdpa", "cudnn_generated"),
+    "matmul": ("gemm", "nvjet", "cutlass", "cublas", "splitk"),
+    "fused by Inductor": ("triton_",),
+    "optimizer": ("adam", "multi_tensor"),
+    "copies": ("memcpy", "memset"),
+}
+
+
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, words in KINDS.items() if any(word in kernel.lower() for word in words)), "other")
+
+
+def show_kernels(profile, config: Config) -> None:
+    """Milliseconds a step on the GPU: by kind, then the longest kernels."""
+    kernels = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    rows = sorted(((event.self_device_time_total / 1000 / config.steps, event.count // config.steps, event.key)
+                   for event in kernels), reverse=True)  # fmt: skip
+    total, kinds = sum(row[0] for row in rows), {}
+    for ms, _, name in rows:
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + ms
+    print("| kind | ms a step | share |\n|---|--:|--:|")
+    for kind, ms in sorted(kinds.items(), key=lambda item: -item[1]):
+        print(f"| {kind} | {ms:.2f} | {ms / total:.1%} |")
+    print("\n| kernel | calls | ms a step | share |\n|---|--:|--:|--:|")
+    for ms, count, name in rows[: config.rows]:
+        print(f"| {name[:110]} | {count} | {ms:.2f} | {ms / total:.1%} |")
 
 
 def main(config: Config) -> None:
@@ -53,8 +82,10 @@ def main(config: Config) -> None:
         for batch in batches[2:]:
             loss, _ = train_gpt2.train_step(trainer, batch, 1e-4)
         float(loss)  # waits for the device
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    print(profile.key_averages().table(sort_by=order, row_limit=config.rows, max_name_column_width=60))
+    if on_gpu:
+        show_kernels(profile, config)
+    else:
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=config.rows))
     if config.trace:
         os.makedirs(os.path.dirname(config.trace) or ".", exist_ok=True)
         profile.export_chrome_trace(config.trace)

@@ -27,6 +27,7 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # this folder would hide modules of its names
 
 import ast
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -40,6 +41,7 @@ from itertools import chain
 from typing import Literal
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,6 +66,7 @@ class Config:
     rounds: int = 5  # turns of each variant
     steps: int = 1  # steps per turn; more on a GPU, where waiting for each would count
     warmup: int = 2  # steps before the first turn; compilation is in them
+    at_once: int = 1  # variants that start side by side: compiling takes a minute of CPU; 0 = what the card holds
     tolerance: float = 0.05  # how far losses may be from the first variant's, in nats
 
 
@@ -108,6 +111,26 @@ def without_padding(make_model):
     return make
 
 
+def plain_loss(x, weight, targets, n_tokens):
+    return plain_head_loss(x, weight, targets, n_tokens, None, None)
+
+
+def without_options(compile):
+    return lambda model, options=None, **settings: compile(model, **settings)
+
+
+def inductor(**settings):
+    for name, value in settings.items():
+        setattr(torch._inductor.config, name, value)
+
+
+def sigmoid_gelu(self, x):
+    """GELU's tanh form as x times a sigmoid: the same function, with fewer instructions."""
+    x = self.c_fc(x)
+    y = x.float()
+    return self.c_proj((y * torch.sigmoid(1.5957691216057308 * y * (1 + 0.044715 * y * y))).to(x.dtype))
+
+
 LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_kept_memory": lambda: setattr(train_gpt2, "keep_freed_memory", lambda: None),
     "no_chunks": lambda: setattr(train_gpt2, "HeadLoss", types.SimpleNamespace(apply=plain_head_loss)),
@@ -116,6 +139,11 @@ LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_bf16_residual": lambda: setattr(train_gpt2, "casts_to_bfloat16", lambda device: False),
     "ddp_inside": lambda: setattr(train_gpt2, "DistributedDataParallel", compile_around(DistributedDataParallel)),
     "ddp_whole": lambda: setattr(torch._dynamo.config, "optimize_ddp", False),
+    "plain_loss": lambda: setattr(train_gpt2, "head_loss", plain_loss),
+    "no_fast_math": lambda: setattr(torch, "compile", without_options(torch.compile)),
+    "autotune_pointwise": lambda: inductor(max_autotune_pointwise=True),
+    "coordinate_descent": lambda: inductor(coordinate_descent_tuning=True),
+    "sigmoid_gelu": lambda: setattr(train_gpt2.MLP, "forward", sigmoid_gelu),
     "no_frozen_garbage": lambda: setattr(gc, "freeze", lambda: None),
 }
 
@@ -307,14 +335,16 @@ def work(pipe, config: Config, variant: str, environment: dict) -> None:
 def measure(config: Config) -> dict[str, dict]:
     """variant -> seconds and CPU seconds of each turn, losses of each turn, peak memory, seconds before the first."""
     pipes, results = {}, {}
-    for variant in config.variants:
-        pipes[variant] = start(config, variant)
-        results[variant] = {"seconds": [], "cpu": [], "loss": []}
-        first = turn(pipes[variant], variant, config.warmup)
-        if first is None:
-            del pipes[variant], results[variant]
-        else:
-            results[variant]["first"] = first[0]
+    for some in batches(config.variants, config.at_once or room(config.device)):
+        for variant in some:
+            pipes[variant] = start(config, variant)
+            send(pipes[variant], config.warmup)
+        for variant in some:
+            first = collect(pipes[variant], variant)
+            if first is None:
+                del pipes[variant]
+                continue
+            results[variant] = {"seconds": [], "cpu": [], "loss": [], "first": first[0]}
             print(f"{variant}: first {config.warmup} steps {first[0]:.1f} s, loss {first[2]:.4f}", flush=True)
     for _ in range(config.rounds):
         for variant, pipe in pipes.items():
@@ -360,12 +390,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def room(device: str) -> int:
+    """How many processes of 40 GiB a card holds: 124M at 64 x 1024 tokens."""
+    device = machine_device(device)
+    return max(1, torch.cuda.get_device_properties(device).total_memory // (40 * 2**30)) if device.type == "cuda" else 1
+
+
+def batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def turn(pipes: list, variant: str, count: int):
+    """`count` steps of a variant; see `collect`."""
+    send(pipes, count)
+    return collect(pipes, variant)
+
+
+def send(pipes: list, count: int) -> None:
+    for pipe in pipes:
+        with contextlib.suppress(OSError):  # it died; `collect` says so
+            pipe.send(count)
+
+
+def collect(pipes: list, variant: str):
     """What `work` answers: the first rank's seconds, all ranks' CPU seconds, their mean loss, the highest peak."""
     answers = {}
     try:
-        for pipe in pipes:
-            pipe.send(count)
         while len(answers) < len(pipes):  # whoever speaks first: the others may wait for one that failed
             for pipe in multiprocessing.connection.wait([pipe for pipe in pipes if pipe not in answers]):
                 answers[pipe] = pipe.recv()

@@ -102,7 +102,8 @@ class Trial:
             return {}
         text = path.read_text(encoding="utf-8")
         begun = next(line for line in text.splitlines() if line.startswith("# config "))
-        was, now = json.loads(begun.removeprefix("# config ")), vars(train_gpt2.resolve(train_gpt2.Config(**self.settings(config))))
+        was = json.loads(begun.removeprefix("# config "))
+        now = vars(train_gpt2.resolve(train_gpt2.Config(**self.settings(config))))
         for name in (*RECIPES["fast"], "zero_init"):
             if was.get(name) != now[name]:
                 raise UserError(f"{path.parent} was run with --{name} {was.get(name)}, not {now[name]}: another --out")
