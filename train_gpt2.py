@@ -1400,7 +1400,8 @@ def run_command_line(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
-        no_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", message)
+        causes = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+        no_memory = isinstance(error, MemoryError) or re.search(causes, message)
         if no_memory:
             message = f"out of memory: a smaller batch, sequence or model fits better, see --help ({message[:200]})"
         elif isinstance(error, ModuleNotFoundError):

@@ -224,6 +224,31 @@ def test_out_of_memory_at_first_halves_the_micro_batch(config, compiled, phase, 
     assert losses == [train_gpt2.train_step(run, run.batch(step), 1e-3)[0].item() for step in range(2)]
 
 
+@pytest.mark.parametrize(
+    "words, is_memory",
+    [
+        ("CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("an illegal memory access was encountered", False),
+    ],
+)
+def test_what_libraries_say_for_want_of_memory(config, monkeypatch, words, is_memory):
+    calls, backward = [], torch.Tensor.backward
+
+    def failing_at_first(loss, *args, **kwargs):
+        calls.append(loss)
+        if len(calls) == 1:
+            raise RuntimeError(f"CUDA error: {words}")
+        backward(loss, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", failing_at_first)
+    if is_memory:
+        assert set_up(config(**BIG), RANKS).micro_batch == 32
+    else:
+        with pytest.raises(RuntimeError, match=words):
+            set_up(config(**BIG), RANKS)
+
+
 def test_no_memory_for_one_sequence_is_a_message(config):
     with device.limited_to(300_000), pytest.raises(ValueError, match="out of memory with --micro_batch 1;"):
         set_up(config(**BIG), RANKS)
