@@ -12,6 +12,7 @@ device.start("A100")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from tiny import read_log, tiny_config, token_set  # noqa: E402
 
 import train_gpt2  # noqa: E402
@@ -114,6 +115,21 @@ def test_hellaswag_and_samples_are_the_cpus(config, tmp_path, capsys):
         screens.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("  >")])
     assert values[0]["hella"] == pytest.approx(values[1]["hella"]) and 0 < values[0]["hella"] < 1
     assert len(screens[0]) == 12 and len(set(screens[0])) > 8 and screens[0] == screens[1]
+
+
+@pytest.mark.parametrize("sdpa", ["auto", "cudnn", "flash"])
+def test_only_training_may_use_cudnn(config, tmp_path, monkeypatch, sdpa):
+    """cuDNN plans once for each shape, in some tenths of a second: HellaSwag's batches and samples have a hundred."""
+    seen, attention, cudnn = {True: set(), False: set()}, F.scaled_dot_product_attention, torch.backends.cuda
+
+    def watched(*args, **kwargs):
+        seen[torch.is_grad_enabled()].add((cudnn.cudnn_sdp_enabled(), cudnn.flash_sdp_enabled()))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    evals = {"hella_every": 2, "hella_data": str(hellaswag_file(tmp_path)), "sample_every": 2, "sample_prompt": "A"}
+    main(config(sdpa=sdpa, max_steps=4, seq_len=64, micro_batch=4, val_every=2, **evals))
+    assert seen == {True: {(sdpa != "flash", sdpa != "cudnn")}, False: {(False, True)}}
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"dtype": "float16"}, FAST], ids=["bf16", "fp16", "muon"])
