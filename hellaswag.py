@@ -93,6 +93,7 @@ def main(config: Config) -> None:
     model, tokenizer = load_model(config.model, device)
     rows = render(examples, tokenizer, model.config.n_positions, config.style)
     features, head = callables(model, tokenizer.n_vocab)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape, and the batches have a hundred
     how = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {config.dtype}, {device}"
     print(f"{len(rows)} examples of {config.task}, {config.style} style; {config.model}: {how}")
     autocast = nullcontext if config.dtype == "float32" else partial(torch.autocast, device.type, torch.bfloat16)

@@ -73,6 +73,7 @@ def main(config: Config) -> None:
     device = find_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     draw = spoken if config.stream else written
     try:
         model.to(device).eval()

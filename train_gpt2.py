@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -69,6 +70,8 @@ SDPA_KERNELS = {  # for --sdpa: what scaled_dot_product_attention may choose fro
     "auto": ("flash", "cudnn", "mem_efficient"), "flash": ("flash", "mem_efficient"),  # flash takes no masks
     "cudnn": ("cudnn",), "efficient": ("mem_efficient",), "math": (),
 }  # fmt: skip
+# for evaluations: cuDNN plans anew for every shape, and HellaSwag's batches have a hundred
+PLAIN_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 
 
@@ -123,7 +126,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of autocast
     compile: bool | None = None  # torch.compile the training step (default: on CUDA, if there is Triton)
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: slower, far less memory
-    sdpa: Literal[*SDPA_KERNELS] = "auto"  # attention kernel on CUDA (auto = PyTorch's choice)
+    sdpa: Literal[*SDPA_KERNELS] = "auto"  # attention kernel of training on CUDA (auto = PyTorch's choice)
     timeout_minutes: float = 10.0  # end the run if the ranks wait for one of them as long as this
 
 
@@ -1325,7 +1328,8 @@ class Meter:
         """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
         began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
         run.raw_model.eval()
-        values = function(run, self.stop)
+        with sdpa_kernel(PLAIN_SDPA):
+            values = function(run, self.stop)
         run.raw_model.train()
         if values is not None:
             self.log.write(step, **values)
@@ -1400,7 +1404,8 @@ def run_command_line(argv: list[str] | None = None) -> None:
         sys.exit(130)
     except (ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
-        no_memory = isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", message)
+        causes = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
+        no_memory = isinstance(error, MemoryError) or re.search(causes, message)
         if no_memory:
             message = f"out of memory: a smaller batch, sequence or model fits better, see --help ({message[:200]})"
         elif isinstance(error, ModuleNotFoundError):

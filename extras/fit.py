@@ -9,6 +9,8 @@ import torch
 
 from extras.cli import UserError
 
+NO_MEMORY = "out of memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"  # the last: no room for cuBLAS's handle
+
 
 def try_micro_batch(run, micro_batch: int) -> None:
     """All the memory that a step needs: two micro-batches of zeros, forward and backward, with room for the moments.
@@ -38,19 +40,19 @@ def fit_micro_batch(run, any_rank) -> int:
     B, per_rank = run.micro_batch, run.config.total_batch_size // run.config.seq_len // run.ranks.world_size
     began = time.perf_counter()
     while True:
-        failed = False
+        failed = ""
         try:
             try_micro_batch(run, B)
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on MPS
-            if not re.search("out of memory|ALLOC_FAILED", str(error)):  # the latter from cuBLAS
+            failed = str(error)
+            if not re.search(NO_MEMORY, failed):
                 raise
-            failed = True
-        if not any_rank(failed, run.ranks):
+        if not any_rank(bool(failed), run.ranks):
             run.ranks.print0(f"ready    micro-batch {B} compiled and tried in {time.perf_counter() - began:.1f} s")
             return B
         if B == 1 or run.config.micro_batch:
             better = "leave --micro_batch at 0" if B > 1 else "lower --seq_len or --model, or turn on --recompute"
-            raise UserError(f"out of memory with --micro_batch {B}; {better}")
+            raise UserError(f"out of memory with --micro_batch {B}; {better} ({failed[:100] or 'on another rank'})")
         B = max(d for d in range(1, B // 2 + 1) if per_rank % d == 0)
         run.ranks.print0(f"memory   does not suffice; trying micro-batch {B}")
         if run.device.type == "cuda":
