@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -82,6 +83,7 @@ class Config:
     data_dir: str = "edu_fineweb10B"  # token shards, as fineweb.py writes them
     log_dir: str = "log"  # log.txt and checkpoints go here; one run, one directory
     resume: bool = False  # continue from the newest checkpoint in log_dir, or start if there is none yet
+    resume_from: str = ""  # continue from this checkpoint, not the newest; --resume PATH says the same
     seed: int = 1337  # of the initial weights, the order of the data, and the samples
     order: Literal["shuffle", "sequential"] = "shuffle"  # a new order of the sequences each epoch, or as they stand
 
@@ -156,8 +158,10 @@ def check(config: Config) -> None:
         raise UserError(f"--recipe {config.recipe} --model {config.model}: choose of {[*RECIPES]} and {[*SIZES]}")
     for name, value in asdict(config).items():
         positive = name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every")
-        if isinstance(value, (int, float)) and not (value > 0 if positive else value >= 0):
-            raise UserError(f"--{name} is {value}; it must be {'more than 0' if positive else '0 or more'}")
+        if isinstance(value, (int, float)) and not (0 < value < 2**63 if positive else 0 <= value < 2**63):
+            raise UserError(f"--{name} is {value}; it must be {'more than 0' if positive else '0 or more'} and below 2^63")
+        if isinstance(value, str) and not value.isprintable():  # a name that is not UTF-8: a checkpoint can't hold it
+            raise UserError(f"--{name} {value!a} has characters that can't be printed; give it another name")
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower it (a tenth is usual)")
     if config.muon_momentum >= 1:
@@ -188,6 +192,8 @@ class GPTConfig:
     n_tokens: int = 0  # 0: all of vocab_size are tokens; but 50304 is GPT-2's 50257, padded to a multiple of 128
 
     def __post_init__(self):
+        if not all(isinstance(size, int) and 0 <= size < 2**31 for size in vars(self).values()) or not self.n_head:
+            raise UserError(f"{self} is no model's shape")
         if self.n_tokens == 0:
             self.n_tokens = 50257 if self.vocab_size == 50304 else self.vocab_size
         if self.n_embd % self.n_head:
@@ -310,11 +316,15 @@ class GPT(nn.Module):
     @classmethod
     def of(cls, shape: dict, state: dict) -> "GPT":
         """A model that takes these tensors over as its weights: none are drawn, none are copied."""
-        with torch.device("meta"):
-            model = cls(GPTConfig(**shape))
         try:
+            config = GPTConfig(**shape)
+            for name, t in state.items():
+                if not (t.is_floating_point() and t.layout == torch.strided and t.device.type != "meta"):
+                    raise TypeError(f"{name} is {t.dtype}, {t.layout} on {t.device}")
+            with torch.device("meta"):
+                model = cls(replace(config, n_layer=min(config.n_layer, len(state))))  # a layer has a tensor at least
             model.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"these weights are not those of the model in this file: {error}") from error
         model.lm_head.weight = model.transformer.wte.weight
         return model
@@ -441,11 +451,14 @@ def open_shards(data_dir: str, split: str, manifest: dict) -> list[Shard]:
     if strays := sorted(set(paths) - set(listed or paths)):
         raise UserError(f"{paths[strays[0]]} is not in manifest.json: it belongs to another set; move it away")
     if not paths:
-        raise UserError(f"no {split} shards in {data_dir!r}; run fineweb.py first, or point --data_dir at its output")
-    return [open_shard(path, listed.get(name)) for name, path in paths.items()]
+        others = [path.name for path in sorted(Path(data_dir).glob("*.bin"))]
+        there = f" ({', '.join(others[:3])} of nanoGPT or llm.c: see the README)" if others else ""
+        better = "with a --val_size, or train with --val_every 0" if split == "val" else "first"
+        raise UserError(f"no {split} shards in {data_dir!r}{there}; run fineweb.py {better}, or change --data_dir")
+    return [open_shard(path, listed.get(name), manifest) for name, path in paths.items()]
 
 
-def open_shard(path: Path, listed_tokens: int | None) -> Shard:
+def open_shard(path: Path, listed_tokens: int | None, manifest: dict) -> Shard:
     def load(path, dtype):
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -460,6 +473,10 @@ def open_shard(path: Path, listed_tokens: int | None) -> Shard:
     for what, length in (("manifest.json", listed_tokens), (mask_path, None if mask is None else len(mask))):
         if length not in (None, len(tokens)):
             raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
+    largest, n_tokens = int(tokens[: 2**20].max(initial=0)), manifest["tokenizer"]["vocab_size"]
+    if largest >= n_tokens or (len(tokens) > 2**14 and not listed_tokens and largest < 1000):  # a header; characters
+        tokenizer = f"{manifest['tokenizer']['name']}'s, which are 0 to {n_tokens - 1}"
+        raise UserError(f"{path} begins with ids up to {largest}: these are not {tokenizer}; manifest.json names others")
     return Shard(str(path), tokens, mask)
 
 
@@ -601,12 +618,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
-    except ValueError as error:
-        raise UserError(
-            "the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with"
-        ) from error
-    for group, values in zip(optimizer.param_groups, settings):
-        group.update(values)
+        for group, values in zip(optimizer.param_groups, settings):
+            group.update(values)
+            for p in group["params"]:
+                sizes = {"step": 1, "momentum": sum(q.numel() for q in group["params"])}  # Muon's is for the group
+                for name, moment in optimizer.state.get(p, {}).items():  # the fused kernels trust these
+                    if moment.numel() != sizes.get(name, p.numel()) or moment.layout != torch.strided:
+                        raise ValueError(f"{name} has the shape {list(moment.shape)} beside {list(p.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"
+        raise UserError(other) from error
 
 
 def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -884,15 +905,16 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks) -> int:
 
 
 class StopSignal:
-    """SIGTERM, SIGINT or SIGUSR1 ask for a checkpoint and the end; another, two seconds later or more, ends at once."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and the end; a second one, 2 s later, ends at once."""
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.since, self.former = ranks, None, {}
+        self.ranks, self.since, self.number, self.former = ranks, None, 0, {}
 
     def __enter__(self):
-        names = {"SIGTERM", "SIGINT", "SIGUSR1"} & set(dir(signal))  # Windows has no SIGUSR1
+        names = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"} & set(dir(signal))  # Windows has two of them
         for name in names if threading.current_thread() is threading.main_thread() else ():
-            self.former[name] = signal.signal(getattr(signal, name), self._receive)
+            if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+                self.former[name] = signal.signal(getattr(signal, name), self._receive)
         return self
 
     def __exit__(self, *_):
@@ -902,7 +924,12 @@ class StopSignal:
     def _receive(self, number, _frame):
         if self.since and time.monotonic() - self.since > 2:  # torchrun passes on what the terminal has already sent
             os._exit(128 + number)
-        self.since = self.since or time.monotonic()
+        self.since, self.number = self.since or time.monotonic(), number
+
+    def exit_status(self) -> int:
+        """128 + the signal's number, so that `train && export` stops, too; 0 for SIGUSR1, and for torchrun to see."""
+        asked_to_continue = self.number == getattr(signal, "SIGUSR1", None) or "TORCHELASTIC_RUN_ID" in os.environ
+        return 128 + self.number if self.number and not asked_to_continue else 0
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop."""
@@ -932,11 +959,17 @@ def read_checkpoint(path: str | Path) -> dict:
     """The checkpoint in a file, on the CPU. UserError unless it is whole and this trainer's; nothing is executed."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):  # torch's are not; it could be of any size
+                raise ValueError("it is compressed")
             if damaged := archive.testzip():  # torch.load does not look at checksums: a flipped bit would pass
                 raise ValueError(f"{damaged} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if missing := [key for key in CHECKPOINT_KEYS if key not in state]:
             raise ValueError(f"it has no {', '.join(missing)}")
+        wrong = [key for key in CHECKPOINT_KEYS if not isinstance(state[key], int if key == "step" else dict)]
+        counts = {"step": state["step"], "sample": state["loader"].get("sample", 0) if not wrong else 0}
+        if wrong += [key for key, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]:
+            raise ValueError(f"{', '.join(wrong)} can't be what a checkpoint holds")
         return state
     except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
         reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
@@ -1019,9 +1052,27 @@ class Log:
         self.values = read_log(self.path, start)
         if writes:
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            self.lock()
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
                 self.comment("restart", {"step": start})
+
+    def lock(self) -> None:
+        """UserError if another process trains here. The lock dies with its owner; NFS needs v4, Windows has none."""
+        with contextlib.suppress(ImportError):
+            import fcntl
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = re.findall(r'"host".*', self.path.read_text(encoding="utf-8", errors="replace"))[-1:]
+                there = f"{self.path.parent}: another process trains there"
+                raise UserError(f"{there} ({''.join(owner).strip('}')}); choose another --log_dir") from error
+            except OSError:  # a file system without locks
+                pass
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
 
     def write(self, step: int, **values: float) -> None:
         for name, value in values.items():
@@ -1256,7 +1307,7 @@ class Meter:
         self.log.comment("config", asdict(config) | {"micro_batch": run.micro_batch, "ranks": run.ranks.world_size})
         self.log.comment("model", asdict(shape) | {"parameters": sum(p.numel() for p in run.raw_model.parameters())})
         self.log.comment("data", data | {f"{name}_tokens": count for name, count in counts.items()})
-        self.log.comment("versions", versions())
+        self.log.comment("versions", versions() | {"host": platform.node(), "pid": os.getpid()})
         self.log.flush()
         run.ranks.print0(self.screen.begin(run) if self.screen else f"training on {run.device}; extras/ is not here")
 
