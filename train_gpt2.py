@@ -137,7 +137,7 @@ class UserError(ValueError):
 
 
 class LocalError(UserError):
-    """A UserError that perhaps only this rank meets, so this rank reports it; of the others, only rank 0 speaks."""
+    """A UserError that perhaps only this rank meets, so this rank reports it; else the first rank of a node does."""
 
 
 def missing(error: ModuleNotFoundError) -> str:
@@ -347,7 +347,7 @@ def head_loss(x, weight, targets, n_tokens: int):
         parts = 1 + len(x) * len(weight) // 2**31  # more logits at a time would need 64-bit indices, which are slower
         chunks = zip(x.chunk(parts), targets.chunk(parts))
         return sum(CrossEntropy.apply(F.linear(rows, weight, padding), wanted) for rows, wanted in chunks)
-    rows = 256 if x.device.type == "cpu" else 8192
+    rows = 256 if x.device.type == "cpu" else HEAD_ROWS
     return HeadLoss.apply(x, weight, targets, n_tokens, rows, torch.is_grad_enabled())
 
 
@@ -375,6 +375,7 @@ class CrossEntropy(torch.autograd.Function):
         return grad.to(logits.dtype), None
 
 
+HEAD_ROWS = 2048  # at a time on a GPU; each takes 13 V bytes
 LONGEST_SUM = {"mps": 2**14}  # M1 and M2 sum 32,767 or more terms wrongly until torch 2.14 (pytorch issue 177116)
 
 
@@ -720,19 +721,21 @@ EVALUATIONS = {  # name -> the setting that says how often, and the function; a 
 
 def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
     """Tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
-    tokenizer = rows = None
+    tokenizer = rows = load = None
     try:
         from extras.tokenizer import load_tokenizer
         tokenizer = load_tokenizer(name)
         from hellaswag import rows_or_none
-        how = (config.hella_data, config.hella_limit, config.seed, tokenizer, config.seq_len)
-        rows = rows_or_none(*how) if config.hella_every and ranks.rank == 0 else None  # it may have to download a file
-        if any_rank(rows is not None, ranks):
-            rows = rows_or_none(*how) if ranks.rank else rows
-            rows = None if any_rank(rows is None, ranks) else rows
+        load = partial(rows_or_none, config.hella_data, config.hella_limit, config.seed, tokenizer, config.seq_len)
     except ModuleNotFoundError as error:
         if config.hella_every or config.sample_every:
             ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {missing(error)}")
+    tokenizer = None if any_rank(tokenizer is None, ranks) else tokenizer
+    if config.hella_every and not any_rank(load is None, ranks):
+        rows = load() if ranks.rank == 0 else None  # it may have to download a file
+        if any_rank(rows is not None, ranks):
+            rows = load() if ranks.rank else rows
+            rows = None if any_rank(rows is None, ranks) else rows
     return tokenizer, rows
 
 
@@ -773,16 +776,9 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def join_ranks(kind: str) -> Ranks:
-    """Read what torchrun set, choose the device (`kind`: auto, cuda, mps, cpu, cuda:N), form the process group."""
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    found = [os.environ.get(name, default) for name, default in names.items()]
-    rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
-    if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
-        raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
+def claim_device(kind: str, local_rank: int, W: int, local_W: int) -> torch.device:
+    """This rank's device, of `kind`: auto, cuda, mps, cpu, cuda:N."""
     device = find_device(kind)
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks must not live on
     if W > 1 and (device.type == "mps" or device.index is not None):
         raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
     if device.type == "cuda":
@@ -795,17 +791,52 @@ def join_ranks(kind: str) -> Ranks:
         keep_freed_memory()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
-    if W > 1:
-        limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
-        store, *_ = next(dist.rendezvous("env://", timeout=limit))
-        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-            from extras.elastic import name_this_start
-            store = dist.PrefixStore(name_this_start(store, rank, W, limit.total_seconds()), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
-        dist.all_reduce(torch.zeros(1, device=device if backend == "nccl" else "cpu"))  # NCCL connects here
-        set_timeout(30)
+    return device
+
+
+def join_ranks(kind: str, check: Callable = lambda: None) -> Ranks:
+    """Read what torchrun set, run `check`, choose the device and form the process group."""
+    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    found = [os.environ.get(name, default) for name, default in names.items()]
+    rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
+    if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
+        raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks must not live on
+    if W == 1:
+        check()
+        return Ranks(rank, W, claim_device(kind, local_rank, W, local_W))
+    limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
+    store, *_ = next(dist.rendezvous("env://", timeout=limit))
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        from extras.elastic import name_this_start
+        store = dist.PrefixStore(name_this_start(store, rank, W, limit.total_seconds()), store)
+    with all_or_none(store, rank, W):
+        check()
+        device = claim_device(kind, local_rank, W, local_W)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
+    dist.all_reduce(torch.zeros(1, device=device if backend == "nccl" else "cpu"))  # NCCL connects here
+    set_timeout(30)
     return Ranks(rank, W, device)
+
+
+def all_or_none(*store_rank_size) -> contextlib.AbstractContextManager:
+    """Around what one rank may fail at alone: then all fail, at once. Without extras/ the others wait for a timeout."""
+    with contextlib.suppress(ModuleNotFoundError):
+        from extras.agree import all_or_none
+        return all_or_none(*store_rank_size)
+    return contextlib.nullcontext()
+
+
+def require_same(what: str, value: object, ranks: Ranks) -> None:
+    """UserError on every rank unless all of them have the same value."""
+    everyones = [value] * ranks.world_size
+    if ranks.world_size > 1:
+        dist.all_gather_object(everyones, value)
+    if len(set(everyones)) > 1:
+        differ = "; ".join(f"rank {rank}: {found}" for rank, found in enumerate(everyones))
+        raise UserError(f"the ranks find different {what}; all nodes need the same ({differ})")
 
 
 def set_timeout(minutes: float) -> None:
@@ -815,9 +846,9 @@ def set_timeout(minutes: float) -> None:
 
 
 @contextlib.contextmanager
-def joined_ranks(kind: str) -> Iterator[Ranks]:
+def joined_ranks(kind: str, check: Callable = lambda: None) -> Iterator[Ranks]:
     """`join_ranks`, and leave them at the end."""
-    ranks, failed = join_ranks(kind), True
+    ranks, failed = join_ranks(kind, check), True
     try:
         yield ranks
         failed = False
@@ -866,13 +897,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
-    """What --compile asked for; else whether this is CUDA with Triton, which Windows' wheels and old cards lack."""
-    if asked is not None or ranks.device.type != "cuda":
+    """What --compile asked for; else whether this is CUDA with a Triton that works, which takes a C compiler."""
+    if asked is False or ranks.device.type != "cuda":
         return bool(asked)
     from torch.utils._triton import has_triton
-    if not has_triton():
-        ranks.print0("compile  off: there is no Triton for this card or system; training is slower without")
-    return has_triton()
+
+    problem = "" if has_triton() else "there is no Triton for this card or system"
+    if not problem:
+        try:
+            import triton
+
+            triton.runtime.driver.active.get_current_target()  # the first use builds what launches kernels
+        except Exception as error:
+            problem = f"Triton can't build its launcher: install gcc and Python's headers ({str(error)[:80]})"
+    if off := any_rank(bool(problem), ranks):
+        problem = problem or "Triton does not work on another node"
+        if asked:
+            raise UserError(f"--compile: {problem}")
+        ranks.print0(f"compile  off: {problem}; training is slower without")
+    return not off
 
 
 def largest_divisor(n: int, most: float) -> int:
@@ -880,7 +923,7 @@ def largest_divisor(n: int, most: float) -> int:
     return max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= most))
 
 
-def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks) -> int:
+def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:
     """Sequences per forward: --micro_batch, which must divide the batch, or the largest divisor that should fit."""
     B, T, W, total = config.micro_batch, config.seq_len, ranks.world_size, config.total_batch_size
     if total % ((B or 1) * T * W):
@@ -897,10 +940,13 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks) -> int:
         return B
     most = 4096 // T  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
-        parameters = 12 * shape.n_layer * shape.n_embd**2 + shape.vocab_size * shape.n_embd
-        free = 0.9 * torch.cuda.mem_get_info(ranks.device)[0] - 12 * parameters  # gradients and moments
-        blocks = 2 * shape.n_layer + 40 if config.recompute else 34 * shape.n_layer  # bytes per token and channel
-        most = free // (T * (blocks * shape.n_embd + 8 * shape.vocab_size))
+        # bytes, as bench/gpuless.py computes and an H200 measured them; for gradients, moments, bf16 weights and DDP's
+        # buckets, then per token: eager keeps no logits, but every LayerNorm's input in float32
+        L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
+        fixed = (18 if W > 1 else 14) * (12 * L * C**2 + V * C) + (0 if compiled else 13 * HEAD_ROWS * V)
+        blocks = 2 * L + 12 if config.recompute else (33 if compiled and dtype == torch.bfloat16 else 38) * L
+        per_token = (blocks * C + (2 * V if compiled else 0)) * (2 if dtype == torch.float32 else 1)
+        most = (0.85 * torch.cuda.mem_get_info(ranks.device)[0] - fixed) // (T * per_token)  # 0.85: memory has gaps
     return largest_divisor(total // T // W, all_reduce(torch.tensor(float(min(most, 64))), ranks, "MIN").item())
 
 
@@ -1233,41 +1279,43 @@ def make_model(config: Config, n_tokens: int) -> GPT:
 
 def set_up(config: Config, ranks: Ranks) -> Run:
     """Open the data, make or load the model, and what trains it. Nothing is written."""
-    config, manifest = resolve(config), read_manifest(config.data_dir)
-    name, n_tokens = manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
-    shards = {split: open_shards(config.data_dir, split, manifest) for split in ("train", "val")}
-    train = SampleStream(shards["train"], config.seq_len, n_tokens, config.order, config.seed)
-    val = SampleStream(shards["val"], config.seq_len, n_tokens)
-    if config.epochs:
-        steps = math.ceil(config.epochs * len(train) * config.seq_len / config.total_batch_size)
-        config = replace(config, max_steps=steps)
-    loader = {"tokenizer": name, "data": fingerprint(shards["train"], manifest)}
+    config, dtype = resolve(config), pick_dtype(config.dtype, ranks.device)
+    with all_or_none():  # no rank waits for another in here
+        manifest = read_manifest(config.data_dir)
+        name, n_tokens = manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
+        shards = {split: open_shards(config.data_dir, split, manifest) for split in ("train", "val")}
+        train = SampleStream(shards["train"], config.seq_len, n_tokens, config.order, config.seed)
+        val = SampleStream(shards["val"], config.seq_len, n_tokens)
+        if config.epochs:
+            steps = math.ceil(config.epochs * len(train) * config.seq_len / config.total_batch_size)
+            config = replace(config, max_steps=steps)
+        loader = {"tokenizer": name, "data": fingerprint(shards["train"], manifest)}
 
-    saved = checkpoint_to_resume(config, loader, ranks.print0)
-    start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
-    origin = sample - start * (config.total_batch_size // config.seq_len)
-    if any_rank(start != all_reduce(torch.tensor(float(start)), ranks, "MIN"), ranks):
-        raise UserError(f"the ranks find different checkpoints in {config.log_dir}; all nodes must share it")
-    raw_model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
-    shape, source = raw_model.to(ranks.device).config, config.init_from or config.log_dir
-    if config.seq_len > shape.block_size:
-        raise UserError(f"--seq_len {config.seq_len} is over the {shape.block_size} positions of {source}")
-    if shape.n_tokens != n_tokens:
-        other = f"{config.data_dir} was made with {n_tokens}; run fineweb.py with the other --tokenizer"
-        raise UserError(f"the model in {source} has {shape.n_tokens} tokens and {other}")
-    micro_batch, dtype = pick_micro_batch(config, shape, ranks), pick_dtype(config.dtype, ranks.device)
-    optimizer = make_optimizer(raw_model, config)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-    if saved:
-        load_optimizer(optimizer, saved["optimizer"])
-        if saved.get("scaler"):  # there is none of a run in bfloat16
-            scaler.load_state_dict(saved["scaler"])
+        saved = checkpoint_to_resume(config, loader, ranks.print0)
+        start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
+        origin = sample - start * (config.total_batch_size // config.seq_len)
+        raw_model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
+        shape, source = raw_model.to(ranks.device).config, config.init_from or config.log_dir
+        if config.seq_len > shape.block_size:
+            raise UserError(f"--seq_len {config.seq_len} is over the {shape.block_size} positions of {source}")
+        if shape.n_tokens != n_tokens:
+            other = f"{config.data_dir} was made with {n_tokens}; run fineweb.py with the other --tokenizer"
+            raise UserError(f"the model in {source} has {shape.n_tokens} tokens and {other}")
+        optimizer = make_optimizer(raw_model, config)
+        scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+        if saved:
+            load_optimizer(optimizer, saved["optimizer"])
+            if saved.get("scaler"):  # there is none of a run in bfloat16
+                scaler.load_state_dict(saved["scaler"])
+    require_same(f"train shards in {config.data_dir}", loader["data"], ranks)
+    require_same(f"checkpoints in {config.log_dir}", start, ranks)
 
+    compiled = wants_compile(config.compile, ranks)
+    micro_batch = pick_micro_batch(config, shape, ranks, compiled, dtype)
     for kernel in SDPA_KERNELS["auto"]:
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel in SDPA_KERNELS[config.sdpa])
     for block in raw_model.transformer.h if config.recompute else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    compiled = wants_compile(config.compile, ranks)
     model = torch.compile(raw_model, dynamic=False, options={"use_fast_math": True}) if compiled else raw_model
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -1396,13 +1444,14 @@ class Meter:
 def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
-    os.makedirs(config.log_dir, exist_ok=True)
-    if rank0 and config.track != "none":
-        from extras.track import open_tracker
-        track = open_tracker(config.track, config.log_dir, asdict(config), step)
-    log = Log(config.log_dir, rank0, step, track)
-    saver = Saver(config.log_dir, config.keep_checkpoints, log, rank0)
-    saver.require_room(run.raw_model)
+    with all_or_none():
+        os.makedirs(config.log_dir, exist_ok=True)
+        if rank0 and config.track != "none":
+            from extras.track import open_tracker
+            track = open_tracker(config.track, config.log_dir, asdict(config), step)
+        log = Log(config.log_dir, rank0, step, track)
+        saver = Saver(config.log_dir, config.keep_checkpoints, log, rank0)
+        saver.require_room(run.raw_model)
     meter = Meter(run, log, stop)
     meter.log_start()
     with contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
@@ -1432,17 +1481,22 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
 def main(config: Config) -> dict[str, float]:
     """Train as `config` says, and return the last value of each stream of the log."""
     config = resolve(config)
-    check(config)
-    with joined_ranks(config.device) as ranks, StopSignal(ranks) as stop:
+    with joined_ranks(config.device, partial(check, config)) as ranks, StopSignal(ranks) as stop:
         return train(set_up(config, ranks), stop)
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config."""
     import tyro
-    about, rank0 = __doc__.partition("\nContents:")[0], os.environ.get("RANK", "0") == "0"
+    about = __doc__.partition("\nContents:")[0]
     markers = (tyro.conf.DisallowNone,)  # so that `compile`, None by default, is --compile and --no-compile
-    return tyro.cli(Config, args=argv, description=about, use_underscores=True, console_outputs=rank0, config=markers)
+    how = {"use_underscores": True, "console_outputs": speaks(), "config": markers}
+    return tyro.cli(Config, args=argv, description=about, **how)
+
+
+def speaks() -> bool:
+    """Whether this rank reports errors: one rank of each node does, for its node may be the only one to meet them."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
@@ -1463,7 +1517,7 @@ def run_command_line(argv: list[str] | None = None) -> None:
             message = f"a setting needs more than this file: {missing(error)}"
         elif not any(kind.__name__ == "UserError" for kind in type(error).__mro__):  # extras/ has its own UserError
             raise
-        if rank == "0" or no_memory or isinstance(error, LocalError):
+        if speaks() or no_memory or isinstance(error, LocalError):
             where = f"rank {rank}: " if rank != "0" else ""
             print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
         sys.exit(2)
