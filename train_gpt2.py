@@ -158,8 +158,10 @@ def check(config: Config) -> None:
         raise UserError(f"--recipe {config.recipe} --model {config.model}: choose of {[*RECIPES]} and {[*SIZES]}")
     for name, value in asdict(config).items():
         positive = name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every")
-        if isinstance(value, (int, float)) and not (0 < value < 2**63 if positive else 0 <= value < 2**63):
-            raise UserError(f"--{name} is {value}; it must be {'more than 0' if positive else '0 or more'} and below 2^63")
+        most = math.inf if isinstance(value, float) else 2**63  # what a tensor or a generator can hold
+        if isinstance(value, (int, float)) and not (0 < value < most if positive else 0 <= value < most):
+            least = "more than 0" if positive else "0 or more"
+            raise UserError(f"--{name} is {value}; it must be {least}, and less than {most}")
         if isinstance(value, str) and not value.isprintable():  # a name that is not UTF-8: a checkpoint can't hold it
             raise UserError(f"--{name} {value!a} has characters that can't be printed; give it another name")
     if config.min_lr > config.max_lr:
@@ -476,8 +478,8 @@ def open_shard(path: Path, listed_tokens: int | None, manifest: dict) -> Shard:
             raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
     largest, n_tokens = int(tokens[: 2**20].max(initial=0)), manifest["tokenizer"]["vocab_size"]
     if largest >= n_tokens or (len(tokens) > 2**14 and not listed_tokens and largest < 1000):  # a header; characters
-        tokenizer = f"{manifest['tokenizer']['name']}'s, which are 0 to {n_tokens - 1}"
-        raise UserError(f"{path} begins with ids up to {largest}: these are not {tokenizer}; manifest.json names others")
+        others = f"not those of {manifest['tokenizer']['name']}, 0 to {n_tokens - 1}"
+        raise UserError(f"{path} begins with ids up to {largest}: {others}; a manifest.json can name another tokenizer")
     return Shard(str(path), tokens, mask)
 
 
@@ -703,10 +705,15 @@ def draw_samples(run: "Run", stop: "StopSignal", n: int = 4, length: int = 24) -
     """Print continuations of the prompt, `length` tokens, of the 50 likeliest: the same seed each time."""
     if run.ranks.rank == 0:
         prompt = run.tokenizer.encode(run.config.sample_prompt) or [run.tokenizer.eot]
-        idx = torch.tensor([prompt[-run.val.T :]] * n, device=run.device)
+        idx = torch.tensor([prompt[-run.config.seq_len :]] * n, device=run.device)
         generator = torch.Generator(run.device).manual_seed(run.config.seed)
-        with run.autocast():
-            ids = run.raw_model.generate(idx, length, top_k=50, generator=generator)
+        try:
+            with run.autocast():
+                ids = run.raw_model.generate(idx, length, top_k=50, generator=generator)
+        except RuntimeError as error:
+            if "nan" not in str(error):
+                raise
+            return run.ranks.print0("no samples: the probabilities are not numbers") or {}
         for row in ids.tolist():
             run.ranks.print0("  > " + run.tokenizer.decode(row).replace("\n", "\\n"))
     return {}
@@ -803,6 +810,8 @@ def join_ranks(kind: str, check: Callable = lambda: None) -> Ranks:
         raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks must not live on
+        if os.getppid() == 1 and "torch" not in Path("/proc/1/cmdline").read_text():  # it was, before this line
+            os._exit(137)
     if W == 1:
         check()
         return Ranks(rank, W, claim_device(kind, local_rank, W, local_W))
@@ -1014,7 +1023,8 @@ def read_checkpoint(path: str | Path) -> dict:
             raise ValueError(f"it has no {', '.join(missing)}")
         wrong = [key for key in CHECKPOINT_KEYS if not isinstance(state[key], int if key == "step" else dict)]
         counts = {"step": state["step"], "sample": state["loader"].get("sample", 0) if not wrong else 0}
-        if wrong += [key for key, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]:
+        wrong += [key for key, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]
+        if wrong:
             raise ValueError(f"{', '.join(wrong)} can't be what a checkpoint holds")
         return state
     except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
@@ -1029,14 +1039,15 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     or the order are others. `loader` says what the stream of samples depends on.
     """
     log_dir, log, steps = config.log_dir, Path(config.log_dir) / "log.txt", saved_steps(config.log_dir)
-    if log.exists() and not steps and not died_before_first_checkpoint(log, config.save_every):
+    paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
+    if log.exists() and not paths and not died_before_first_checkpoint(log, config.save_every):
         raise UserError(f"{log_dir} has a log.txt but no checkpoint to resume from; choose another --log_dir")
     if not config.resume and (steps or log.exists()):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
     saved, damaged = None, []
-    while saved is None and len(damaged) < len(steps):
+    while saved is None and len(damaged) < len(paths):
         try:
-            saved = read_checkpoint(checkpoint_path(log_dir, steps[len(damaged)]))
+            saved = read_checkpoint(paths[len(damaged)])
         except UserError as error:
             damaged.append(str(error))
             print0(f"WARNING: {error}")
@@ -1046,6 +1057,8 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
         if log.exists():
             print0(f"resuming at step 0: {log_dir} has no checkpoint yet")
         return None
+    if config.resume_from and (later := [step for step in steps if step > saved["step"]]):
+        print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
     before, now = saved["config"] | saved["loader"], asdict(config) | loader
     changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
     if shape := "; ".join(changed[key] for key in changed if key in SHAPE):
@@ -1053,7 +1066,7 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     others = "; ".join(changed[key] for key in changed if key in FIXED)
     if others and not config.force:
         raise UserError(f"{log_dir} can't go on as the same run: {others}; --force does it all the same")
-    if told := "; ".join(changed[key] for key in changed if key not in ("resume", "force")):
+    if told := "; ".join(changed[key] for key in changed if key not in ("resume", "resume_from", "force")):
         print0(f"resuming with other settings: {told}")
     if config.init_from:
         print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
@@ -1170,6 +1183,11 @@ class Saver:
         if needed > (free := shutil.disk_usage(self.log_dir).free):
             there = f"{self.log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints"
             raise UserError(f"{there}; free some, lower --keep_checkpoints, or choose another --log_dir")
+        try:
+            (probe := self.log_dir / "ckpt_probe.tmp").write_bytes(b"x" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"no checkpoint could be saved in {self.log_dir}: {error}") from error
 
     def save(self, state: dict) -> None:
         """Save `state` as its step's checkpoint, after the log: a resumed run does not log again what came before."""
@@ -1232,7 +1250,7 @@ class Run:
     dtype: torch.dtype
     micro_batch: int
     train: SampleStream
-    val: SampleStream
+    val: SampleStream | None  # None without --val_every
     loader: dict  # what the stream of samples depends on
     start: int  # updates done before
     origin: int  # the sample with which step 0 begins
@@ -1283,13 +1301,14 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     with all_or_none():  # no rank waits for another in here
         manifest = read_manifest(config.data_dir)
         name, n_tokens = manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
-        shards = {split: open_shards(config.data_dir, split, manifest) for split in ("train", "val")}
-        train = SampleStream(shards["train"], config.seq_len, n_tokens, config.order, config.seed)
-        val = SampleStream(shards["val"], config.seq_len, n_tokens)
+        shards = open_shards(config.data_dir, "train", manifest)
+        train = SampleStream(shards, config.seq_len, n_tokens, config.order, config.seed)
+        val_shards = open_shards(config.data_dir, "val", manifest) if config.val_every else None
+        val = SampleStream(val_shards, config.seq_len, n_tokens) if val_shards else None
         if config.epochs:
             steps = math.ceil(config.epochs * len(train) * config.seq_len / config.total_batch_size)
             config = replace(config, max_steps=steps)
-        loader = {"tokenizer": name, "data": fingerprint(shards["train"], manifest)}
+        loader = {"tokenizer": name, "data": fingerprint(shards, manifest)}
 
         saved = checkpoint_to_resume(config, loader, ranks.print0)
         start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
@@ -1331,6 +1350,11 @@ def set_up(config: Config, ranks: Ranks) -> Run:
         with contextlib.suppress(ModuleNotFoundError):  # without it the estimate stands
             from extras.fit import fit_micro_batch
             run.micro_batch = fit_micro_batch(run, any_rank)
+    if ranks.world_size > 1:  # DDP sorts its buckets after one backward pass; a resumed run must sum in the same order
+        with torch.random.fork_rng(), run.autocast():
+            idx = torch.zeros(1, config.seq_len, dtype=torch.int64, device=ranks.device)
+            model(idx.expand(run.micro_batch, -1).int(), idx.expand(run.micro_batch, -1))[1].backward()
+        optimizer.zero_grad(set_to_none=True)
     return run
 
 
@@ -1350,7 +1374,8 @@ class Meter:
     def log_start(self) -> None:
         """What was found and decided, at the head of the log and on the screen."""
         run, config, shape = self.run, self.run.config, self.run.raw_model.config
-        counts = {name: len(stream) * config.seq_len for name, stream in (("train", run.train), ("val", run.val))}
+        streams = {"train": run.train, "val": run.val or ()}
+        counts = {name: len(stream) * config.seq_len for name, stream in streams.items()}
         data = {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"]}
         self.log.comment("config", asdict(config) | {"micro_batch": run.micro_batch, "ranks": run.ranks.world_size})
         self.log.comment("model", asdict(shape) | {"parameters": sum(p.numel() for p in run.raw_model.parameters())})
@@ -1420,7 +1445,7 @@ class Meter:
             self.run.ranks.print0(f"WARNING: step {step}: loss {loss}, gradient norm {norm}; the update is skipped")
             self.log.write(step, skipped=1)
         if self.bad_steps >= MAX_BAD_STEPS:
-            better = "--resume returns to the last checkpoint: try a lower --max_lr or --dtype float32"
+            better = "--resume, or --resume PATH of an older checkpoint, with a lower --max_lr or --dtype float32"
             raise UserError(f"{self.bad_steps} steps in a row without a finite gradient, up to {step}; {better}")
 
     def evaluate(self, step: int, name: str) -> bool:
@@ -1441,20 +1466,31 @@ class Meter:
         return values is not None
 
 
+def make_directory(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--log_dir {path} can't be made: {error}; choose another") from error
+
+
 def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
     with all_or_none():
-        os.makedirs(config.log_dir, exist_ok=True)
+        make_directory(config.log_dir)
         if rank0 and config.track != "none":
             from extras.track import open_tracker
             track = open_tracker(config.track, config.log_dir, asdict(config), step)
-        log = Log(config.log_dir, rank0, step, track)
+        try:
+            log = Log(config.log_dir, rank0, step, track)
+        except OSError as error:
+            raise UserError(f"{config.log_dir}/log.txt can't be written: {error}; choose another --log_dir") from error
         saver = Saver(config.log_dir, config.keep_checkpoints, log, rank0)
-        saver.require_room(run.raw_model)
+        if rank0:
+            saver.require_room(run.raw_model)
     meter = Meter(run, log, stop)
     meter.log_start()
-    with contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
+    with contextlib.closing(log), contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
             for name, every in run.evaluations.items():
@@ -1463,24 +1499,29 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
                     stopping = meter.read() or not meter.evaluate(step, name)
             if step > run.start and (last or stopping or (config.save_every and step % config.save_every == 0)):
                 stopping |= meter.read()
-                saver.save(run.state(step))
+                if not meter.bad_steps:  # destroyed weights must not push good ones out
+                    saver.save(run.state(step))
                 meter.restart_clock()
             if last or stopping:
                 break
             lr = lr_at(step, config)
             stopping = meter.add(step, lr, *train_step(run, next(batches), lr))
             step += 1
-    if not saver.wait():
-        saver.save(run.state(step))
         if not saver.wait():
-            raise UserError(f"the last checkpoint, of step {step}, could not be saved; make room and --resume")
-    meter.log_end(step)
+            saver.save(run.state(step))
+            if not saver.wait():
+                raise UserError(f"the last checkpoint, of step {step}, could not be saved; make room and --resume")
+        meter.log_end(step)
+    if step < config.max_steps and (status := stop.exit_status()):
+        raise SystemExit(status)
     return log.last()
 
 
 def main(config: Config) -> dict[str, float]:
     """Train as `config` says, and return the last value of each stream of the log."""
     config = resolve(config)
+    if config.resume_from and config.log_dir == Config.log_dir:
+        config = replace(config, log_dir=os.path.dirname(config.resume_from) or ".")
     with joined_ranks(config.device, partial(check, config)) as ranks, StopSignal(ranks) as stop:
         return train(set_up(config, ranks), stop)
 
@@ -1488,7 +1529,10 @@ def main(config: Config) -> dict[str, float]:
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config."""
     import tyro
-    about = __doc__.partition("\nContents:")[0]
+    about, argv = __doc__.partition("\nContents:")[0], sys.argv[1:] if argv is None else argv
+    for i in range(len(argv) - 1, 0, -1):  # --resume PATH: a flag of tyro's takes a value or takes none
+        if argv[i - 1] == "--resume" and not argv[i].startswith("--"):
+            argv = [*argv[:i], "--resume_from", *argv[i:]]
     markers = (tyro.conf.DisallowNone,)  # so that `compile`, None by default, is --compile and --no-compile
     how = {"use_underscores": True, "console_outputs": speaks(), "config": markers}
     return tyro.cli(Config, args=argv, description=about, **how)

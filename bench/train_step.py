@@ -446,7 +446,7 @@ def show(config: Config, results: dict[str, dict]) -> bool:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
     print(f"\n{config.model}, {config.accumulate} x {config.micro_batch} x {config.seq_len} tokens a step, {card}, "
           f"torch {torch.__version__}, medians of {config.rounds} turns of {config.steps}\n")  # fmt: skip
-    print("| variant | ms a step | tokens/s | MFU | CPU s | peak GiB | loss | first steps | turns | ratio | CPU ratio |")
+    print("| variant | ms a step | tokens/s | MFU | CPU s | peak GiB | loss | first | turns | ratio | CPU ratio |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     first = next(iter(results.values()))
     base, base_cpu = statistics.median(first["seconds"]), statistics.median(first["cpu"])

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from test_train import plain_loop, same_weights
+from test_train import interrupt, plain_loop, same_weights
 from tiny import ROOT, flags, launch, read_log, tiny_config, token_set
 
 import train_gpt2
@@ -116,6 +117,26 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(data, tmp_path):
     (step,) = train_gpt2.saved_steps(tmp_path / "log")
     assert f"stopped after {step} of 100000 steps; --resume goes on" in output
     assert max(read_log(tmp_path / "log")["train"]) == step - 1
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_run_that_was_told_to_end_saves_and_does_not_look_finished(data, tmp_path, name, status):
+    config = tiny_config(data, tmp_path / "log", max_steps=100_000, save_every=0, val_every=0, log_every=1)
+    process = subprocess.Popen(command(config, 1), stdout=subprocess.PIPE, text=True)
+    assert wait_for(process, "step     3 |")
+    process.send_signal(getattr(signal, name))
+    process.stdout.read()
+    assert process.wait(timeout=30) == status and len(train_gpt2.saved_steps(tmp_path / "log")) == 1
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_many_ranks_resumed_end_as_if_undisturbed(data, tmp_path, ranks):
+    """Three terms can be added in two orders: DDP must sort its buckets before the first step, not after it."""
+    config = tiny_config(data, tmp_path / "straight", total_batch_size=384, micro_batch=1, n_embd=64, n_layer=4)
+    assert launch(config, ranks).returncode == 0
+    interrupt(tmp_path / "straight", tmp_path / "resumed", 5)
+    assert launch(replace(config, log_dir=str(tmp_path / "resumed"), resume=True), ranks).returncode == 0
+    assert same_weights(tmp_path / "straight" / "ckpt_000010.pt", tmp_path / "resumed" / "ckpt_000010.pt")
 
 
 def test_a_stop_inside_an_evaluation_breaks_it_off(data, tmp_path, monkeypatch):

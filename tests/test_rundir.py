@@ -6,10 +6,12 @@ import os
 import pickle
 import shutil
 import zipfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import tiny_config, token_set
 
 import train_gpt2
 from extras import track
@@ -296,3 +298,106 @@ def test_a_resumed_optimizer_has_the_settings_of_its_run_and_the_moments_of_the_
     assert after.param_groups[0]["weight_decay"] == 0.3
     assert torch.equal(after.state[parameter]["exp_avg"], before.state[parameter]["exp_avg"])
     assert after.state[parameter]["step"] == 1
+
+
+LIES = {
+    "the step is text": lambda s: s.update(step="7"),
+    "the step is negative": lambda s: s.update(step=-1),
+    "the step is a bool": lambda s: s.update(step=True),
+    "the sample is negative": lambda s: s["loader"].update(sample=-3),
+    "the model is a list": lambda s: s.update(model=[1]),
+    "no head": lambda s: s["model_config"].update(n_head=0),
+    "a billion layers": lambda s: s["model_config"].update(n_layer=10**9),
+    "a width that is text": lambda s: s["model_config"].update(n_embd="32"),
+    "a setting nobody knows": lambda s: s["model_config"].update(colour="red"),
+    "a weight is missing": lambda s: s["model"].popitem(),
+    "a weight too many": lambda s: s["model"].update(more=torch.ones(1)),
+    "a weight of another shape": lambda s: change(s["model"], lambda t: t[:1]),
+    "a weight of whole numbers": lambda s: change(s["model"], lambda t: t.int()),
+    "a sparse weight": lambda s: change(s["model"], lambda t: t.to_sparse()),
+    "a weight without memory": lambda s: change(s["model"], lambda t: t.to("meta")),
+    "a weight that is a number": lambda s: s["model"].update({"transformer.wpe.weight": 3}),
+    "a moment of another shape": lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "a moment that is text": lambda s: s["optimizer"]["state"][0].update(exp_avg="x"),
+    "no moments' group": lambda s: s["optimizer"]["param_groups"].pop(),
+}
+
+
+def change(tensors, how):
+    name = "transformer.wpe.weight"
+    tensors[name] = how(tensors[name])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory of shards, and the checkpoint of two steps on them."""
+    home = tmp_path_factory.mktemp("saved")
+    data = token_set(home / "data")
+    train_gpt2.main(tiny_config(data, home / "log", max_steps=2, val_every=0))
+    return data, home / "log" / "ckpt_000002.pt"
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_a_checkpoint_that_lies_is_named_and_nothing_is_touched(saved, tmp_path, lie):
+    data, path = saved
+    state = torch.load(path, weights_only=True)
+    lie(state)
+    torch.save(state, tmp_path / "ckpt_000002.pt")
+    before = (tmp_path / "ckpt_000002.pt").read_bytes()
+    with pytest.raises(UserError, match=r"checkpoint|these weights|no model's shape"):
+        train_gpt2.main(tiny_config(data, tmp_path, resume=True, max_steps=4, val_every=0))
+    assert os.listdir(tmp_path) == ["ckpt_000002.pt"] and (tmp_path / "ckpt_000002.pt").read_bytes() == before
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(saved, tmp_path):
+    with zipfile.ZipFile(saved[1]) as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in source.namelist():
+            bomb.writestr(name, source.read(name))
+    with pytest.raises(UserError, match="it is compressed"):
+        read_checkpoint(tmp_path / "bomb.pt")
+
+
+def test_a_run_goes_on_from_the_checkpoint_it_is_given(saved, tmp_path, capsys):
+    data, path = saved
+    config = train_gpt2.parse(["--resume", str(path)])
+    assert config.resume and config.resume_from == str(path)
+    assert train_gpt2.parse(["--resume", "--max_steps", "3"]).resume_from == ""
+    shutil.copytree(path.parent, tmp_path / "log")
+    long = tiny_config(data, tmp_path / "log", max_steps=6, val_every=0, save_every=2, keep_checkpoints=0)
+    train_gpt2.main(replace(long, resume=True))
+    capsys.readouterr()
+    middle = str(tmp_path / "log" / "ckpt_000004.pt")
+    train_gpt2.main(replace(long, resume=True, resume_from=middle, max_steps=5, save_every=0))
+    said = capsys.readouterr().out
+    assert "resuming at step 4; later checkpoints stay until this run overtakes them: [6]" in said
+    assert saved_steps(tmp_path / "log") == [6, 5, 4, 2] and "\nstep     4 |" in said and "\nstep     3 |" not in said
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path, log):
+    pytest.importorskip("fcntl")
+    log.comment("versions", {"host": "here", "pid": 7})
+    log.flush()
+    with pytest.raises(UserError, match=r'another process trains there \("host": "here", "pid": 7\); choose another'):
+        Log(tmp_path, writes=True)
+    log.close()
+    Log(tmp_path, writes=True).close()
+
+
+def test_a_directory_without_room_for_a_file_is_known_before(tmp_path, log, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(train_gpt2.Path, "write_bytes", fail)
+    model = GPT(GPTConfig(block_size=8, vocab_size=60, n_layer=1, n_head=1, n_embd=8))
+    with pytest.raises(UserError, match=r"no checkpoint could be saved in .*Read-only file system"):
+        Saver(tmp_path, 1, log, True).require_room(model)
+
+
+def test_destroyed_weights_do_not_push_good_checkpoints_out(saved, tmp_path):
+    data, path = saved
+    shutil.copytree(path.parent, tmp_path / "log")
+    config = tiny_config(data, tmp_path / "log", max_steps=40, val_every=0, save_every=3, warmup_steps=0)
+    with pytest.raises(UserError, match=r"10 steps in a row without a finite gradient.*--resume PATH of an older"):
+        train_gpt2.main(replace(config, resume=True, max_lr=1e30, min_lr=0.0))
+    assert saved_steps(tmp_path / "log")[-1] == 2 and len(saved_steps(tmp_path / "log")) <= 2
+    train_gpt2.main(replace(config, resume=True, resume_from=str(tmp_path / "log" / "ckpt_000002.pt"), max_steps=8))

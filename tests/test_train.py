@@ -340,3 +340,35 @@ def test_flags_are_the_fields():
     assert parse(flags(config)) == config
     assert parse(["--max-steps=3", "--no-compile"]) == Config(max_steps=3, compile=False)
     assert parse([]) == Config()
+
+
+def test_without_a_val_split_it_trains_without_validation(tmp_path):
+    data = token_set(tmp_path / "data")
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / manifest["shards"].pop(0)["name"]).unlink()
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    values = main(tiny_config(data, tmp_path / "log", val_every=0))
+    assert "val" not in values and values["train"] < 6
+    with pytest.raises(UserError, match=r"no val shards in .*with a --val_size, or train with --val_every 0"):
+        main(tiny_config(data, tmp_path / "other"))
+
+
+@pytest.mark.parametrize("ids", [[*range(65)] * 500, [55496, 308, *range(999)] * 20], ids=["characters", "a header"])
+def test_tokens_of_a_foreign_file_are_not_taken_for_gpt2s(tmp_path, ids):
+    for split in ("train", "val"):
+        np.save(tmp_path / f"edufineweb_{split}_000000.npy", np.array(ids, np.uint16))
+    with pytest.raises(UserError, match=r"begins with ids up to (64|55496): not those of gpt2, 0 to 50256; a manifest"):
+        main(tiny_config(tmp_path, tmp_path / "log"))
+
+
+def test_a_folder_of_another_projects_tokens_is_recognized(tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"0000")
+    with pytest.raises(UserError, match=r"no train shards in .*\(train.bin of nanoGPT or llm.c: see the README\)"):
+        main(tiny_config(tmp_path, tmp_path / "log"))
+
+
+def test_a_sample_of_numbers_that_are_none_is_a_line(tmp_path, capsys, monkeypatch):
+    features = train_gpt2.GPT.features
+    monkeypatch.setattr(train_gpt2.GPT, "features", lambda *args, **more: features(*args, **more) * math.nan)
+    main(tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=1, val_every=0, sample_every=1))
+    assert "no samples: the probabilities are not numbers" in capsys.readouterr().out
