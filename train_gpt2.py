@@ -70,8 +70,6 @@ SDPA_KERNELS = {  # for --sdpa: what scaled_dot_product_attention may choose fro
     "auto": ("flash", "cudnn", "mem_efficient"), "flash": ("flash", "mem_efficient"),  # flash takes no masks
     "cudnn": ("cudnn",), "efficient": ("mem_efficient",), "math": (),
 }  # fmt: skip
-# for evaluations: cuDNN plans anew for every shape, and HellaSwag's batches have a hundred
-PLAIN_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 
 
@@ -700,7 +698,7 @@ EVALUATIONS = {  # name -> the setting that says how often, and the function; a 
 
 def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
     """Tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
-    tokenizer = rows = load = None
+    tokenizer = load = None
     try:
         from extras.tokenizer import load_tokenizer
         tokenizer = load_tokenizer(name)
@@ -710,12 +708,12 @@ def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
         if config.hella_every or config.sample_every:
             ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {missing(error)}")
     tokenizer = None if any_rank(tokenizer is None, ranks) else tokenizer
-    if config.hella_every and not any_rank(load is None, ranks):
-        rows = load() if ranks.rank == 0 else None  # it may have to download a file
-        if any_rank(rows is not None, ranks):
-            rows = load() if ranks.rank else rows
-            rows = None if any_rank(rows is None, ranks) else rows
-    return tokenizer, rows
+    if not config.hella_every or any_rank(load is None, ranks):
+        return tokenizer, None
+    rows = load() if ranks.rank == 0 else None  # it may have to download a file
+    if any_rank(rows is not None, ranks) and ranks.rank:
+        rows = load()
+    return tokenizer, None if any_rank(rows is None, ranks) else rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -748,6 +746,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(next(kind for kind in counts if counts[kind]) if name == "auto" else name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device; use auto, cuda, mps, cpu or cuda:N") from error
+    with contextlib.suppress(ModuleNotFoundError):
+        from extras.hardware import explain_cuda
+        explain_cuda(name, device)  # an NVIDIA card that is here, but of no use to this torch
     if (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(f"--device {name}: there is none here; CUDA devices: {counts['cuda']}, MPS: {counts['mps']}")
     if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
@@ -814,8 +815,7 @@ def require_same(what: str, value: object, ranks: Ranks) -> None:
     if ranks.world_size > 1:
         dist.all_gather_object(everyones, value)
     if len(set(everyones)) > 1:
-        differ = "; ".join(f"rank {rank}: {found}" for rank, found in enumerate(everyones))
-        raise UserError(f"the ranks find different {what}; all nodes need the same ({differ})")
+        raise UserError(f"all nodes need the same {what}; rank by rank they have {', '.join(map(str, everyones))}")
 
 
 def set_timeout(minutes: float) -> None:
@@ -888,7 +888,7 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
 
             triton.runtime.driver.active.get_current_target()  # the first use builds what launches kernels
         except Exception as error:
-            problem = f"Triton can't build its launcher: install gcc and Python's headers ({str(error)[:80]})"
+            problem = f"Triton needs gcc and Python's headers to build its launcher ({str(error)[:80]})"
     if off := any_rank(bool(problem), ranks):
         problem = problem or "Triton does not work on another node"
         if asked:
@@ -1256,7 +1256,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
             load_optimizer(optimizer, saved["optimizer"])
             if saved.get("scaler"):  # there is none of a run in bfloat16
                 scaler.load_state_dict(saved["scaler"])
-    require_same(f"train shards in {config.data_dir}", loader["data"], ranks)
+    require_same(f"shards in {config.data_dir}", loader["data"], ranks)
     require_same(f"checkpoints in {config.log_dir}", start, ranks)
 
     compiled = wants_compile(config.compile, ranks)
@@ -1376,7 +1376,8 @@ class Meter:
         """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
         began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
         run.raw_model.eval()
-        with sdpa_kernel(PLAIN_SDPA):
+        # without cuDNN's attention, which plans anew for every shape, of which HellaSwag's batches have a hundred
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             values = function(run, self.stop)
         run.raw_model.train()
         if values is not None:
@@ -1439,13 +1440,8 @@ def parse(argv: list[str] | None = None) -> Config:
     import tyro
     about = __doc__.partition("\nContents:")[0]
     markers = (tyro.conf.DisallowNone,)  # so that `compile`, None by default, is --compile and --no-compile
-    how = {"use_underscores": True, "console_outputs": speaks(), "config": markers}
-    return tyro.cli(Config, args=argv, description=about, **how)
-
-
-def speaks() -> bool:
-    """Whether this rank reports errors: one rank of each node does, for its node may be the only one to meet them."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each node, whose flags may be its own
+    return tyro.cli(Config, args=argv, description=about, use_underscores=True, console_outputs=speaks, config=markers)
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
@@ -1466,7 +1462,7 @@ def run_command_line(argv: list[str] | None = None) -> None:
             message = f"a setting needs more than this file: {missing(error)}"
         elif not any(kind.__name__ == "UserError" for kind in type(error).__mro__):  # extras/ has its own UserError
             raise
-        if speaks() or no_memory or isinstance(error, LocalError):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or no_memory or isinstance(error, LocalError):
             where = f"rank {rank}: " if rank != "0" else ""
             print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
         sys.exit(2)
