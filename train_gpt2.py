@@ -71,8 +71,6 @@ SDPA_KERNELS = {  # for --sdpa: what scaled_dot_product_attention may choose fro
     "auto": ("flash", "cudnn", "mem_efficient"), "flash": ("flash", "mem_efficient"),  # flash takes no masks
     "cudnn": ("cudnn",), "efficient": ("mem_efficient",), "math": (),
 }  # fmt: skip
-# for evaluations: cuDNN plans anew for every shape, and HellaSwag's batches have a hundred
-PLAIN_SDPA = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 
 
@@ -728,7 +726,7 @@ EVALUATIONS = {  # name -> the setting that says how often, and the function; a 
 
 def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
     """Tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
-    tokenizer = rows = load = None
+    tokenizer = load = None
     try:
         from extras.tokenizer import load_tokenizer
         tokenizer = load_tokenizer(name)
@@ -738,12 +736,12 @@ def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
         if config.hella_every or config.sample_every:
             ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {missing(error)}")
     tokenizer = None if any_rank(tokenizer is None, ranks) else tokenizer
-    if config.hella_every and not any_rank(load is None, ranks):
-        rows = load() if ranks.rank == 0 else None  # it may have to download a file
-        if any_rank(rows is not None, ranks):
-            rows = load() if ranks.rank else rows
-            rows = None if any_rank(rows is None, ranks) else rows
-    return tokenizer, rows
+    if not config.hella_every or any_rank(load is None, ranks):
+        return tokenizer, None
+    rows = load() if ranks.rank == 0 else None  # it may have to download a file
+    if any_rank(rows is not None, ranks) and ranks.rank:
+        rows = load()
+    return tokenizer, None if any_rank(rows is None, ranks) else rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -776,6 +774,9 @@ def find_device(name: str) -> torch.device:
         device = torch.device(next(kind for kind in counts if counts[kind]) if name == "auto" else name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device; use auto, cuda, mps, cpu or cuda:N") from error
+    with contextlib.suppress(ModuleNotFoundError):
+        from extras.hardware import explain_cuda
+        explain_cuda(name, device)  # an NVIDIA card that is here, but of no use to this torch
     if (device.index or 0) >= counts.get(device.type, 0):
         raise UserError(f"--device {name}: there is none here; CUDA devices: {counts['cuda']}, MPS: {counts['mps']}")
     if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
@@ -844,8 +845,7 @@ def require_same(what: str, value: object, ranks: Ranks) -> None:
     if ranks.world_size > 1:
         dist.all_gather_object(everyones, value)
     if len(set(everyones)) > 1:
-        differ = "; ".join(f"rank {rank}: {found}" for rank, found in enumerate(everyones))
-        raise UserError(f"the ranks find different {what}; all nodes need the same ({differ})")
+        raise UserError(f"all nodes need the same {what}; rank by rank they have {', '.join(map(str, everyones))}")
 
 
 def set_timeout(minutes: float) -> None:
@@ -918,7 +918,7 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
 
             triton.runtime.driver.active.get_current_target()  # the first use builds what launches kernels
         except Exception as error:
-            problem = f"Triton can't build its launcher: install gcc and Python's headers ({str(error)[:80]})"
+            problem = f"Triton needs gcc and Python's headers to build its launcher ({str(error)[:80]})"
     if off := any_rank(bool(problem), ranks):
         problem = problem or "Triton does not work on another node"
         if asked:
@@ -1326,7 +1326,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
             load_optimizer(optimizer, saved["optimizer"])
             if saved.get("scaler"):  # there is none of a run in bfloat16
                 scaler.load_state_dict(saved["scaler"])
-    require_same(f"train shards in {config.data_dir}", loader["data"], ranks)
+    require_same(f"shards in {config.data_dir}", loader["data"], ranks)
     require_same(f"checkpoints in {config.log_dir}", start, ranks)
 
     compiled = wants_compile(config.compile, ranks)
@@ -1366,10 +1366,10 @@ class Meter:
         self.every, self.bad_steps, self.eval_seconds = 1, 0, {}  # at first every step: how slow they are is not known
         self.seconds, self.steps, self.began, self.clock = 0.0, 0, time.perf_counter(), time.perf_counter()
         try:
-            from extras import screen
+            from extras import agree, screen
         except ImportError:
-            screen = None  # what it shows is left out
-        self.screen = screen
+            agree = screen = None  # what they show is left out
+        self.screen, self.note = screen, agree.note if agree else lambda step, what: None
 
     def log_start(self) -> None:
         """What was found and decided, at the head of the log and on the screen."""
@@ -1406,6 +1406,7 @@ class Meter:
 
     def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Note a step: this rank's loss, the norm of the averaged gradient. True if the run is to stop."""
+        self.note(step, "after training step")
         self.pending.append((step, lr, loss, norm))
         return self.read() if len(self.pending) >= self.every else False
 
@@ -1451,8 +1452,10 @@ class Meter:
     def evaluate(self, step: int, name: str) -> bool:
         """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
         began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
+        self.note(step, f"evaluating {name} at step")
         run.raw_model.eval()
-        with sdpa_kernel(PLAIN_SDPA):
+        # without cuDNN's attention, which plans anew for every shape, of which HellaSwag's batches have a hundred
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             values = function(run, self.stop)
         run.raw_model.train()
         if values is not None:
@@ -1523,24 +1526,29 @@ def main(config: Config) -> dict[str, float]:
     if config.resume_from and config.log_dir == Config.log_dir:
         config = replace(config, log_dir=os.path.dirname(config.resume_from) or ".")
     with joined_ranks(config.device, partial(check, config)) as ranks, StopSignal(ranks) as stop:
-        return train(set_up(config, ranks), stop)
+        try:
+            return train(set_up(config, ranks), stop)
+        except RuntimeError as error:
+            with contextlib.suppress(ModuleNotFoundError):
+                from extras.agree import blame
+                if found := blame(error, config.log_dir):
+                    raise LocalError(found) from error
+            raise
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config."""
     import tyro
     about, argv = __doc__.partition("\nContents:")[0], sys.argv[1:] if argv is None else argv
+    with contextlib.suppress(ModuleNotFoundError):
+        from extras.cli import check_names
+        check_names(argv)
     for i in range(len(argv) - 1, 0, -1):  # --resume PATH: a flag of tyro's takes a value or takes none
         if argv[i - 1] == "--resume" and not argv[i].startswith("--"):
             argv = [*argv[:i], "--resume_from", *argv[i:]]
     markers = (tyro.conf.DisallowNone,)  # so that `compile`, None by default, is --compile and --no-compile
-    how = {"use_underscores": True, "console_outputs": speaks(), "config": markers}
-    return tyro.cli(Config, args=argv, description=about, **how)
-
-
-def speaks() -> bool:
-    """Whether this rank reports errors: one rank of each node does, for its node may be the only one to meet them."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each node, whose flags may be its own
+    return tyro.cli(Config, args=argv, description=about, use_underscores=True, console_outputs=speaks, config=markers)
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
@@ -1561,7 +1569,7 @@ def run_command_line(argv: list[str] | None = None) -> None:
             message = f"a setting needs more than this file: {missing(error)}"
         elif not any(kind.__name__ == "UserError" for kind in type(error).__mro__):  # extras/ has its own UserError
             raise
-        if speaks() or no_memory or isinstance(error, LocalError):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or no_memory or isinstance(error, LocalError):
             where = f"rank {rank}: " if rank != "0" else ""
             print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -4,6 +4,11 @@ would wait for it until a timeout, and on other nodes nobody would read why.
 """
 
 import contextlib
+import faulthandler
+import os
+import re
+import time
+import traceback
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -44,3 +49,25 @@ def exchange(text: str, store, rank: int, world_size: int) -> list[str]:
     if len(said) > 1:
         dist.all_gather_object(said, text)
     return said
+
+
+def note(step: int, what: str) -> None:
+    """Tell the other ranks what this one does, for `blame`; on one process, nothing."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.distributed_c10d._get_default_store().set(f"at{dist.get_rank()}", f"{step}\n{what}\n{time.time()}")
+
+
+def blame(error: Exception, directory: str) -> str:
+    """Who stopped answering, since when and at what; "" if nobody did. Also writes this rank's Python stack there."""
+    if not (dist.is_initialized() and re.search("[Tt]imed out|[Tt]imeout|closed by peer|reset by peer", str(error))):
+        return ""
+    with open(os.path.join(directory, f"stack_rank{dist.get_rank()}.txt"), "w") as file:
+        faulthandler.dump_traceback(file)
+        traceback.print_exception(error, file=file)
+    store, seen = dist.distributed_c10d._get_default_store(), []
+    for rank in range(dist.get_world_size()):
+        if rank != dist.get_rank() and store.check([f"at{rank}"]):
+            step, what, when = store.get(f"at{rank}").decode().split("\n")
+            seen.append((float(when), f"rank {rank}, last heard of {time.time() - float(when):.0f} s ago: {what} {step}"))
+    silent = min(seen, default=(0, "a rank that never began"))[1]  # whoever was heard of last is only waiting, too
+    return f"the ranks wait for one that does not answer: {silent}; what this one did is in {file.name}"

@@ -12,6 +12,24 @@ class UserError(ValueError):
     """A mistake the user can correct: one line with the numbers and the next move, exit status 2, no traceback."""
 
 
+ELSEWHERE = {  # flags of nanoGPT, transformers and others -> what train_gpt2.py calls them
+    "batch_size": "micro_batch (sequences a forward) and --total_batch_size (tokens an update)",
+    "gradient_accumulation_steps": "total_batch_size (tokens an update)", "block_size": "seq_len",
+    "lr": "max_lr", "learning_rate": "max_lr", "max_iters": "max_steps", "num_iterations": "max_steps",
+    "warmup_iters": "warmup_steps", "lr_decay_iters": "max_steps", "eval_interval": "val_every", "eval_iters": "val_tokens",
+    "log_interval": "log_every", "out_dir": "log_dir", "output_dir": "log_dir", "dataset": "data_dir",
+    "num_train_epochs": "epochs", "max_seq_length": "seq_len", "resume_from_checkpoint": "resume",
+}  # fmt: skip
+
+
+def check_names(argv: Sequence[str]) -> None:
+    """UserError for a flag that another trainer has, with ours."""
+    for word in argv:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in ELSEWHERE:
+            raise UserError(f"there is no --{name} here; it is called --{ELSEWHERE[name]}")
+
+
 def parse(config_class: type, description: str, argv: Sequence[str] | None = None):
     """The command line as an instance of `config_class`: a flag for each field, its comment or docstring the help."""
     import tyro

@@ -1,12 +1,22 @@
 """
-How fast a device can be, for the MFU on the screen: bf16 FLOP/s by the makers' data sheets, and what a token takes.
+What a device is and can do: bf16 FLOP/s by the makers' data sheets, for the MFU on the screen; what a token takes; and
+why an NVIDIA card that is here is of no use to this torch.
 """
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
 
 import torch
 
-PEAK_TFLOPS = {  # dense
-    "H200": 989, "GH200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71,
+from extras.cli import UserError
+
+PEAK_TFLOPS = {  # dense bf16, summed in float32; NVIDIA names none for the GB10, only sparse FP4
+    "B200": 2250, "H200": 989, "GH200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
+    "MI300X": 1307.4, "RTX A6000": 154.8, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71,
+    "T4": 65,  # in float16: it has no bfloat16
 }  # fmt: skip
 
 
@@ -20,6 +30,59 @@ def peak_flops(device: torch.device) -> float:
     """FLOP/s of one device, 0 for a card that is not in PEAK_TFLOPS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     words = set(name.replace("-", " ").split())
-    if words & ({"NVL", "Laptop", "Max", "D", "Ti", "MIG"} | ({"PCIe"} if "A100" not in words else set())):
+    if words & ({"NVL", "Laptop", "Max", "D", "Ti", "SUPER", "MIG"} | ({"PCIe"} if "A100" not in words else set())):
         return 0.0  # similar names of other cards; all A100 are alike
     return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if set(card.split()) <= words), 0.0)
+
+
+def explain_cuda(name: str, device: torch.device) -> None:
+    """If there is an NVIDIA card of no use to this torch: UserError for --device cuda, and a warning for auto."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    index = local_rank if device.index is None else device.index
+    problem = cuda_problem(index) if name == "auto" or device.type == "cuda" else ""
+    if problem and device.type == "cuda":
+        raise UserError(f"--device {name}: {problem}")
+    if problem and local_rank == 0:
+        print(f"WARNING: training on {device.type}, not on CUDA: {problem}", file=sys.stderr, flush=True)
+
+
+def cuda_problem(index: int) -> str:
+    """Why that NVIDIA card is of no use to this torch; empty if it is of use, or there is none."""
+    driver, needs, torch_version = driver_cuda(), torch.version.cuda, f"torch {torch.__version__}"
+    other = f"take its build for CUDA 12.6, {torch.__version__.split('+')[0]}+cu126"
+    if torch.cuda.is_available() and needs:
+        if index >= torch.cuda.device_count() or not (have := torch.cuda.get_arch_list()):
+            return ""
+        capability = torch.cuda.get_device_capability(index)
+        if any(runs_on(arch, capability) for arch in have):
+            return ""
+        card = f"{torch.cuda.get_device_name(index)}, of compute capability {capability[0]}.{capability[1]}"
+        better = other if capability < (7, 5) else "a newer torch may have them"
+        return f"{torch_version} has no kernels for {card}; {better}"
+    if driver and not needs:
+        return f"there is an NVIDIA driver, but {torch_version} is built without CUDA; install a build with it"
+    if driver and driver[0] < int(needs.split(".")[0]):
+        better = f", or {other}" if driver[0] >= 12 else ""
+        knows = f"the NVIDIA driver knows CUDA up to {driver[0]}.{driver[1]}"
+        return f"{knows}, and {torch_version} needs {needs}; update the driver{better}"
+    if driver:
+        return "there is an NVIDIA driver, but no card that CUDA can see: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    return ""
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels for sm_XY run on such a card, or the PTX of compute_XY can be compiled for it."""
+    if not (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch)):
+        return False
+    made_for = int(match[2]), int(match[3])
+    return made_for <= capability and (match[1] == "compute" or made_for[0] == capability[0])
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver knows; None without a driver."""
+    version = ctypes.c_int()
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        with contextlib.suppress(OSError, AttributeError):
+            if ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version)) == 0:
+                return version.value // 1000, version.value % 1000 // 10
+    return None

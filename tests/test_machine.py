@@ -2,10 +2,12 @@
 
 import contextlib
 import random
+import re
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from tiny import ROOT
 
 import train_gpt2
+from extras import hardware
 from extras.elastic import name_this_start
 from train_gpt2 import UserError
 
@@ -86,14 +89,76 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, fa
     assert told == ["left"] * leaves
 
 
-def test_no_compiler_is_no_traceback(monkeypatch, capsys):
+class Launcher:
+    """Triton's driver, which is built at its first use."""
+
+    def get_current_target(self):
+        if not self.compiler:
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+
+def test_no_triton_or_no_compiler_is_eager_and_one_line(monkeypatch, capsys):
     cuda, cpu = (train_gpt2.Ranks(0, 1, torch.device(kind)) for kind in ("cuda", "cpu"))
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-    assert not train_gpt2.wants_compile(None, cuda) and "there is no Triton" in capsys.readouterr().out
-    assert train_gpt2.wants_compile(True, cuda) and train_gpt2.wants_compile(True, cpu)
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    assert train_gpt2.wants_compile(None, cuda) and not train_gpt2.wants_compile(None, cpu)
+    launcher = Launcher()
+    triton = SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=launcher)))
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    for has_triton, launcher.compiler, words in (
+        (False, True, "there is no Triton for this card"),
+        (True, False, "needs gcc and Python's headers to build its launcher (Failed to find C compiler."),
+    ):
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda there=has_triton: there)
+        assert not train_gpt2.wants_compile(None, cuda)
+        out = capsys.readouterr().out
+        assert out.startswith("compile  off: ") and words in out and out.count("\n") == 1
+        with pytest.raises(UserError, match=f"^--compile: .*{re.escape(words)}"):
+            train_gpt2.wants_compile(True, cuda)
+    launcher.compiler = True
+    assert train_gpt2.wants_compile(None, cuda) and train_gpt2.wants_compile(True, cuda)
+    assert train_gpt2.wants_compile(True, cpu) and not train_gpt2.wants_compile(None, cpu)
     assert not train_gpt2.wants_compile(False, cuda) and not capsys.readouterr().out
+
+
+A100, V100 = ("NVIDIA A100-SXM4-80GB", (8, 0)), ("Tesla V100-SXM2-16GB", (7, 0))
+
+
+@pytest.mark.parametrize(
+    "driver, wheel, card, words",
+    [
+        (None, None, None, ""),  # no NVIDIA card at all
+        (None, "13.0", None, ""),
+        ((13, 0), "13.0", A100, ""),
+        ((13, 0), "13.0", V100, "no kernels for Tesla V100-SXM2-16GB, of compute capability 7.0; .*, 2.13.0.cu126$"),
+        ((13, 0), "13.0", ("NVIDIA B300", (10, 3)), ""),  # sm_100's run on it
+        ((13, 0), "13.0", ("NVIDIA R100", (11, 0)), "a newer torch may have them"),
+        ((12, 2), "13.0", None, "knows CUDA up to 12.2, and .* needs 13.0; update the driver, or .* 2.13.0.cu126$"),
+        ((11, 8), "13.0", None, "needs 13.0; update the driver$"),
+        ((12, 2), None, None, "is built without CUDA"),
+        ((13, 0), "13.0", None, "no card that CUDA can see"),
+    ],
+)
+def test_an_nvidia_card_of_no_use_is_explained(driver, wheel, card, words, monkeypatch, capsys):
+    """Asked for, it is an error; --device auto goes on, on the CPU, only where torch sees no card, and says so."""
+    cuda = torch.cuda
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    monkeypatch.setattr(hardware, "driver_cuda", lambda: driver)
+    monkeypatch.setattr(torch.version, "cuda", wheel)
+    monkeypatch.setattr(cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(cuda, "device_count", lambda: int(card is not None))
+    monkeypatch.setattr(cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120"])
+    monkeypatch.setattr(cuda, "get_device_name", lambda index=0: card[0])
+    monkeypatch.setattr(cuda, "get_device_capability", lambda index=0: card[1])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert train_gpt2.find_device("cpu").type == "cpu" and not capsys.readouterr().err
+    for name in ("auto", "cuda"):
+        if card and not words:
+            assert train_gpt2.find_device(name).type == "cuda"
+        elif card or name == "cuda":
+            with pytest.raises(ValueError, match=words or "there is none here"):
+                train_gpt2.find_device(name)
+        else:
+            assert train_gpt2.find_device(name).type == "cpu"
+    warned = capsys.readouterr().err.startswith("WARNING: training on cpu, not on CUDA: ")
+    assert warned == bool(words and not card)
 
 
 def test_mps_wants_a_newer_torch(monkeypatch):

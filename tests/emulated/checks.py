@@ -187,6 +187,7 @@ BIG = {"total_batch_size": 64 * 32, "micro_batch": 0, "max_steps": 2}
 def compiled(request, monkeypatch):
     """Compiled: by Dynamo and AOTAutograd, which hold tensors of their own; Inductor would need a real card."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(train_gpt2, "wants_compile", lambda asked, ranks: asked)  # whatever becomes of Triton here
     yield request.param == "compiled"
     torch.compiler.reset()
 
