@@ -68,6 +68,7 @@ def blame(error: Exception, directory: str) -> str:
     for rank in range(dist.get_world_size()):
         if rank != dist.get_rank() and store.check([f"at{rank}"]):
             step, what, when = store.get(f"at{rank}").decode().split("\n")
-            seen.append((float(when), f"rank {rank}, last heard of {time.time() - float(when):.0f} s ago: {what} {step}"))
+            ago = time.time() - float(when)
+            seen.append((float(when), f"rank {rank}, last heard of {ago:.0f} s ago: {what} {step}"))
     silent = min(seen, default=(0, "a rank that never began"))[1]  # whoever was heard of last is only waiting, too
     return f"the ranks wait for one that does not answer: {silent}; what this one did is in {file.name}"
