@@ -18,7 +18,8 @@ ELSEWHERE = {  # flags of nanoGPT, transformers and others -> what train_gpt2.py
     "lr": "max_lr", "learning_rate": "max_lr", "max_iters": "max_steps", "num_iterations": "max_steps",
     "warmup_iters": "warmup_steps", "lr_decay_iters": "max_steps", "eval_interval": "val_every",
     "eval_iters": "val_tokens", "log_interval": "log_every", "out_dir": "log_dir", "output_dir": "log_dir",
-    "dataset": "data_dir", "num_train_epochs": "epochs", "max_seq_length": "seq_len", "resume_from_checkpoint": "resume",
+    "dataset": "data_dir", "num_train_epochs": "epochs", "max_seq_length": "seq_len",
+    "resume_from_checkpoint": "resume",
 }  # fmt: skip
 
 
