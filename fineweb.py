@@ -3,17 +3,17 @@ Text -> token shards, the food of train_gpt2.py.
 
     python fineweb.py                                               # FineWeb-Edu sample-10BT: 10B GPT-2 tokens, 20 GB
     python fineweb.py --dataset python-docs --out data/python-docs  # the English every Python carries: no network
-    python fineweb.py --input 'books/*.txt' --out data/books        # .parquet .jsonl .txt, also .gz and .zst
+    python fineweb.py --input books/ --out data/books               # .parquet .jsonl .json .txt, also .gz and .zst
     python fineweb.py --input chats.jsonl --format chat --out data/chats  # to finetune on: only the answers are learned
     python fineweb.py --verify                                      # is the set on disk what the manifest says?
 
-The way of the text:
+How the text goes:
 
-    source --fetch, one ahead--> files --cut--> units --worker processes--> tokens, in order --> shards + manifest.json
+    source --fetch, one ahead--> files --cut--> chunks --worker processes--> tokens, in order --> shards + manifest.json
 
-A unit is a row group of a parquet file or a few megabytes of a text file; what comes back for it is one uint16 array. A
-shard appears under its name only when it is whole, then the manifest that counts it in. So a run that was killed at any
-moment goes on from the last shard when it is started again, and ends with the same bytes as if nothing had happened.
+A chunk is a row group of a parquet file or a few megabytes of a text file; its tokens are one uint16 array. A shard
+gets its name when it is whole, and then an entry in the manifest. So a run that was killed at any moment goes on from
+the last shard when it is started again, and ends with the same bytes as if nothing had happened.
 
 Instructions are JSON lines, in one of two formats. GPT-2 has no tokens for roles, so the template is plain text:
 
@@ -35,27 +35,23 @@ before it to the end-of-text after it, 0 for all others. The trainer learns thos
 import contextlib
 import hashlib
 import io
-import itertools
-import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
 from extras.cli import UserError, run
-from extras.files import atomic_file, sync_directory
+from extras.files import exclusive, sync_directory
+from extras.manifest import Cursor, Manifest, Settings, Shard, manifest_name, parse_part, read_manifest, write_manifest
 from extras.sources import (
     PYTHON_DOCS,
     Fetcher,
@@ -65,19 +61,18 @@ from extras.sources import (
     hub_source,
     is_compressed,
     local_source,
+    utf8,
 )
-from extras.tokenizer import load_tokenizer
-from extras.units import Job, Tokens, Unit, documents_of, measure, pick_backend, tokenize_unit, units_of
+from extras.units import Chunk, Options, Tokens, chunks_of, count, pick_backend, tokenize_all, tokenize_chunk
 
-FORMAT = 1  # of the manifest
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
-START_METHOD = "spawn"  # of the workers: safe beside threads, and the same everywhere; fork and forkserver work too
+
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Knobs
+# Settings
 
 
 @dataclass
@@ -85,7 +80,8 @@ class Config:
     """All settings; each is a flag of the same name."""
 
     dataset: str = FINEWEB_EDU  # dataset of the Hugging Face hub, ID[:CONFIG], or python-docs
-    input: list[str] = field(default_factory=list)  # files or globs of your own, instead of --dataset
+    input: list[str] = field(default_factory=list)  # files, folders or globs of your own, instead of --dataset
+    val_input: list[str] = field(default_factory=list)  # the same for the val split, which is then all of them
     format: Literal["text", "alpaca", "chat"] = "text"  # plain text, or instructions of which the answers are learned
     text_column: str = "text"  # the column or JSON field that holds the text
     revision: str | None = None  # branch, tag or commit of the hub dataset (default: main as it is today)
@@ -102,183 +98,51 @@ class Config:
     workers: int | None = None  # processes (default: one a core; 0: none but this one)
     backend: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # GPT-2's encoder; auto: gigatoken if it is installed
     keep_downloads: bool = False  # keep what was fetched, in OUT/downloads
-    verify: bool = False  # check the shards in OUT against their manifest and, by samples, against the source
+    verify: bool = False  # check the shards in OUT against their manifest and, if it is here, the source
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Worker processes
+# Plan: which chunks, in which order
 
 
-def tokenize_all(units: Iterable, job: Job, workers: int) -> Iterator[tuple[tuple, Tokens]]:
-    """(key, tokens) of every (key, unit), in order, few of them in memory at a time.
+class Plan:
+    """blocks: the files that are cut into chunks together, each for itself or to be shuffled all at once.
 
-    A worker that dies takes the work of the others along: all of it is done again; and a unit that was next in line
-    twice when that happened is done with care.
+    The first `val_files` files are the val split, of part 1. Of the others, a part takes the chunks that begin in its
+    n-th of their bytes.
     """
-    if workers == 0:
-        yield from ((key, tokenize_unit(unit, job)) for key, unit in units)
-        return
-    units = iter(units)
-    first = list(itertools.islice(units, workers))
-    workers = max(1, len(first))  # they all start at once: no more than there is work for
-    units, pending, suspect, pool = itertools.chain(first, units), deque(), None, start_workers(workers)
-    try:
-        while True:
-            for key, unit in itertools.islice(units, 3 * workers + 4 - len(pending)):
-                pending.append((key, unit, submit(pool, unit, job)))
-            if not pending:
-                return
-            key, unit, future = pending[0]
-            try:
-                tokens = future.result()
-            except BrokenProcessPool:
-                pool.shutdown(wait=False)
-                pool = start_workers(workers)
-                tokens = tokenize_with_care(unit, job) if key == suspect else None
-                redone = [(k, u, f if succeeded(f) else submit(pool, u, job)) for k, u, f in pending]
-                suspect, pending = key, deque(redone)
-            if tokens is not None:
-                pending.popleft()
-                yield key, tokens
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
+    def __init__(self, files: list[SourceFile], settings: Settings, val_files: int):
+        self.settings, (self.part, self.parts) = settings, parse_part(settings.part)
+        self.starts = list(accumulate((file.weight for file in files[val_files:]), initial=0))  # in the source's bytes
+        low, high = (self.starts[-1] * part for part in (self.part, self.part + 1))
+        mine = [
+            (index, file, start)
+            for index, (file, start) in enumerate(zip(files[val_files:], self.starts))
+            if start * self.parts < high and (start + file.weight) * self.parts > low
+        ]
+        self.blocks = [[(None, file, 0)] for file in files[: val_files if self.part == 0 else 0]]
+        self.val_blocks = len(self.blocks)
+        self.blocks += [[place] for place in mine] if settings.shuffle is None else [mine] if mine else []
+        self.done = list(accumulate(map(len, self.blocks), initial=0))  # files before each block
+        self.files = [file for block in self.blocks for _, file, _ in block]  # in the order of use
 
-def succeeded(future: Future) -> bool:
-    return future.done() and future.exception() is None
-
-
-def submit(pool: ProcessPoolExecutor, unit: Unit, job: Job) -> Future:
-    try:
-        with unseen_by_children(signal.SIGINT):
-            return pool.submit(tokenize_unit, unit, job)
-    except BrokenProcessPool as error:  # a worker died since the last result
-        future = Future()
-        future.set_exception(error)
-        return future
-
-
-def start_workers(workers: int) -> ProcessPoolExecutor:
-    """They all start with the first task, before the pool's thread looks after them.
-
-    Else one that dies while another starts could leave that thread waiting for ever: CPython's race, as of 3.11.
-    """
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(START_METHOD), initializer=begin_worker)
-    pool._safe_to_dynamically_spawn_children = False
-    return pool
-
-
-@contextlib.contextmanager
-def unseen_by_children(number: int) -> Iterator[None]:
-    """Processes that start in here don't get that signal, not even before `begin_worker`: they inherit the mask.
-
-    For us it waits until the end of the block; by the mask alone it would come through another of our threads.
-    """
-    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
-        yield  # there is no mask on Windows
-        return
-    came = []
-    handler = signal.signal(number, lambda *_: came.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(number, handler)
-        if came:
-            signal.raise_signal(number)
-
-
-def begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and don't outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def tokenize_with_care(unit: Unit, job: Job) -> Tokens:
-    """A unit that a worker died over, in a process of its own; if that dies too, by halves, down to one document."""
-
-    def attempt(start, stop):
-        try:
-            with start_workers(1) as pool:
-                with unseen_by_children(signal.SIGINT):
-                    future = pool.submit(tokenize_unit, unit, job, slice(start, stop))
-                return [future.result()]
-        except BrokenProcessPool as error:
-            stop = len(documents_of(unit, job)[0]) if stop is None else stop
-            if stop - start <= 1:
-                place = f"row group {unit.group}, rows" if unit.kind == "parquet" else "bytes"
-                raise UserError(
-                    f"document {start} of {place} {unit.start} to {unit.stop} of {unit.name} kills the process that "
-                    "tokenizes it (out of memory?); take it out, or try a machine with more memory"
-                ) from error
-        middle = (start + stop) // 2
-        return attempt(start, middle) + attempt(middle, stop)
-
-    parts = attempt(0, None)
-    ids = np.concatenate([part.ids for part in parts])
-    targets = None if parts[0].targets is None else np.concatenate([part.targets for part in parts])
-    return Tokens(ids, *measure(ids, targets, job.tokenizer), parts[0].skipped, targets)
+    def chunks(self, block: int, paths: list[Path]) -> list[Chunk]:
+        """The chunks of a block in the order of the stream."""
+        chunks, seed = [], self.settings.shuffle if block >= self.val_blocks else None
+        for (index, file, start), path in zip(self.blocks[block], paths):
+            of_file = chunks_of(file, path, self.settings.text_column)
+            for number, chunk in enumerate(of_file):
+                place = start * len(of_file) + file.weight * number
+                if index is None or place * self.parts // (self.starts[-1] * len(of_file)) == self.part:
+                    chunks.append(chunk if seed is None else chunk._replace(order=f"{seed} {index} {number}"))
+        if seed is not None:
+            random.Random(f"units {seed}").shuffle(chunks)  # the word is part of the seed of finished sets
+        return chunks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Plan: which units, in which order
-
-
-class Cursor(NamedTuple):
-    """A place in the stream of tokens: block of files, unit of the block, token of the unit."""
-
-    block: int
-    unit: int
-    token: int
-
-
-def plan_blocks(files: list[SourceFile], shuffle: int | None, part: tuple[int, int]) -> list[list[int]]:
-    """Indices of the files that are cut into units together: each for itself, or to be shuffled all at once.
-
-    part: (i, n), i from 0. A part takes the units that begin in its n-th of the source's bytes, and only their files.
-    """
-    total, start, mine = sum(file.weight for file in files), 0, []
-    for index, file in enumerate(files):
-        if start * part[1] < total * (part[0] + 1) and (start + file.weight) * part[1] > total * part[0]:
-            mine.append(index)
-        start += file.weight
-    return [[index] for index in mine] if shuffle is None else [mine] if mine else []
-
-
-def units_of_block(block: list[int], paths: list[Path], files: list[SourceFile], config: Config) -> list[Unit]:
-    """The units of a block in the order of the stream."""
-    (i, n), total = parse_part(config.part), sum(file.weight for file in files)
-    units = []
-    for index, path in zip(block, paths):
-        of_file, start = units_of(files[index], path, config.text_column), sum(file.weight for file in files[:index])
-        for number, unit in enumerate(of_file):
-            if (start * len(of_file) + files[index].weight * number) * n // (total * len(of_file)) == i:
-                units.append((index, number, unit))
-    if config.shuffle is None:
-        return [unit for _, _, unit in units]
-    random.Random(f"units {config.shuffle}").shuffle(units)
-    return [unit._replace(order=f"{config.shuffle} {index} {number}") for index, number, unit in units]
-
-
-def parse_part(part: str | None) -> tuple[int, int]:
-    """'2/8' -> (1, 8)."""
-    if part is None:
-        return 0, 1
-    i, slash, n = part.partition("/")
-    if not (slash and i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise UserError(f"--part {part!r} must be I/N with 1 <= I <= N, such as 2/8")
-    return int(i) - 1, int(n)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Shards and the manifest: nothing half done ever bears its name
-
-
-def write_manifest(path: Path, manifest: dict, writer: str = "") -> None:
-    with atomic_file(path, writer) as file:
-        file.write((json.dumps(manifest, indent=1) + "\n").encode())
+# Shards: nothing half done ever bears its name
 
 
 class ArrayFile:
@@ -305,7 +169,7 @@ class ArrayFile:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        digest = sha256_of(Path(self.file.name)) if short else self.digest.hexdigest()
+        digest = sha256_of(self.file.name) if short else self.digest.hexdigest()
         os.replace(self.file.name, self.path)
         return digest
 
@@ -316,88 +180,86 @@ class ArrayFile:
 
 
 class ShardWriter:
-    """Writes one stream of tokens as shards, each as it fills, and after each the manifest that counts it in."""
+    """Writes one stream of tokens as shards, each as it fills, and after each the manifest with its entry."""
 
-    def __init__(self, out: Path, manifest: dict, part: tuple[int, int]):
-        self.out, self.manifest, self.part = out, manifest, part
-        self.tokenizer = manifest["tokenizer"]["name"]
-        self.has_mask = manifest["settings"].get("format", "text") != "text"
+    def __init__(self, out: Path, manifest: Manifest, val_blocks: int):
+        self.out, self.manifest, self.val_blocks = out, manifest, val_blocks
         self.file = self.mask = None
-        self.total = sum(shard["tokens"] for shard in manifest["shards"])
+        self.total = sum(shard.tokens for shard in manifest.shards)
 
     @property
     def index(self) -> int:
-        """Of the shard being written. Parts take turns, so that no two ever use the same name."""
-        return len(self.manifest["shards"]) * self.part[1] + self.part[0]
+        """Of the shard being written. Parts alternate, so that no two ever use the same name."""
+        return len(self.manifest.shards) * self.manifest.part[1] + self.manifest.part[0]
 
-    @property
-    def split(self) -> str:
-        return "val" if self.index == 0 and self.manifest["val_size"] > 0 else "train"
-
-    @property
-    def size(self) -> int:
-        """Tokens the shard being written will hold, unless the text ends before."""
-        return self.manifest["val_size"] if self.split == "val" else self.manifest["settings"]["shard_size"]
-
-    @property
-    def path(self) -> Path:
-        return self.out / f"edufineweb_{self.split}_{self.index:06d}.npy"
-
-    def write(self, whole: Tokens, cursor: Cursor, stop: int) -> bool:
-        """Append the tokens of the unit `whole` from `cursor` up to `stop`. Whether a shard was committed."""
-        done, stop, committed = cursor.token, min(stop, len(whole.ids)), len(self.manifest["shards"])
+    def write(self, chunk: Tokens, cursor: Cursor, stop: int) -> bool:
+        """Append the tokens of a chunk from `cursor` up to `stop`. Whether a shard was committed."""
+        done, stop, committed = cursor.token, min(stop, len(chunk.ids)), len(self.manifest.shards)
         while done < stop:
-            if self.file and self.file.length == self.size:
-                self.commit(cursor._replace(token=done))
+            here = cursor._replace(token=done)
+            if self.file and (self.file.length == self.file.size or self.ends_val(cursor.block)):
+                self.commit(here)
             if not self.file:
-                self.begin(cursor._replace(token=done))
-            span = slice(done, min(stop, done + self.size - self.file.length))
-            ids, targets = whole.ids[span], None if whole.targets is None else whole.targets[span]
+                self.begin(here)
+            span = slice(done, min(stop, done + self.file.size - self.file.length))
+            ids, targets = chunk.ids[span], None if chunk.targets is None else chunk.targets[span]
             self.file.append(ids)
             if self.mask:
                 self.mask.append(targets)
-            known = len(ids) == len(whole.ids)
-            documents, size = (whole.documents, whole.bytes) if known else measure(ids, targets, self.tokenizer)
+            is_all = len(ids) == len(chunk.ids)
+            tokenizer = self.manifest.tokenizer.name
+            documents, size = (chunk.documents, chunk.bytes) if is_all else count(ids, targets, tokenizer)
             self.documents += documents
             self.bytes += size
             self.total += len(ids)
             done += len(ids)
-        return len(self.manifest["shards"]) > committed
+        return len(self.manifest.shards) > committed
+
+    def ends_val(self, block: int) -> bool:
+        return self.index == 0 and 0 < self.val_blocks <= block
 
     def begin(self, cursor: Cursor) -> None:
-        self.start, self.documents, self.bytes, self.skipped_before = cursor, 0, 0, self.manifest["skipped"]
-        self.file = ArrayFile(self.path, "<u2", self.size)
-        self.mask = ArrayFile(self.out / mask_name(self.path.name), "|u1", self.size) if self.has_mask else None
+        if self.ends_val(cursor.block):
+            raise UserError("--val_input holds no document at all")
+        self.start, self.documents, self.bytes, self.skipped_before = cursor, 0, 0, self.manifest.skipped
+        self.path = self.out / self.manifest.name_of(self.index)
+        self.file = ArrayFile(self.path, "<u2", self.manifest.room(self.index))
+        has_mask = self.manifest.settings.format != "text"
+        self.mask = ArrayFile(self.path.with_suffix(".mask.npy"), "|u1", self.file.size) if has_mask else None
 
-    def commit(self, cursor: Cursor) -> None:
+    def commit(self, cursor: Cursor, complete: bool = False) -> None:
         """Give the shard its name and enter it. cursor: where the next one begins."""
-        mask = {"mask_sha256": self.mask.commit()} if self.mask else {}  # first: no shard is ever without its mask
-        entry = {
-            "name": self.path.name,
-            "split": self.split,
-            "tokens": self.file.length,
-            "documents": self.documents,
-            "bytes": self.bytes,
-            "skipped_before": self.skipped_before,  # left out before the unit it starts in
-            "sha256": self.file.commit(),
-        }
+        mask_sha256 = self.mask.commit() if self.mask else None  # first: no shard is ever without its mask
+        shard = Shard(
+            name=self.path.name,
+            split=self.manifest.split_of(self.index),
+            tokens=self.file.length,
+            documents=self.documents,
+            bytes=self.bytes,
+            skipped_before=self.skipped_before,
+            sha256=self.file.commit(),
+            mask_sha256=mask_sha256,
+        )
         sync_directory(self.out)
-        self.manifest["shards"].append(entry | mask)
-        self.manifest["starts"].append(list(self.start))
-        self.manifest["cursor"] = list(cursor)
-        write_manifest(self.out / manifest_name(self.part), self.manifest)
+        self.manifest.shards.append(shard)
+        self.manifest.starts.append(self.start)
+        self.save(cursor, complete)
         self.file = self.mask = None
+
+    def save(self, cursor: Cursor, complete: bool) -> None:
+        self.manifest.cursor, self.manifest.complete = cursor, complete
+        write_manifest(self.out / manifest_name(self.manifest.part), self.manifest)
 
     def finish(self, cursor: Cursor) -> None:
         """Commit what there is, and complete the manifest. Raises OnlyVal if the val split would take all."""
-        if self.split == "val" and self.file:
+        if self.index == 0 and self.file and self.manifest.val_size != 0:
             raise OnlyVal(self.total)
-        if not self.total and self.part[1] == 1:
+        if not self.total and self.manifest.part[1] == 1:
             raise UserError("the source holds no document at all")
         if self.file:
-            self.commit(cursor)
-        self.manifest["complete"] = True
-        write_manifest(self.out / manifest_name(self.part), self.manifest)
+            self.commit(cursor, complete=True)
+        else:
+            self.save(cursor, complete=True)
 
     def close(self) -> None:
         """Leave no half shard behind."""
@@ -417,21 +279,16 @@ def npy_header(length: int, dtype: str) -> bytes:
     return buffer.getvalue()
 
 
-def files_of(shard: dict) -> list[tuple[str, int, str]]:
-    """(name, size in bytes, sha256) of the files of a shard as the manifest tells of it: tokens, and perhaps a mask."""
-    n, name = shard["tokens"], shard["name"]
-    files = [(name, len(npy_header(n, "<u2")) + 2 * n, shard["sha256"])]
-    if "mask_sha256" in shard:
-        files.append((mask_name(name), len(npy_header(n, "|u1")) + n, shard["mask_sha256"]))
+def files_of(shard: Shard) -> list[tuple[str, int, str]]:
+    """(name, size in bytes, sha256) of the files of a shard: tokens, and perhaps a mask."""
+    n = shard.tokens
+    files = [(shard.name, len(npy_header(n, "<u2")) + 2 * n, shard.sha256)]
+    if shard.mask_sha256:
+        files.append((shard.mask_name, len(npy_header(n, "|u1")) + n, shard.mask_sha256))
     return files
 
 
-def mask_name(shard: str) -> str:
-    """'x.npy' -> 'x.mask.npy'."""
-    return shard.removesuffix(".npy") + ".mask.npy"
-
-
-def sha256_of(path: Path) -> str:
+def sha256_of(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -440,56 +297,14 @@ def sha256_of(path: Path) -> str:
 # The run
 
 
-def settings_of(config: Config) -> dict:
-    """All that the bytes of the result depend on."""
-    names = ["format", "text_column", "revision", "max_tokens", "shuffle", "part", "skip_bad"]
-    names += ["shard_size", "val_size", "tokenizer"]
-    asked = {"input": config.input} if config.input else {"dataset": config.dataset}
-    return asked | {name: getattr(config, name) for name in names}
+def settings_of(config: Config) -> Settings:
+    values = {name: getattr(config, name) for name in Settings.model_fields}
+    values |= {"dataset": None if config.input else config.dataset, "val_input": list(map(utf8, config.val_input))}
+    return Settings(**values | {"input": list(map(utf8, config.input)) or None})
 
 
-def manifest_name(part: tuple[int, int]) -> str:
-    return "manifest.json" if part[1] == 1 else f"manifest.part-{part[0] + 1}-of-{part[1]}.json"
-
-
-def writer_name(part: tuple[int, int]) -> str:
-    """Of the manifest of all parts, which several may write at once: each under a temporary name of its own."""
-    return f".part-{part[0] + 1}-of-{part[1]}"
-
-
-def scratch_name(part: tuple[int, int]) -> str:
+def downloads_name(part: tuple[int, int]) -> str:
     return manifest_name(part).replace("manifest", "downloads").removesuffix(".json")
-
-
-def read_manifest(path: Path) -> dict | None:
-    """None where there is none yet. Raises UserError for one that is not ours, or of another version."""
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} can't be read ({error}); choose another --out") from error
-    if version != FORMAT:
-        raise UserError(f"{path} is of format {version}, this fineweb.py writes {FORMAT}; choose another --out")
-    return manifest
-
-
-def new_manifest(config: Config, source: Source) -> dict:
-    tokenizer = load_tokenizer(config.tokenizer)
-    return {
-        "format": FORMAT,
-        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.n_vocab},
-        "eot": tokenizer.eot,
-        "source": source.description,
-        "settings": settings_of(config),
-        "val_size": val_size_of(config, source.files),
-        "shards": [],
-        "starts": [],
-        "cursor": list(Cursor(0, 0, 0)),
-        "skipped": 0,
-        "complete": False,
-    }
 
 
 def val_size_of(config: Config, files: list[SourceFile]) -> int:
@@ -523,51 +338,66 @@ def check(config: Config) -> None:
         raise UserError(
             f"--val_size {config.val_size} leaves nothing to train on of --max_tokens {config.max_tokens}; lower it"
         )
+    if config.val_input and config.val_size is not None:
+        raise UserError("--val_size does not go with --val_input, all of which is the val split; leave one out")
 
 
-def resumed(manifest: dict, config: Config, manifest_path: Path) -> dict:
+def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
     """The manifest of the run to go on with. Raises UserError, saying which, if a flag is not what it was."""
-    asked = json.loads(json.dumps(settings_of(config)))
-    was = {"format": "text"} | manifest["settings"]  # sets of before there were others don't name it
-    changed = [
-        f"--{name} {asked.get(name)} (it was {was.get(name)})"
-        for name in sorted(was.keys() | asked.keys())
-        if was.get(name) != asked.get(name)
-    ]
+    was, asked = manifest.settings.model_dump(), settings_of(config).model_dump()
+    changed = [f"--{name} {asked[name]} (it was {was[name]})" for name in sorted(was) if was[name] != asked[name]]
     if changed:
-        raise UserError(f"{manifest_path.parent} was begun otherwise: {', '.join(changed)}; choose another --out")
-    for number, shard in enumerate(manifest["shards"]):
-        sizes = {manifest_path.parent / name: size for name, size, _ in files_of(shard)}
-        damaged = [path for path, size in sizes.items() if not path.exists() or path.stat().st_size != size]
+        raise UserError(f"{out} was begun otherwise: {', '.join(changed)}; choose another --out")
+    written = (out / manifest_name(manifest.part)).stat().st_mtime_ns
+    for number, shard in enumerate(manifest.shards):
+        damaged = [name for name, size, sha256 in files_of(shard) if not is_whole(out / name, size, sha256, written)]
         if damaged:
-            print(f"{damaged[0]} is missing or damaged: going on from there")
-            kept = {"shards": manifest["shards"][:number], "starts": manifest["starts"][:number], "complete": False}
-            skipped = shard.get("skipped_before", manifest["skipped"])
-            return manifest | kept | {"cursor": manifest["starts"][number], "skipped": skipped}
+            print(f"{out / damaged[0]} is missing or damaged: going on from there")
+            before = {"shards": manifest.shards[:number], "starts": manifest.starts[:number], "complete": False}
+            return manifest.model_copy(
+                update=before | {"cursor": manifest.starts[number], "skipped": shard.skipped_before}
+            )
     return manifest
 
 
-def check_source(manifest: dict, source: Source, out: Path) -> None:
-    was, now = manifest["source"], json.loads(json.dumps(source.description))
+def is_whole(path: Path, size: int, sha256: str, written: int) -> bool:
+    """By its size; by its sha256, too, if it was changed after the manifest was written."""
+    if not path.is_file() or path.stat().st_size != size:
+        return False
+    return path.stat().st_mtime_ns < written or sha256_of(path) == sha256
+
+
+def check_source(was, now, out: Path) -> None:
+    """Raises UserError unless the record of a source, or None, tells of the same files, as they were."""
     if was == now:
         return
-    if was["revision"] != now["revision"]:
-        raise UserError(f"{out} was begun with {was['revision']}, and this is {now['revision']}; choose another --out")
-    before = dict(map(tuple, was["files"]))
-    other = [name for name, size in now["files"] if before.pop(name, None) != size] + list(before)
-    raise UserError(f"{out} was begun before {', '.join(other[:3]) or 'the order'} changed; choose another --out")
+    if was.revision != now.revision:
+        raise UserError(f"{out} was begun with {was.revision}, and this is {now.revision}; choose another --out")
+    stamped = was.stamps is not None  # format 1 has none
+    (before, times), (after, new_times) = was.identities(stamped), now.identities(stamped)
+    other = [name for name in {**after, **before} if before.get(name) != after.get(name)]
+    if other or list(before) != list(after):
+        raise UserError(f"{out} was begun before {', '.join(other[:3]) or 'the order'} changed; choose another --out")
+    touched = [name for name in times if times[name] != new_times[name]]
+    if touched:
+        print(f"{', '.join(touched[:3])}: another time of change, but the same size and samples: taken for the same")
 
 
 def prepare_directory(out: Path, part: tuple[int, int]) -> None:
-    """Make `out`, and remove what a killed run left. Raises UserError if shards of unknown origin lie there."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Remove what a killed run left. Raises UserError if shards of unknown origin lie there."""
     manifests, shards = sorted(out.glob("manifest*.json")), sorted(out.glob("edufineweb_*.npy"))
     if shards and not manifests:
         raise UserError(f"{out} holds {shards[0].name}, of which no manifest.json tells; choose another --out")
     halves = [manifest_name(part) + ".tmp", manifest_name((0, 1)) + writer_name(part) + ".tmp"]
     for path in [*out.glob("edufineweb_*.npy.tmp"), *(out / name for name in halves)]:
-        if path.name.startswith("manifest") or int(path.name.split("_")[2].split(".")[0]) % part[1] == part[0]:
+        index = path.name.split("_")[-1].split(".")[0]
+        if path.name in halves or (index.isdecimal() and int(index) % part[1] == part[0]):
             path.unlink(missing_ok=True)
+
+
+def writer_name(part: tuple[int, int]) -> str:
+    """Of the manifest of all parts, which several may write at once: each under a temporary name of its own."""
+    return f".part-{part[0] + 1}-of-{part[1]}"
 
 
 def main(config: Config) -> None:
@@ -591,53 +421,65 @@ def main(config: Config) -> None:
 def tokenize(out: Path, config: Config) -> None:
     """Begin a set of shards in `out`, or go on with it, to its end."""
     part = parse_part(config.part)
-    manifest_path = out / manifest_name(part)
-    manifest = read_manifest(manifest_path)
+    path = out / manifest_name(part)
+    there = read_manifest(path)
+    manifest = resumed(there, config, out) if there and there.cursor != (0, 0, 0) else None  # else nothing is lost
+    val, source = open_sources(config, manifest)
     if manifest:
-        manifest = resumed(manifest, config, manifest_path)
-    source = open_source(config, manifest and manifest["source"])
-    check_format(config.format, source.files)
-    if manifest:
-        check_source(manifest, source, out)
-    prepare_directory(out, part)
-    if manifest and manifest["complete"]:
-        remove_scratch(out, part, config.keep_downloads)
+        check_source(manifest.source, source.record, out)
+        check_source(manifest.val_source, val and val.record, out)
+    if manifest and manifest.complete:
+        remove_downloads(out, config)
         print(f"{out} is complete: {summary(manifest)}; nothing to do")
-        return
-    manifest = manifest or new_manifest(config, source)
-    write_manifest(manifest_path, manifest)
-    join_parts(out, part)
-    try:
-        write_shards(config, source, manifest, out)
-    except OnlyVal as ended:
-        (total,) = ended.args
-        print(f"The val split was to have more than the {total:,} tokens there are: it gets a twentieth")
-        manifest |= {"val_size": total // 20, "cursor": [0, 0, 0], "skipped": 0}
-        write_manifest(manifest_path, manifest)
-        write_shards(config, source, manifest, out)
-    join_parts(out, part)
-    print(f"{out}: {summary(manifest)}")
-    if manifest["skipped"]:
-        print(f"{manifest['skipped']} documents could not be read and were left out")
-    if manifest["shards"] and (last := manifest["shards"][-1]["tokens"]) < config.shard_size:
-        print(f"The last shard holds what was left, {last:,} of {config.shard_size:,} tokens: that is no failure.")
+        whole = read_manifest(out / manifest_name((0, 1)))
+        if whole and whole.complete and not list(out.glob("*.tmp")):
+            return  # without a lock: it may be read-only
+    out.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.with_name(path.name + ".lock")):
+        if read_manifest(path) != there:
+            raise UserError(f"{out} was written by another process just now; run again")
+        prepare_directory(out, part)
+        if manifest and manifest.complete:
+            join_parts(out, part)
+            return
+        val_size = None if val else val_size_of(config, source.files)
+        manifest = manifest or Manifest.begin(settings_of(config), source.record, val and val.record, val_size)
+        write_manifest(path, manifest)
+        join_parts(out, part)
+        plan = plan_of(val, source, manifest.settings)
+        try:
+            write_shards(config, plan, manifest, out)
+        except OnlyVal as ended:
+            (total,) = ended.args
+            if val:
+                raise UserError(f"there is nothing to train on: --val_input has all {total:,} tokens") from None
+            print(f"The val split was to have more than the {total:,} tokens there are: it gets a twentieth")
+            manifest = manifest.model_copy(update={"val_size": total // 20, "cursor": Cursor(0, 0, 0), "skipped": 0})
+            write_manifest(path, manifest)
+            write_shards(config, plan, manifest, out)
+        join_parts(out, part)
+        remove_downloads(out, config)
+    report(out, manifest, len(source.files))
 
 
-def open_source(config: Config, recorded: dict | None) -> Source:
-    """recorded: the manifest's description of it, if a run is resumed."""
+def open_sources(config: Config, manifest: Manifest | None) -> tuple[Source | None, Source]:
+    """Of the val split, if it has one of its own, and of all else. manifest: of the run that goes on, if one does."""
+    val = local_source(config.val_input, "--val_input") if config.val_input else None
     if config.input:
-        return local_source(config.input)
-    if config.dataset == PYTHON_DOCS:
-        return docs_source(recorded)
-    enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; a token of English is 4.6
-    return hub_source(config.dataset, config.revision, recorded, enough)
+        source = local_source(config.input)
+    elif config.dataset == PYTHON_DOCS:
+        source = docs_source(manifest and manifest.source)
+    else:
+        enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; a token of English is 4.6
+        source = hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
+    for file in (val.files if val else []) + source.files:
+        if config.format != "text" and file.kind != "jsonl":
+            raise UserError(f"--format {config.format} reads .jsonl, not {file.name}; write it as JSON lines")
+    return val, source
 
 
-def check_format(format: str, files: list[SourceFile]) -> None:
-    """Raises UserError for files that can't hold instructions."""
-    others = [file.name for file in files if format != "text" and file.kind != "jsonl"]
-    if others:
-        raise UserError(f"--format {format} reads .jsonl, not {others[0]}; write it as JSON lines, one record a line")
+def plan_of(val: Source | None, source: Source, settings: Settings) -> Plan:
+    return Plan((val.files if val else []) + source.files, settings, len(val.files) if val else 0)
 
 
 def join_parts(out: Path, part: tuple[int, int]) -> None:
@@ -649,85 +491,111 @@ def join_parts(out: Path, part: tuple[int, int]) -> None:
     if (count := part[1]) == 1:
         return
     path = out / manifest_name((0, 1))
-    parts = [read_manifest(out / manifest_name((i, count))) for i in range(count)]
-    begun, complete = [p for p in parts if p], all(p and p["complete"] for p in parts)
-    whole = begun[0]["settings"] | {"part": f"all of {count}"}
-    if (there := read_manifest(path)) and there["settings"] != whole:
+    paths = [out / manifest_name((i, count)) for i in range(count)]
+    begun = [read_manifest(path) for path in paths if path.exists()]
+    complete = len(begun) == count and all(part.complete for part in begun)
+    whole = begun[0].settings.model_copy(update={"part": f"all of {count}"})
+    if (there := read_manifest(path)) and there.settings != whole:
         raise UserError(f"{path} was begun with other flags, or another number of parts; choose another --out")
     if complete or not there:
-        shards = sorted((s for p in begun for s in p["shards"]), key=lambda shard: shard["name"].rpartition("_")[2])
-        skipped = sum(p["skipped"] for p in begun)
-        joined = {"settings": whole, "shards": shards, "starts": [], "cursor": None, "skipped": skipped}
-        write_manifest(path, begun[0] | joined | {"complete": complete}, writer_name(part))
+        shards = sorted((shard for part in begun for shard in part.shards), key=lambda shard: shard.index)
+        joined = {"settings": whole, "shards": shards, "starts": [], "cursor": None, "complete": complete}
+        joined["skipped"] = sum(part.skipped for part in begun)
+        write_manifest(path, begun[0].model_copy(update=joined), writer_name(part))
 
 
-def summary(manifest: dict) -> str:
-    shards = manifest["shards"]
-    tokens = {split: sum(s["tokens"] for s in shards if s["split"] == split) for split in ("train", "val")}
-    documents = sum(shard["documents"] for shard in shards)
+def summary(manifest: Manifest) -> str:
+    shards = manifest.shards
+    tokens = {split: sum(shard.tokens for shard in shards if shard.split == split) for split in ("train", "val")}
+    documents = sum(shard.documents for shard in shards)
     return f"{documents:,} documents, {len(shards)} shards, {tokens['train']:,} train and {tokens['val']:,} val tokens"
 
 
-def write_shards(config: Config, source: Source, manifest: dict, out: Path) -> None:
+def report(out: Path, manifest: Manifest, files: int) -> None:
+    print(f"{out}: {summary(manifest)}")
+    if manifest.skipped:
+        print(f"{manifest.skipped} documents could not be read and were left out")
+    shards, settings = manifest.shards, manifest.settings
+    if shards and (last := shards[-1].tokens) < settings.shard_size:
+        print(f"The last shard holds what was left, {last:,} of {settings.shard_size:,} tokens: that is no failure.")
+    if manifest.val_size and manifest.part[0] == 0 and len(shards) > 1:
+        is_one_file = settings.shuffle is None and files > 1 and manifest.starts[1] <= (1, 0, 0)
+        if shards[0].documents < 200 or is_one_file:
+            where = f", all from the first of {files} files" if is_one_file else ""
+            mix = "" if settings.shuffle is not None else "--shuffle 1 mixes all documents before the split, "
+            print(
+                f"Validation is on the first {shards[0].documents:,} document(s) only{where}; they may differ from the "
+                f"rest: {mix}--val_size N takes more, --val_input FILE takes files of your choice."
+            )
+
+
+def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path) -> None:
     """From the manifest's cursor to the end: write every shard, and complete the manifest. Raises OnlyVal."""
-    part, first = parse_part(config.part), Cursor(*manifest["cursor"])
-    blocks = plan_blocks(source.files, config.shuffle, part)
-    order, used = [index for block in blocks for index in block], sum(map(len, blocks[: first.block]))
-    fetcher = Fetcher(source, order, used, out / scratch_name(part), config.keep_downloads)
-    writer = ShardWriter(out, manifest, part)
-    progress = Progress(source.files, config, writer.total)
-    units = planned_units(blocks, first, fetcher, source.files, config, progress)
-    stream = tokenize_all(units, job_of(config), workers_of(config))
-    with contextlib.closing(stream), contextlib.closing(writer), contextlib.closing(progress):
-        for (block, number, unit), tokens in stream:
+    first = manifest.cursor
+    if first.block >= len(plan.blocks) and first != (0, 0, 0):
+        raise past_the_end(out)
+    scratch = out / downloads_name(manifest.part)
+    fetcher = Fetcher(plan.files, plan.done[first.block], scratch, config.keep_downloads)
+    writer = ShardWriter(out, manifest, plan.val_blocks)
+    progress = Progress(plan.files, config, writer.total)
+    chunks = planned_chunks(plan, first, fetcher, progress, out)
+    stream = tokenize_all(chunks, options_of(config), workers_of(config))
+    with contextlib.closing(stream), contextlib.closing(writer), contextlib.closing(progress.bar):
+        for (block, number, chunk), tokens in stream:
             skip = first.token if (block, number) == first[:2] else 0
+            if skip >= max(1, len(tokens.ids)):
+                raise past_the_end(out)
             stop, before = skip + (config.max_tokens or sys.maxsize) - writer.total, writer.total
             if writer.write(tokens, Cursor(block, number, skip), stop):
-                fetcher.release(sum(map(len, blocks[: manifest["cursor"][0]])))
-            manifest["skipped"] += tokens.skipped
-            progress.update(unit, writer.total - before, tokens.documents, writer.index)
+                fetcher.release(plan.done[manifest.cursor.block])
+            manifest.skipped += tokens.skipped
+            progress.update(chunk, writer.total - before, tokens.documents, writer.index)
             if writer.total == config.max_tokens:
                 break
-        writer.finish(Cursor(len(blocks), 0, 0))
-        progress.finish()
-    remove_scratch(out, part, config.keep_downloads)
+        writer.finish(Cursor(len(plan.blocks), 0, 0))
+        progress.bar.total = progress.bar.n
 
 
-def remove_scratch(out: Path, part: tuple[int, int], keep: bool) -> None:
-    if not keep:
-        shutil.rmtree(out / scratch_name(part), ignore_errors=True)
+def remove_downloads(out: Path, config: Config) -> None:
+    if not config.keep_downloads:
+        shutil.rmtree(out / downloads_name(parse_part(config.part)), ignore_errors=True)
 
 
-def job_of(config: Config) -> Job:
-    backend = pick_backend(config.backend, config.tokenizer)
-    return Job(config.tokenizer, config.text_column, config.skip_bad, backend, config.format)
+def past_the_end(out: Path) -> UserError:
+    return UserError(f"the manifest in {out} goes on behind the end of the source (cursor); choose another --out")
 
 
-def planned_units(blocks, first: Cursor, fetcher: Fetcher, files, config: Config, progress: "Progress") -> Iterator:
-    """((block, number, unit), unit) of every unit from `first` on; files are fetched as they are needed."""
-    for block in range(first.block, len(blocks)):
-        units = units_of_block(blocks[block], [fetcher.get(index) for index in blocks[block]], files, config)
-        progress.open(units)
-        for number in range(first.unit if block == first.block else 0, len(units)):
-            yield (block, number, units[number]), units[number]
+def options_of(config: Config | Settings, backend: str = "tiktoken") -> Options:
+    backend = pick_backend(getattr(config, "backend", backend), config.tokenizer)
+    return Options(config.tokenizer, backend, config.text_column, config.skip_bad, config.format)
+
+
+def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher, progress: "Progress", out: Path) -> Iterator:
+    """((block, number, chunk), chunk) of every chunk from `first` on; files are fetched as they are needed."""
+    for block in range(first.block, len(plan.blocks)):
+        chunks = plan.chunks(block, [fetcher.get(number) for number in range(plan.done[block], plan.done[block + 1])])
+        progress.open(chunks)
+        begin = first.chunk if block == first.block else 0
+        if begin >= max(1, len(chunks)):
+            raise past_the_end(out)
+        for number in range(begin, len(chunks)):
+            yield (block, number, chunks[number]), chunks[number]
 
 
 def workers_of(config: Config) -> int:
-    most = 61 if sys.platform == "win32" else sys.maxsize  # processes that a Windows program can wait for
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(most, cores if config.workers is None else config.workers)
+    return cores if config.workers is None else config.workers
 
 
 class Progress:
-    """One bar for the whole job, in tokens. How many there will be is told by the files that are here, and by bytes."""
+    """A bar in tokens. The total is estimated from the bytes of all files, by what is known of some."""
 
     def __init__(self, files: list[SourceFile], config: Config, done: int):
         import tqdm
 
         self.bytes = sum(file.weight for file in files) / parse_part(config.part)[1]
-        self.limit = config.max_tokens or sys.maxsize
-        self.counted = self.seen = (0, 0.0)  # tokens and bytes of the source: by column token_count, and by doing
-        self.use_counts = config.tokenizer == "gpt2"
+        self.limit, self.use_counts = config.max_tokens or sys.maxsize, config.tokenizer == "gpt2"
+        self.counted = self.seen = (0, 0.0)  # tokens and bytes: of the files fetched, by token_count; tokenized so far
         self.documents = 0
         total = min(self.limit, estimated_tokens(files, config.tokenizer) // parse_part(config.part)[1])
         seconds = 0.5 if sys.stderr.isatty() else 30  # a log file is no screen
@@ -735,24 +603,18 @@ class Progress:
             total=max(total, done), initial=done, unit="tok", unit_scale=True, mininterval=seconds, dynamic_ncols=True
         )
 
-    def open(self, units: list[Unit]) -> None:
-        if self.use_counts and units and all(unit.tokens is not None for unit in units):
-            tokens, size = self.counted
-            self.counted = tokens + sum(unit.tokens for unit in units), size + sum(unit.share for unit in units)
+    def open(self, chunks: list[Chunk]) -> None:
+        if self.use_counts and chunks and all(chunk.tokens is not None for chunk in chunks):
+            tokens, size = (sum(values) for values in zip(*((chunk.tokens, chunk.source_bytes) for chunk in chunks)))
+            self.counted = self.counted[0] + tokens, self.counted[1] + size
 
-    def update(self, unit: Unit, tokens: int, documents: int, shard: int) -> None:
-        self.seen = self.seen[0] + tokens, self.seen[1] + unit.share
+    def update(self, chunk: Chunk, tokens: int, documents: int, shard: int) -> None:
+        self.seen = self.seen[0] + tokens, self.seen[1] + chunk.source_bytes
         self.documents += documents
         count, size = self.counted if self.counted[0] else self.seen
         self.bar.total = max(self.bar.n + tokens, min(self.limit, int(count / size * self.bytes)))
         self.bar.set_postfix_str(f"{self.documents:,} documents, shard {shard}", refresh=False)
         self.bar.update(tokens)
-
-    def finish(self) -> None:
-        self.bar.total = self.bar.n
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -760,11 +622,11 @@ class Progress:
 
 
 def verify(out: Path, config: Config) -> None:
-    """Every shard against its sha256, and some against the source, by tiktoken. Raises UserError for any difference."""
+    """Every shard against its sha256 and, where the source can be read, some against it. Raises UserError."""
     manifest = read_manifest(out / manifest_name((0, 1)))
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to verify the shards against; choose another --out")
-    files = [file for shard in manifest["shards"] for file in files_of(shard)]
+    files = [file for shard in manifest.shards for file in files_of(shard)]
     damaged = [name for name, _, digest in files if not (out / name).exists() or sha256_of(out / name) != digest]
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
@@ -773,44 +635,61 @@ def verify(out: Path, config: Config) -> None:
             "them, and run fineweb.py again with the flags it had: it makes them anew"
         )
     print(f"{out}: {len(files)} shards have the sha256 of the manifest")
-    parts = sorted(out.glob("manifest.part-*.json")) or [out / manifest_name((0, 1))]
-    compared = sum(compare_with_source(out, read_manifest(path), config) for path in parts)
-    print(f"{out}: {compared:,} tokens are those of the source")
-    if not manifest["complete"]:
+    parts = [read_manifest(path) for path in sorted(out.glob("manifest.part-*-of-*.json"))] or [manifest]
+    if manifest.is_joined and parts == [manifest]:
+        print(f"{out}: not compared with the source: the manifests of the parts are not here")
+    else:
+        compared = sum(compare_with_source(out, part, config) for part in parts)
+        print(f"{out}: {compared:,} tokens are those of the source")
+    if not manifest.complete:
         raise UserError(
             f"{out} is sound as far as it goes, but not complete; run fineweb.py again with the flags it had"
         )
 
 
-def compare_with_source(out: Path, manifest: dict, config: Config, samples: int = 3) -> int:
-    """Tokenize the unit that some shards begin in again; how many tokens were compared. Raises UserError."""
-    was = Config(**manifest["settings"], out=config.out)
-    source, part = open_source(was, manifest["source"]), parse_part(was.part)
-    check_source(manifest, source, out)
-    blocks, scratch, compared = plan_blocks(source.files, was.shuffle, part), out / (scratch_name(part) + "-verify"), 0
-    scratch.mkdir(exist_ok=True)
-    try:
-        for index in sorted(
-            random.Random(0).sample(range(len(manifest["shards"])), min(samples, len(manifest["shards"])))
-        ):
-            begin, name = Cursor(*manifest["starts"][index]), manifest["shards"][index]["name"]
-            for file in blocks[begin.block]:
-                source.fetch(file, scratch)
-            paths = [source.place(file, scratch) for file in blocks[begin.block]]
-            unit = units_of_block(blocks[begin.block], paths, source.files, was)[begin.unit]
-            tokens = tokenize_unit(unit, job_of(was)._replace(backend="tiktoken"))
-            pairs = [(name, tokens.ids)] + ([] if tokens.targets is None else [(mask_name(name), tokens.targets)])
-            for path, expected in pairs:
+def compare_with_source(out: Path, manifest: Manifest, config: Config, samples: int = 3) -> int:
+    """Tokenize the chunk that some shards begin in again; how many tokens were compared. Raises UserError.
+
+    Where the source is not at hand, that is said, and it is none.
+    """
+    was = Config(**{name: value for name, value in manifest.settings if value is not None})
+    compared, shards, here = 0, range(len(manifest.shards)), out if os.access(out, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=here, ignore_cleanup_errors=True) as scratch:
+        for index in sorted(random.Random(0).sample(shards, min(samples, len(shards)))):
+            begin = manifest.starts[index]
+            try:
+                val, source = open_sources(was, manifest)
+                check_source(manifest.source, source.record, out)
+                check_source(manifest.val_source, val and val.record, out)
+                plan = plan_of(val, source, manifest.settings)
+                paths = [file.fetch(Path(scratch)) for _, file, _ in plan.blocks[begin.block]]
+                chunk = plan.chunks(begin.block, paths)[begin.chunk]
+                tokens = tokenize_chunk(chunk, options_of(manifest.settings))
+            except (UserError, OSError, IndexError) as error:
+                print(f"{out}: not compared with the source: {error}")
+                return compared
+            shard = manifest.shards[index]
+            for path, expected in [(shard.name, tokens.ids), (shard.mask_name, tokens.targets)][: len(files_of(shard))]:
                 stored = np.load(out / path, mmap_mode="r")[: len(expected) - begin.token]
                 if not np.array_equal(stored, expected[begin.token :][: len(stored)]):
                     raise UserError(
-                        f"{path} does not begin with the tokens of {unit.name}; make the set anew in another --out"
+                        f"{path} does not begin with the tokens of {chunk.name}; make the set anew in another --out"
                     )
             compared += len(stored)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return compared
 
 
+def one_interrupt() -> None:
+    """The first Ctrl-C ends the run; another one behind it must not interrupt the end."""
+
+    def handler(number, frame):
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handler)
+
+
 if __name__ == "__main__":
+    one_interrupt()
     run(main, Config, __doc__)

@@ -1,5 +1,5 @@
 """
-What must hold on a CUDA device before its speed means anything: a table of differences, and exit status 1 if one is large.
+What must hold on a CUDA device before its speed means anything: tables of differences; exit status 1 if one is large.
 
     python bench/cuda_check.py
 
@@ -139,7 +139,9 @@ def main(config: Config) -> None:
     path = f"ckpt_{config.steps:06d}.pt"
     a, b = (torch.load(f"{scratch}/{run}/{path}", weights_only=True)["model"] for run in ("whole", "resumed"))
     apart = max(float((a[name].cpu() - b[name].cpu()).abs().max()) for name in a)
-    print(f"\nresumed at step {half} of {config.steps}: weights differ by at most {apart:.1e} from the undisturbed run's")
+    print(
+        f"\nresumed at step {half} of {config.steps}: weights differ by at most {apart:.1e} from the undisturbed run's"
+    )
     failed += ["resume"] * (apart > 1e-4)
     shutil.rmtree(scratch)
     if failed:

@@ -23,6 +23,7 @@ from bench.train_step import batches, room
 from extras.cli import run
 from train_gpt2 import SIZES
 
+
 @dataclass
 class Config:
     data_dir: str = "data/python-docs"  # token shards
@@ -35,6 +36,7 @@ class Config:
     )
     """modes, as settings of the trainer behind commas"""
     micro_batches: list[int] = field(default_factory=lambda: [16, 32, 64])  # sequences per forward
+
 
 def measure(pipe, config: Config, variant: str, B: int) -> None:
     """Send peak bytes of two steps, allocated and reserved, and the number of parameters; or what went wrong."""
@@ -54,6 +56,7 @@ def measure(pipe, config: Config, variant: str, B: int) -> None:
         pipe.send((peak, reserved, sum(p.numel() for p in trainer.raw_model.parameters())))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
 
 def main(config: Config) -> None:
     context = multiprocessing.get_context("spawn")
@@ -78,6 +81,7 @@ def main(config: Config) -> None:
             peak, reserved, P = answer
             per_token = (peak - 16 * P) / (B * config.seq_len)
             print(f"| {variant} | {B} | {peak / 2**30:.2f} | {reserved / 2**30:.2f} | {per_token:,.0f} |", flush=True)
+
 
 if __name__ == "__main__":
     run(main, Config, __doc__)

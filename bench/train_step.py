@@ -31,6 +31,7 @@ import contextlib
 import gc
 import multiprocessing
 import multiprocessing.connection
+import signal
 import socket
 import statistics
 import time
@@ -346,8 +347,8 @@ def measure(config: Config) -> dict[str, dict]:
                 continue
             results[variant] = {"seconds": [], "cpu": [], "loss": [], "first": first[0]}
             print(f"{variant}: first {config.warmup} steps {first[0]:.1f} s, loss {first[2]:.4f}", flush=True)
-    for _ in range(config.rounds):
-        for variant, pipe in pipes.items():
+    with contextlib.suppress(KeyboardInterrupt):  # SIGTERM, too: what was measured by then is shown
+        for variant, pipe in list(pipes.items()) * config.rounds:
             if config.steps > 1:  # on a GPU: what was freed for the others is allocated again
                 turn(pipe, variant, 1)
             answer = turn(pipe, variant, config.steps)
@@ -434,6 +435,9 @@ def collect(pipes: list, variant: str):
 
 def show(config: Config, results: dict[str, dict]) -> bool:
     """The table, in Markdown. Whether all the losses agree."""
+    results = {variant: result for variant, result in results.items() if result["seconds"]}
+    if not results:
+        return False
     device = machine_device(config.device)
     sizes = SIZES[config.model] | ({"n_layer": config.n_layer} if config.n_layer else {})
     flops, peak = flops_per_token(GPTConfig(config.seq_len, 50304, **sizes), config.seq_len), peak_flops(device)
@@ -442,8 +446,8 @@ def show(config: Config, results: dict[str, dict]) -> bool:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} cores"
     print(f"\n{config.model}, {config.accumulate} x {config.micro_batch} x {config.seq_len} tokens a step, {card}, "
           f"torch {torch.__version__}, medians of {config.rounds} turns of {config.steps}\n")  # fmt: skip
-    print("| variant | ms a step | tokens/s | MFU | CPU s | peak GiB | loss | first steps | times the first | CPU |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    print("| variant | ms a step | tokens/s | MFU | CPU s | peak GiB | loss | first steps | turns | ratio | CPU ratio |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
     first = next(iter(results.values()))
     base, base_cpu = statistics.median(first["seconds"]), statistics.median(first["cpu"])
     for variant, result in results.items():
@@ -452,8 +456,8 @@ def show(config: Config, results: dict[str, dict]) -> bool:
         mfu = f"{100 * per_rank / seconds * flops / peak:.1f}%" if peak else "n/a"
         cells = [
             variant, f"{1000 * seconds:.1f}", f"{tokens / seconds:,.0f}", mfu, f"{cpu:.2f}", f"{result['peak']:.2f}",
-            f"{result['loss'][-1]:.4f}", f"{result['first']:.0f} s", f"{times * base / seconds:.3f}",
-            f"{times * base_cpu / cpu:.3f}",
+            f"{result['loss'][-1]:.4f}", f"{result['first']:.0f} s", str(len(result["seconds"])),
+            f"{times * base / seconds:.3f}", f"{times * base_cpu / cpu:.3f}",
         ]  # fmt: skip
         print(f"| {' | '.join(cells)} |")
     alike = [name for name in results if ranks[name] == next(iter(ranks.values()))]  # the others' batch is another
@@ -464,6 +468,7 @@ def show(config: Config, results: dict[str, dict]) -> bool:
 
 
 def main(config: Config) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a lease ends
     if hasattr(os, "getloadavg"):
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     results = measure(config)

@@ -1,8 +1,9 @@
 """
 Where text comes from: files of one's own, datasets of the Hugging Face hub, and the English every Python carries.
 
-A source is a list of files, with their sizes, and a way to bring one of them to this disk in a form that can be read
-from the middle. `Fetcher` does that one file ahead of its use, and takes the file away after it.
+A source is a list of files, each with a way to bring it to this disk in a form that can be read from the middle.
+`Fetcher` does that one file ahead of its use, and removes the file after it. What is brought lies in a scratch
+directory, under a name that tells which file of which version it is: what a killed run left is never taken for another.
 """
 
 import ast
@@ -10,6 +11,7 @@ import errno
 import functools
 import glob
 import gzip
+import hashlib
 import inspect
 import json
 import os
@@ -21,51 +23,70 @@ import sysconfig
 import threading
 import time
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from extras.cli import UserError
 from extras.files import atomic_file
+from extras.manifest import SourceRecord
 
 PYTHON_DOCS = "python-docs"
-KINDS = ("parquet", "jsonl", "txt")  # of files; by suffix, before .gz or .zst
+KINDS = ("parquet", "jsonl", "txt")  # how a file is read
+KIND_OF_SUFFIX = {kind: kind for kind in KINDS} | {"ndjson": "jsonl", "json": "jsonl"}  # before .gz or .zst
+HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?(:[^\\]+)?")
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # errors here, not of the hub
 TRIES, LONGEST_WAIT = 8, 60  # of a request to the hub, seconds between two: some three minutes in all
 
 
 class SourceFile(NamedTuple):
-    """name: as the manifest records it and errors call it. size: bytes. kind: of KINDS."""
+    """name: as the manifest records it and errors call it. size: bytes. kind: of KINDS.
+
+    path: where it lies once it is here; if `bring(scratch, path)` has to bring it, within a scratch directory.
+    """
 
     name: str
     size: int
     kind: str
+    path: str
+    bring: Callable[[Path, Path], None] | None = None
 
     @property
     def weight(self) -> int:
         """Its part of the work, in bytes; never none, so that empty files and unknown sizes divide nothing by zero."""
         return max(1, self.size)
 
+    def place(self, scratch: Path) -> Path:
+        """Raises UserError if a link leads out of the scratch directory."""
+        path = scratch / self.path if self.bring else Path(self.path)
+        if self.bring and not path.resolve().is_relative_to(scratch.resolve()):
+            raise UserError(f"{path} leads out of {scratch}; remove the link")
+        return path
 
-@dataclass
-class Source:
-    """place: (index of a file, folder for scratch files) -> where it lies, once `fetch` of the same is done."""
+    def fetch(self, scratch: Path) -> Path:
+        path = self.place(scratch)
+        if self.bring and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.bring(scratch, path)
+        return path
 
-    description: dict  # for the manifest: what it is, its revision, its files
+
+class Source(NamedTuple):
+    record: SourceRecord  # for the manifest
     files: list[SourceFile]
-    place: Callable[[int, Path], Path]
-    fetch: Callable[[int, Path], None]
 
 
 def kind_of(name: str) -> str | None:
     """'a/b.jsonl.gz' -> 'jsonl'; None for what we can't read."""
+    return KIND_OF_SUFFIX.get(suffix_of(name))
+
+
+def suffix_of(name: str) -> str:
+    """'a/b.JSON.gz' -> 'json'."""
     stem, suffix = os.path.splitext(name.lower())
-    if suffix in (".gz", ".zst"):
-        suffix = os.path.splitext(stem)[1]
-    return suffix[1:] if suffix[1:] in KINDS else None
+    return os.path.splitext(stem)[1][1:] if suffix in (".gz", ".zst") else suffix[1:]
 
 
 def is_compressed(name: str) -> bool:
@@ -73,43 +94,42 @@ def is_compressed(name: str) -> bool:
 
 
 class Fetcher:
-    """Brings files of a source to this disk, one ahead of their use, and takes them away after it.
+    """Brings files to this disk, one ahead of their use, and removes them after it.
 
-    order: indices of the files, in the order of use. done: how many of them are used up already.
+    files: in the order of use. done: how many of them are used up already.
     """
 
-    def __init__(self, source: Source, order: list[int], done: int, scratch: Path, keep: bool):
-        self.source, self.order, self.scratch, self.keep = source, order, scratch, keep
-        self.coming: dict[int, Future] = {}  # the files that are here or on their way
+    def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool):
+        self.files, self.scratch, self.keep_downloads = files, scratch, keep_downloads
+        self.coming: deque[Future] = deque()  # files [removed, removed + len(coming)) are here or on their way
         self.removed = 0
         scratch.mkdir(exist_ok=True)
         self.release(done)
 
-    def get(self, index: int) -> Path:
-        self.start(index).result()
+    def get(self, number: int) -> Path:
+        """The number-th file; one after the other."""
+        while self.removed + len(self.coming) <= number:
+            self.start()
+        path = self.coming[number - self.removed].result()
         self.look_ahead()
-        return self.source.place(index, self.scratch)
+        return path
 
-    def start(self, index: int) -> Future:
-        if index not in self.coming:
-            self.coming[index] = in_background(self.source.fetch, index, self.scratch)
-        return self.coming[index]
+    def start(self) -> None:
+        self.coming.append(in_background(self.files[self.removed + len(self.coming)].fetch, self.scratch))
 
     def look_ahead(self) -> None:
         """Fetch the next file, unless two are here already: the disk holds the shards and two files."""
-        later = [index for index in self.order if index > max(self.coming, default=sys.maxsize)]
-        if len(self.coming) < 2 and later:
-            self.start(later[0])
+        if len(self.coming) < 2 and self.removed + len(self.coming) < len(self.files):
+            self.start()
 
     def release(self, done: int) -> None:
-        """Remove the first `done` files of the order: every token of theirs is committed."""
-        for index in self.order[self.removed : done]:
-            if index in self.coming:
-                self.coming.pop(index).result()
-            path = self.source.place(index, self.scratch)
-            if not self.keep and self.scratch in path.parents:
-                path.unlink(missing_ok=True)
-        self.removed = max(done, self.removed)
+        """Remove the first `done` files: every token of theirs is committed."""
+        for file in self.files[self.removed : done]:
+            if self.coming:
+                self.coming.popleft().result()
+            if file.bring and not self.keep_downloads:
+                file.place(self.scratch).unlink(missing_ok=True)
+            self.removed += 1
         self.look_ahead()
 
 
@@ -131,105 +151,158 @@ def in_background(function: Callable, *args) -> Future:
 # Files of one's own
 
 
-def local_source(patterns: list[str]) -> Source:
-    """Files in the order given, those of a glob by name. Raises UserError."""
-    names = [name for pattern in patterns for name in expand(pattern)]
-    for name in names:
-        if kind_of(name) is None:
-            raise UserError(f"--input {name}: not of a known kind: .parquet .jsonl .txt, also with .gz or .zst")
-    files = [SourceFile(Path(name).as_posix(), os.path.getsize(name), kind_of(name)) for name in names]
-
-    def place(index, scratch):
-        return plain_place(files[index], index, scratch) if is_compressed(names[index]) else Path(names[index])
-
-    def fetch(index, scratch):
-        if is_compressed(names[index]):
-            decompress(Path(names[index]), place(index, scratch))
-
-    return Source(
-        {"input": patterns, "revision": None, "files": [[f.name, f.size] for f in files]}, files, place, fetch
-    )
+def local_source(patterns: list[str], flag: str = "--input") -> Source:
+    """Files in the order given; those of a glob or a folder by name. Raises UserError."""
+    files, stamps = [], []
+    for index, path in enumerate(path for pattern in patterns for path in expand(pattern, flag)):
+        if kind_of(path) is None:
+            suffixes = " ".join(f".{suffix}" for suffix in KIND_OF_SUFFIX)
+            raise UserError(f"{flag} {path}: not of a known kind: {suffixes}, also with .gz or .zst")
+        name, size, bring = utf8(Path(path).as_posix()), os.path.getsize(path), None
+        stamps.append(stamp(path, size))
+        if is_compressed(path) or suffix_of(path) == "json":
+            bring = functools.partial(lambda path, scratch, plain: unpack(Path(path), plain), path)
+            path = scratch_name(flag, index, name, size, stamps[-1])
+        files.append(SourceFile(name, size, kind_of(name), path, bring))
+    listing = [(file.name, file.size) for file in files]
+    return Source(SourceRecord(input=list(map(utf8, patterns)), revision=None, files=listing, stamps=stamps), files)
 
 
-def expand(pattern: str) -> list[str]:
+def utf8(name: str) -> str:
+    """A file's name as JSON can hold it: bytes that are not UTF-8 are spelled out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def stamp(path: str, size: int, samples: int = 16, length: int = 4096) -> str:
+    """What tells a file that was overwritten from the one before, without reading all of it: bytes from all over it.
+
+    And the time of its last change, which alone is no proof: a copy of the same file has another.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in [*range(0, size, max(length, size // samples)), max(0, size - length)]:
+            file.seek(start)
+            digest.update(file.read(length))
+        return f"{digest.hexdigest()[:32]} {os.fstat(file.fileno()).st_mtime_ns}"
+
+
+def scratch_name(*identity) -> str:
+    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+
+
+def expand(pattern: str, flag: str) -> list[str]:
     """Names of readable files. Raises UserError."""
-    names = sorted(glob.glob(pattern, recursive=True)) if is_glob(pattern) else [pattern]
+    if not pattern:
+        raise UserError(f"{flag} has an empty name; give files, folders, or a glob in quotes")
+    pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+        found = (os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names)
+        names = sorted(name for name in found if kind_of(name) and not os.path.basename(name).startswith("."))
+    elif os.path.exists(pattern) or not glob.has_magic(pattern):
+        names = [pattern]  # also if it looks like a glob, such as `a[1].jsonl`
+    else:
+        names = sorted(glob.glob(pattern, recursive=True))
+        names = names or sorted(glob.glob(pattern.replace("[", "[[]"), recursive=True))  # in a folder `a[1]`
+    if os.path.isdir(pattern) and not names:
+        raise UserError(f"{flag} {pattern}: no file of a known kind in this folder; give files, or a glob in quotes")
     if not names:
         folder = os.path.dirname(pattern) or "."
         unreadable = os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)
         why = f"the directory {folder} is not readable" if unreadable else "no file matches"
-        raise UserError(f"--input {pattern}: {why}; give files, or a glob in quotes")
+        raise UserError(f"{flag} {pattern}: {why}; give files, folders, or a glob in quotes")
     for name in names:
-        if os.path.isdir(name):
-            raise UserError(f"--input {name} is a directory; give its files, such as {os.path.join(name, '*.parquet')}")
+        if os.path.exists(name) and not os.path.isfile(name):
+            raise UserError(f"{flag} {name} is not a regular file; give files, folders, or a glob in quotes")
         try:
             open(name, "rb").close()
         except OSError as error:
-            raise UserError(f"--input {name}: {error.strerror}; check the path and its permissions") from error
+            raise UserError(f"{flag} {name}: {error.strerror}; check the path and its permissions") from error
     return names
 
 
-def is_glob(pattern: str) -> bool:
-    """Not if a file has this very name, such as `a[1].jsonl`."""
-    return glob.has_magic(pattern) and not os.path.exists(pattern)
+def unpack(path: Path, plain: Path) -> None:
+    """The file, decompressed, and as JSON lines if it is a JSON array: so that work can begin in the middle of it."""
+    try:
+        with atomic_file(plain) as target:
+            for data in blocks_of(path):
+                target.write(data)
+        if suffix_of(path.name) == "json" and first_byte(plain) == b"[":
+            with open(plain, "rb") as file:
+                records = json.load(file)
+            with atomic_file(plain) as target:
+                target.writelines((json.dumps(record) + "\n").encode() for record in records)
+    except MemoryError:
+        raise UserError(f"{path.name} is too large to be read as one JSON array; write it as JSON lines") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
+        plain.unlink(missing_ok=True)
+        raise UserError(f"{path.name} is damaged: {error}; get the file again") from error
 
 
-def plain_place(file: SourceFile, index: int, scratch: Path) -> Path:
-    return scratch / f"{index:05d}.{file.kind}"
-
-
-def decompress(path: Path, plain: Path) -> None:
-    """A unit of work must be able to begin in the middle, which .gz and .zst don't allow."""
-    if plain.exists():
-        return
-    damage = (EOFError, zlib.error, gzip.BadGzipFile)
-    if path.suffix.lower() == ".gz":
-        opened = gzip.open(path)  # noqa: SIM115
-    else:
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """The file's bytes, decompressed. Raises an error of the codec's, or EOFError, unless it ends where it should."""
+    if is_compressed(path.name) and not path.stat().st_size:
+        raise EOFError("it is empty")
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        if path.suffix.lower() != ".zst":
+            yield from iter(lambda: file.read(2**20), b"")
+            return
         import zstandard
 
-        opened, damage = zstandard.open(path), (*damage, zstandard.ZstdError)
-    try:
-        with opened as source, atomic_file(plain) as target:
-            shutil.copyfileobj(source, target, 2**20)
-    except damage as error:
-        raise UserError(f"{path.name} is damaged: {error}; fetch it again") from error
+        decoder, frame = zstandard.ZstdDecompressor(max_window_size=2**31), None
+        while data := file.read(2**16):
+            while data:  # of one frame, or of several
+                frame = frame or decoder.decompressobj()
+                yield frame.decompress(data)
+                data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame:
+            raise EOFError("it ends in the middle of a frame")
+
+
+def first_byte(path: Path) -> bytes:
+    """The first that is neither white space nor of a byte order mark."""
+    with open(path, "rb") as file:
+        return file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Datasets of the Hugging Face hub
 
 
-def hub_source(dataset: str, revision: str | None, recorded: dict | None, max_bytes: int | None) -> Source:
+def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None, max_bytes: int | None) -> Source:
     """A dataset `ID[:CONFIG]` of the hub: the files of its train split, at one commit.
 
-    recorded: the manifest's description, if a run is resumed: the hub need not be asked again. max_bytes: of text that
-    suffice, for a dataset that has no files we can read. Raises UserError for what isn't there or can't be reached.
+    recorded: in the manifest, if a run is resumed: the hub need not be asked again. max_bytes: of text that suffice,
+    for a dataset that has no files we can read. Raises UserError for what isn't there or can't be reached.
     """
+    if not HUB_ID.fullmatch(dataset) or "--" in dataset or ".." in dataset:
+        raise UserError(f"--dataset {dataset!r} is not the name of a dataset of the hub; --input takes files, folders")
     repo, _, config = dataset.partition(":")
     if recorded is None:
-        info = patiently(f"dataset {repo}", lambda: hub().dataset_info(repo, revision=revision, files_metadata=True), 4)
+        ask = lambda: hub().dataset_info(repo, revision=revision, files_metadata=True)  # noqa: E731
+        info = with_retries(f"dataset {repo}", ask, 4)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
         names = train_files(list(sizes), card_configs(info), config, repo)
-        recorded = {"dataset": dataset, "revision": info.sha, "files": [[name, sizes[name]] for name in names]}
-    names, commit = [name for name, _ in recorded["files"]], recorded["revision"]
-    if not all(kind_of(name) for name in names):
+        recorded = SourceRecord(dataset=dataset, revision=info.sha, files=[(name, sizes[name]) for name in names])
+    commit = recorded.revision
+    if not re.fullmatch("[0-9a-f]{40}", commit or ""):
+        raise UserError(f"dataset {repo}: revision {commit!r} is no commit; choose another --out")
+    if not all(suffix_of(name) in KINDS for name, _ in recorded.files):
         return streamed_source(dataset, commit, recorded, max_bytes)
-    files = [SourceFile(name, size, kind_of(name)) for name, size in recorded["files"]]
 
-    def place(index, scratch):
-        file = files[index]
-        return plain_place(file, index, scratch) if is_compressed(file.name) else scratch / file.name
+    def bring(name, size, scratch, path):
+        whole = SourceFile(name, size, "", f"{commit}/{name}", download).place(scratch)
+        download(repo, commit, name, size, scratch / commit, whole)
+        if path != whole:
+            unpack(whole, path)
+            whole.unlink()
 
-    def fetch(index, scratch):
-        file = files[index]
-        if not place(index, scratch).exists() or place(index, scratch).stat().st_size != file.size:
-            download(repo, commit, file, scratch)
-            if is_compressed(file.name):
-                decompress(scratch / file.name, place(index, scratch))
-                (scratch / file.name).unlink()
-
-    return Source(recorded, files, place, fetch)
+    files = []
+    for name, size in recorded.files:
+        path = scratch_name(commit, name) if is_compressed(name) else f"{commit}/{name}"
+        files.append(SourceFile(name, size, kind_of(name), path, functools.partial(bring, name, size)))
+    return Source(recorded, files)
 
 
 def hub():
@@ -240,46 +313,57 @@ def hub():
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # asked for now, not when the library was first imported
 
 
-def download(repo: str, commit: str, file: SourceFile, scratch: Path) -> None:
-    """The file to `scratch / file.name`; what a broken attempt has brought is used by the next, if it can be."""
+def download(repo: str, commit: str, name: str, size: int, folder: Path, path: Path) -> None:
+    """The file to `path`, in `folder`; what a broken attempt has brought is used by the next, if it can be."""
 
     def attempt():
         try:
-            hub().hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=scratch)
-            size = (scratch / file.name).stat().st_size
-            if file.size and size != file.size:  # some mirrors of the hub don't tell
-                (scratch / file.name).unlink()
-                raise OSError(f"{size} bytes came, {file.size} were announced")
+            hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)
+            came = path.stat().st_size
+            if size not in (0, came):  # some mirrors of the hub don't tell
+                path.unlink()
+                raise OSError(f"{came} bytes came, {size} were announced")
         except OSError as error:
             if type(error) is OSError:  # a wrong length, here or in the library: what is there is no good beginning
-                shutil.rmtree(scratch / ".cache", ignore_errors=True)
+                shutil.rmtree(folder / ".cache", ignore_errors=True)
             raise
 
-    patiently(file.name, attempt)
+    with_retries(name, attempt)
 
 
-def patiently(what: str, action: Callable, tries: int = TRIES):
+def with_retries(what: str, action: Callable, tries: int = TRIES):
     """`action()`, again and again while the hub is busy or the line is down. Raises UserError when it is of no use."""
     for attempt in range(tries):
         try:
             return action()
+        except UserError:
+            raise
         except Exception as error:
+            last, reason = error, " ".join(str(error).split())[:200]
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
-            network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
-            if not network or getattr(error, "errno", None) in DISK:
+            if getattr(error, "errno", None) in DISK:
                 raise
-            last, reason = error, " ".join(str(error).split())[:200]
-            if type(error).__name__ == "OfflineModeIsEnabled":
+            if is_offline():
                 raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input") from error
+            if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+                raise UserError(f"can't get {what} ({type(error).__name__}: {reason}); check --dataset") from error
             if status in (401, 403, 404):
                 raise UserError(f"the hub has no {what} for you ({reason}); check the name, or set HF_TOKEN") from error
+            if attempt == 2:
+                print(f"the hub does not send {what} ({reason}); trying again", file=sys.stderr)
             if attempt < tries - 1:
                 asked = getattr(response, "headers", {}).get("Retry-After", "")
                 time.sleep(min(LONGEST_WAIT, int(asked) if asked.isdecimal() else 2**attempt))
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     hint = "set HF_TOKEN for a higher limit" if status == 429 else "run again when it answers, and it goes on from here"
     raise UserError(f"could not get {what} from {endpoint} ({reason}); {hint}") from last
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def card_configs(info) -> list[dict]:
@@ -332,17 +416,9 @@ def glob_regex(pattern: str) -> str:
     return "".join(pieces.get(piece) or re.escape(piece) for piece in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
 
 
-def streamed_source(dataset: str, commit: str, recorded: dict, max_bytes: int | None) -> Source:
+def streamed_source(dataset: str, commit: str, recorded: SourceRecord, max_bytes: int | None) -> Source:
     """A dataset in a form that only `datasets` can read: its train split, written to one JSON lines file first."""
     repo, _, config = dataset.partition(":")
-    file = SourceFile(f"{repo}.jsonl", sum(size for _, size in recorded["files"]), "jsonl")
-
-    def place(index, scratch):
-        return scratch / "streamed.jsonl"
-
-    def fetch(index, scratch):
-        if not place(index, scratch).exists():
-            patiently(f"dataset {repo}", lambda: spool(place(index, scratch)))
 
     def spool(path):
         import datasets
@@ -350,45 +426,39 @@ def streamed_source(dataset: str, commit: str, recorded: dict, max_bytes: int | 
         try:
             rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
             with atomic_file(path) as target:
-                write_rows(rows, target, max_bytes)
+                for row in rows:
+                    target.write((json.dumps(row, default=str) + "\n").encode())
+                    if max_bytes is not None and target.tell() >= max_bytes:
+                        break
         except (RuntimeError, ValueError, FileNotFoundError) as error:  # as for scripts, wrong names, broken files
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
 
-    return Source(recorded, [file], place, fetch)
+    def bring(scratch, path):
+        with_retries(f"dataset {repo}", lambda: spool(path))
 
-
-def write_rows(rows: Iterable[dict], target, max_bytes: int | None) -> None:
-    """Rows as JSON lines, until `max_bytes` are written."""
-    for row in rows:
-        target.write((json.dumps(row, default=str) + "\n").encode())
-        if max_bytes is not None and target.tell() >= max_bytes:
-            return
+    size = sum(size for _, size in recorded.files)
+    path = scratch_name(dataset, commit, max_bytes)
+    return Source(recorded, [SourceFile(f"{repo}.jsonl", size, "jsonl", path, bring)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The built-in corpus: the English that every Python carries
 
 
-def docs_source(recorded: dict | None) -> Source:
+def docs_source(recorded: SourceRecord | None) -> Source:
     """Topics of `help()` and docstrings of the standard library, as JSON lines made on the spot."""
     version = f"Python {'.'.join(map(str, sys.version_info[:3]))}"
-    if recorded and recorded["revision"] == version:
-        size = recorded["files"][0][1]
+    if recorded and recorded.revision == version:
+        size = recorded.files[0][1]
     else:
         size = len(docs_lines())
+    def bring(scratch, path):
+        with atomic_file(path) as target:
+            target.write(docs_lines())
 
-    def place(index, scratch):
-        return scratch / f"{PYTHON_DOCS}.jsonl"
-
-    def fetch(index, scratch):
-        if not place(index, scratch).exists():
-            with atomic_file(place(index, scratch)) as file:
-                file.write(docs_lines())
-
-    file = SourceFile(f"{PYTHON_DOCS}.jsonl", size, "jsonl")
-    description = {"dataset": PYTHON_DOCS, "revision": version, "files": [[file.name, file.size]]}
-    return Source(description, [file], place, fetch)
+    file = SourceFile(f"{PYTHON_DOCS}.jsonl", size, "jsonl", scratch_name(version, size), bring)
+    return Source(SourceRecord(dataset=PYTHON_DOCS, revision=version, files=[(file.name, size)]), [file])
 
 
 @functools.lru_cache(maxsize=1)

@@ -101,7 +101,7 @@ def test_masks_are_the_answers(tmp_path, monkeypatch, format, tokenizer):
     path = write_lines(tmp_path / "data.jsonl", records)
     settings = {"format": format, "tokenizer": tokenizer}
     for size, slice_bytes in ((7, 2**22), (10**6, 2**22), (50, 40)):
-        monkeypatch.setattr(units, "SLICE_BYTES", slice_bytes)  # lines longer and shorter than a unit
+        monkeypatch.setattr(units, "CHUNK_BYTES", slice_bytes)  # lines longer and shorter than a unit
         out = tmp_path / f"out{size}"
         manifest = build(out, path, shard_size=size, **settings)
         check(out, texts, tokenizer)

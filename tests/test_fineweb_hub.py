@@ -21,6 +21,7 @@ import pytest
 import fineweb
 from extras import sources
 from extras.cli import UserError
+from extras.manifest import SourceRecord
 from extras.tokenizer import load_tokenizer
 
 REPO = "HuggingFaceFW/fineweb-edu"
@@ -227,9 +228,9 @@ def test_two_files_on_the_disk_at_most(hub, tmp_path, monkeypatch):
     seen, release = [], sources.Fetcher.release
 
     def watched(fetcher, done):
-        for _, future in sorted(fetcher.coming.items()):
+        for future in fetcher.coming:
             future.result()
-        seen.append(len(list((tmp_path / "out/downloads").glob("sample/**/*.parquet"))))
+        seen.append(len(list((tmp_path / "out/downloads").rglob("*.parquet"))))
         release(fetcher, done)
 
     monkeypatch.setattr(sources.Fetcher, "release", watched)
@@ -316,10 +317,10 @@ def test_a_dataset_that_datasets_cannot_read(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(time, "sleep", None)  # no second try
-    recorded = {"dataset": "a/b:c", "revision": COMMIT, "files": [["script.py", 9]]}
+    recorded = SourceRecord(dataset="a/b:c", revision=COMMIT, files=[("script.py", 9)])
     source = sources.hub_source("a/b:c", None, recorded, None)
     with pytest.raises(UserError, match=r"can't read a/b:c .Dataset scripts are no longer supported.; take another"):
-        source.fetch(0, tmp_path)
+        source.files[0].fetch(tmp_path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO])
@@ -329,7 +330,7 @@ def test_errors_of_the_disk_are_not_the_hubs(monkeypatch, code):
 
     monkeypatch.setattr(time, "sleep", None)
     with pytest.raises(OSError) as caught:
-        sources.patiently("x", fail)
+        sources.with_retries("x", fail)
     assert caught.value.errno == code and caught.value.filename == "here"
 
 

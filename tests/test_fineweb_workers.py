@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,15 +41,17 @@ def contents(out: Path) -> dict:
 
 
 def start(folder: Path, out: Path, before: str = "", workers: int = 2) -> subprocess.Popen:
-    """fineweb.py in a process group of its own. before: what to do first, in the parent and in every spawned worker."""
-    script = out.parent / "go.py"
+    """fineweb.py in a process group of its own. before: what each worker does first."""
+    here = out.parent
+    serve = "def serve(*arguments):\n    units.serve(*arguments)\n"
+    (here / "altered.py").write_text(f"import os, pickle, sys, time\nfrom extras import units\n{before}\n{serve}")
     config = {**flags(folder), "out": str(out), "workers": workers}
-    script.write_text(
-        f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport fineweb, units\n{before}\n"
-        f"if __name__ == '__main__':\n    config = fineweb.Config(**{config!r})\n"
-        "    fineweb.run(lambda _: fineweb.main(config), fineweb.Config, '', [])\n"
+    (here / "go.py").write_text(
+        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb\nfrom extras import units\n"
+        f"units.serve = altered.serve\nconfig = fineweb.Config(**{config!r})\nfineweb.one_interrupt()\n"
+        "fineweb.run(lambda _: fineweb.main(config), fineweb.Config, '', [])\n"
     )
-    command = [sys.executable, str(script)]
+    command = [sys.executable, str(here / "go.py")]
     STARTED.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True))
     return STARTED[-1]
 
@@ -58,11 +61,10 @@ STARTED = []
 
 @pytest.fixture(autouse=True)
 def no_survivors():
-    """A test that fails in the middle leaves nobody behind who waits at a gate."""
+    """A test that fails in the middle leaves nobody behind who waits at a gate: workers end with their parent."""
     yield
     while STARTED:
-        with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
-            os.killpg(STARTED.pop().pid, signal.SIGKILL)
+        STARTED.pop().kill()
 
 
 SLOW = """
@@ -74,38 +76,48 @@ units.encode_documents = slow
 """
 
 
-def children(pid: int) -> list[int]:
-    if not Path("/proc/self/stat").exists():  # macOS
-        command = ["ps", "-A", "-ww", "-o", "pid=", "-o", "ppid=", "-o", "args="]
-        rows = [line.split(None, 2) for line in subprocess.run(command, stdout=-1, text=True).stdout.splitlines()]
-        return [int(row[0]) for row in rows if int(row[1]) == pid and "spawn_main" in row[2]]
+def workers_of(here: Path) -> list[int]:
+    """Process ids of the workers of the run that was started in this folder: it is in their search path."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has just ended
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == pid and b"spawn_main" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
+    if Path("/proc/self/stat").exists():
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has just ended
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                if str(here).encode() in words and any(b"import serve" in word for word in words):
+                    found.append(int(folder.name))
+    else:  # macOS
+        command = ["ps", "-A", "-ww", "-o", "pid=", "-o", "args="]
+        for row in subprocess.run(command, stdout=-1, text=True).stdout.splitlines():
+            if f" {here} " in f"{row} " and "import serve" in row:
+                found.append(int(row.split()[0]))
     return found
 
 
-def group_is_gone(group: int, seconds: float = 20) -> bool:
+def are_gone(here: Path, seconds: float = 20) -> bool:
     for _ in range(int(seconds * 20)):
-        try:
-            os.killpg(group, 0)
-        except (ProcessLookupError, PermissionError):
+        if not workers_of(here):
             return True
         time.sleep(0.05)
     return False
 
 
-@pytest.mark.parametrize(
-    "method", ["spawn", pytest.param("fork", marks=POSIX), pytest.param("forkserver", marks=POSIX)]
-)
-def test_every_start_method(whole, tmp_path, method):
-    process = start(whole[0].parent, tmp_path / "out", f"fineweb.START_METHOD = {method!r}")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
+@pytest.mark.parametrize("way", ["a file", "stdin", "-c"])
+def test_a_script_needs_no_main_guard(whole, tmp_path, way):
+    config = {**flags(whole[0].parent), "out": str(tmp_path / "out"), "workers": 2}
+    script = f"import sys; sys.path.append({str(ROOT)!r})\nimport fineweb\nfineweb.main(fineweb.Config(**{config!r}))\n"
+    (tmp_path / "mine.py").write_text(script)
+    arguments = {"a file": [str(tmp_path / "mine.py")], "stdin": ["-"], "-c": ["-c", script]}[way]
+    text = script if way == "stdin" else ""
+    done = subprocess.run([sys.executable, *arguments], input=text, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == contents(whole[1])
+
+
+def test_workers_that_cannot_start(whole, tmp_path):
+    process = start(whole[0].parent, tmp_path / "out", "if sys.argv[0] == '-c': 1 / 0")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and "worker processes can't start, see above" in stderr.splitlines()[-1]
+    assert "ZeroDivisionError" in stderr
 
 
 GATED = """
@@ -129,22 +141,77 @@ def at_work(gate: Path) -> set[int]:
 
 @POSIX
 def test_a_worker_that_is_killed(whole, tmp_path):
-    """Its units are done again, by others, and the rest goes on."""
-    gate, killed, known = tmp_path / "gate", 0, set()
+    """Its chunk is done again, by another, and the rest goes on."""
+    gate, killed = tmp_path / "gate", set()
     process = start(whole[0].parent, tmp_path / "out", GATED.replace("GATE", str(gate)))
     deadline = time.monotonic() + 100
-    while process.poll() is None and killed < 2 and time.monotonic() < deadline:
-        workers = set(children(process.pid))
-        at_gate = {int(path.suffix[1:]) for path in tmp_path.glob("gate.at.*")}  # it holds no lock of the queues there
-        if (fresh := (workers - known) & at_gate) and list((tmp_path / "out").glob("*.npy*")):
+    while process.poll() is None and len(killed) < 2 and time.monotonic() < deadline:
+        fresh = {int(path.suffix[1:]) for path in tmp_path.glob("gate.at.*")} - killed
+        if fresh and list((tmp_path / "out").glob("*.npy*")):
             os.kill(min(fresh), signal.SIGKILL)
-            killed, known = killed + 1, known | workers
+            killed.add(min(fresh))
         time.sleep(0.1)
     gate.touch()
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0 and killed == 2, stderr
+    assert process.returncode == 0 and len(killed) == 2, stderr
     assert contents(tmp_path / "out") == contents(whole[1])
-    assert group_is_gone(process.pid)
+    assert are_gone(tmp_path)
+
+
+DIES_SENDING = """
+class Half:
+    load = pickle.load
+    def dump(answer, file, protocol):
+        data = pickle.dumps(answer, protocol)
+        if not os.path.exists("FLAG"):
+            open("FLAG", "w").close()
+            file.write(data[: len(data) // 2])
+            file.flush()
+            os.kill(os.getpid(), 9)
+        file.write(data)
+if sys.argv[0] == "-c":  # in a worker
+    units.pickle = Half
+"""
+
+
+@POSIX
+def test_a_worker_that_is_killed_while_it_sends(whole, tmp_path):
+    process = start(whole[0].parent, tmp_path / "out", DIES_SENDING.replace("FLAG", str(tmp_path / "flag")))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and (tmp_path / "flag").exists(), stderr
+    assert contents(tmp_path / "out") == contents(whole[1])
+
+
+def kill_workers(whole, folder: Path, kills: int, rng: random.Random) -> None:
+    """Again and again a run, while workers are killed at any moment: as they start, read, encode, send, wait."""
+    done = runs = 0
+    while done < kills:
+        runs += 1
+        (folder / str(runs)).mkdir()
+        process = start(whole[0].parent, folder / str(runs) / "out", SLOW)
+        while process.poll() is None:
+            time.sleep(rng.uniform(0, 1.5))
+            if workers := workers_of(folder / str(runs)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(workers), signal.SIGKILL)
+                    done += 1
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr
+        assert contents(folder / str(runs) / "out") == contents(whole[1])
+        shutil.rmtree(folder / str(runs))
+
+
+@POSIX
+@pytest.mark.timeout(120)
+def test_workers_killed_at_any_moment(whole, tmp_path):
+    kill_workers(whole, tmp_path, 6, random.Random(0))
+
+
+@POSIX
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_five_hundred_workers_killed(whole, tmp_path):
+    kill_workers(whole, tmp_path, 500, random.Random(1))
 
 
 KILLER = """
@@ -176,14 +243,14 @@ def run_through_kills(whole, out: Path, kills: int, rng: random.Random) -> None:
         while not list(out.glob("*.tmp")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(rng.random() * 0.5)
-        victim = rng.choice([process.pid, *children(process.pid)])
+        victim = rng.choice([process.pid, *workers_of(out.parent)])
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
         if victim != process.pid and rng.random() < 0.5:
             time.sleep(rng.random() * 0.2)
             process.kill()
         process.communicate(timeout=120)
-        assert group_is_gone(process.pid)  # no worker outlives its parent
+        assert are_gone(out.parent)  # no worker outlives its parent
     process = start(whole[0].parent, out)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
@@ -205,22 +272,37 @@ def test_killed_twenty_times_and_started_again(whole, tmp_path):
 def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
     gate = tmp_path / "gate"  # it can't be done before
     process = start(whole[0].parent, tmp_path / "out", GATED.replace("GATE", str(gate)))
-    while process.poll() is None and not (len(at_work(gate)) == 2 and list((tmp_path / "out").glob("*.npy.tmp"))):
+    while process.poll() is None and not (at_work(gate) and list((tmp_path / "out").glob("*.npy.tmp"))):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     gate.touch()  # a worker ends the unit it is at
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr and "the same command goes on" in stderr
-    assert not list((tmp_path / "out").glob("*.tmp")) and group_is_gone(process.pid)
+    assert not list((tmp_path / "out").glob("*.tmp")) and are_gone(tmp_path)
 
 
 @POSIX
 def test_ctrl_c_while_the_workers_start(whole, tmp_path):
-    """They are told to leave it to their parent only once they run."""
     process = start(whole[0].parent, tmp_path / "out", SLOW, workers=8)
-    while not children(process.pid) and process.poll() is None:
+    while not workers_of(tmp_path) and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert group_is_gone(process.pid)
+    assert are_gone(tmp_path)
+
+
+@POSIX
+@pytest.mark.parametrize("seed", range(3))
+def test_two_ctrl_c_close_together(whole, tmp_path, seed):
+    rng = random.Random(seed)
+    process = start(whole[0].parent, tmp_path / "out", SLOW)
+    while not list((tmp_path / "out").glob("*.npy.tmp")) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3))
+    for pause in (0.05, 0.01, 0):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(pause)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    assert are_gone(tmp_path)
