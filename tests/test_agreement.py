@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, flags, tiny_config, token_set
 
+from train_gpt2 import main
+
 
 def run_nodes(configs: list, directories: tuple = (ROOT, ROOT), seconds: float = 60) -> list[tuple[int, str, str]]:
     """Exit status, stdout and stderr of a rank for each config, in a directory with the trainer."""
@@ -41,12 +43,10 @@ def data(tmp_path_factory):
     return token_set(tmp_path_factory.mktemp("data"))
 
 
-def on_one_node(changes: dict, guilty: int, data: Path, tmp_path: Path) -> list:
-    """The configs of two nodes that differ in these settings."""
-    return [
-        tiny_config(data, tmp_path / f"log{rank}", **{"micro_batch": 4, **(changes if rank == guilty else {})})
-        for rank in (0, 1)
-    ]
+def on_one_node(changes: dict, guilty: int, data: Path, tmp_path: Path, **common) -> list:
+    """The configs of two nodes, each with a log_dir of its own, that differ in these settings."""
+    settings = [{"micro_batch": 4, **common, **(changes if rank == guilty else {})} for rank in (0, 1)]
+    return [tiny_config(data, tmp_path / f"log{rank}", **of) for rank, of in enumerate(settings)]
 
 
 @pytest.mark.parametrize("guilty", [0, 1])
@@ -81,6 +81,13 @@ def test_other_data_on_one_node_is_refused(data, tmp_path):
     ends = run_nodes(on_one_node({"data_dir": str(other)}, 1, data, tmp_path))
     for status, _, err in ends:
         assert status == 2 and f"all nodes need the same shards in {data}" in err.replace(str(other), str(data))
+
+
+def test_a_checkpoint_on_one_node_alone_is_refused(data, tmp_path):
+    main(tiny_config(data, tmp_path / "log1", max_steps=2))
+    ends = run_nodes(on_one_node({}, 0, data, tmp_path, resume=True, max_steps=4))
+    for status, _, err in ends:
+        assert status == 2 and "all nodes need the same checkpoints in" in err and "rank by rank they have 0, 2" in err
 
 
 def test_without_hellaswag_on_one_node_both_train_without(data, tmp_path):
