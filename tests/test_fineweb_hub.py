@@ -228,7 +228,7 @@ def test_two_files_on_the_disk_at_most(hub, tmp_path, monkeypatch):
     seen, release = [], sources.Fetcher.release
 
     def watched(fetcher, done):
-        for future in fetcher.coming:
+        for future in list(fetcher.coming.values()):
             future.result()
         seen.append(len(list((tmp_path / "out/downloads").rglob("*.parquet"))))
         release(fetcher, done)
