@@ -329,7 +329,7 @@ def open_sources(config: Config, manifest: Manifest | None, out: Path) -> tuple[
     if config.input:
         source = local_source(config.input)
     elif config.dataset == PYTHON_DOCS:
-        source = docs_source(manifest and manifest.source)
+        source = docs_source()
     else:
         enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; an English token has 4.6
         source = hub_source(config.dataset, config.revision, manifest and manifest.source, enough)

@@ -46,7 +46,15 @@ def exclusive(path: Path):
     """
     with open(path, "a+b", 0) as file:  # not truncated: it may name the owner
         try:
-            lock(file)
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                file.seek(2**20)  # others can't read a locked byte, so not one of those that name the owner
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 file.seek(0)
@@ -62,16 +70,3 @@ def exclusive(path: Path):
         finally:
             with contextlib.suppress(OSError):  # Windows can't remove an open file
                 path.unlink()
-
-
-def lock(file) -> None:
-    """Raises OSError at once if another process holds it."""
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-
-        file.seek(2**20)  # others can't read a locked byte, so not one of those that name the owner
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

@@ -65,14 +65,6 @@ class SourceRecord(Record):
     files: list[tuple[str, Count]]
     stamps: list[str] | None = None
 
-    @model_validator(mode="after")
-    def check(self):
-        expect((self.dataset is None) != (self.input is None), "either dataset or input must be given")
-        for name, _ in self.files if self.dataset is not None else []:
-            expect(is_plain(name), f"{name!r} in files is not a plain relative path")
-        expect(self.stamps is None or len(self.stamps) == len(self.files), "stamps and files differ in number")
-        return self
-
 
 class Settings(Record):
     """Everything that the tokens depend on: fineweb.py's flags of these names."""
@@ -120,11 +112,7 @@ class Manifest(Record):
     @property
     def part(self) -> tuple[int, int]:
         """(i, n), i from 0; (0, 1) for a whole set, also for one joined of parts."""
-        return (0, 1) if self.is_joined else parse_part(self.settings.part)
-
-    @property
-    def is_joined(self) -> bool:
-        return self.cursor is None
+        return (0, 1) if self.cursor is None else parse_part(self.settings.part)
 
     def split_of(self, index: int) -> str:
         return "val" if index == 0 and self.val_size != 0 else "train"
@@ -138,14 +126,16 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def check(self):
-        source, settings = self.source, self.settings
+        source, settings, is_joined = self.source, self.settings, self.cursor is None
+        for name, _ in source.files if source.input is None else []:
+            expect(is_plain(name), f"{name!r} in source.files is not a plain relative path")
         expect((source.dataset, source.input) == (settings.dataset, settings.input), "source does not fit settings")
         expect((self.val_source is None) == (not settings.val_input), "val_source does not fit settings.val_input")
-        expect(self.is_joined == (settings.part or "").startswith("all of "), "cursor does not fit settings.part")
-        expect(self.is_joined or len(self.starts) == len(self.shards), "starts and shards differ in number")
+        expect(is_joined == (settings.part or "").startswith("all of "), "cursor does not fit settings.part")
+        expect(is_joined or len(self.starts) == len(self.shards), "starts and shards differ in number")
         i, n = self.part
         for number, shard in enumerate(self.shards):
-            index = shard.index if self.is_joined else number * n + i
+            index = shard.index if is_joined else number * n + i
             expect(shard.name == self.name_of(index), f"shards.{number}.name should be {self.name_of(index)}")
         return self
 

@@ -85,10 +85,6 @@ def is_compressed(name: str) -> bool:
     return name.lower().endswith((".gz", ".zst"))
 
 
-def needs_unpacking(name: str) -> bool:
-    return is_compressed(name) or suffix_of(name) == "json"
-
-
 def scratch_name(name: str, *identity) -> str:
     stem = re.sub(r"[^\w-]", "_", os.path.basename(name).partition(".")[0])[:60]
     return f"{stem}-{hashlib.sha256(repr((name, identity)).encode()).hexdigest()[:16]}.{kind_of(name)}"
@@ -155,7 +151,7 @@ def local_source(patterns: list[str], flag: str = "--input") -> Source:
             raise UserError(f"{flag} {path}: not of a known kind: {suffixes}, also with .gz or .zst")
         name, size, make = utf8(Path(path).as_posix()), os.path.getsize(path), None
         stamps.append(stamp(path, size))
-        if needs_unpacking(path):
+        if is_compressed(path) or suffix_of(path) == "json":
             make = functools.partial(unpack, Path(path))
             path = scratch_name(name, flag, index, size, stamps[-1])
         files.append(SourceFile(name, size, path, make))
@@ -200,7 +196,7 @@ def expand(pattern: str, flag: str) -> list[str]:
         raise UserError(f"{flag} {pattern}: {why}; {advice}")
     for name in names:
         if os.path.exists(name) and not os.path.isfile(name):
-            raise UserError(f"{flag} {name} is not a regular file; {advice}")
+            raise UserError(f"{flag} {name} is not a regular file; {advice}")  # opening a pipe would block
         try:
             open(name, "rb").close()
         except OSError as error:
@@ -288,11 +284,10 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
 
 
 def hub():
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import HfApi, utils
 
-    disable_progress_bars()
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # as set now, not when the library was first imported
+    utils.disable_progress_bars()
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # as set now, not at the first import
 
 
 def download(repo: str, commit: str, name: str, size: int, target: Path) -> None:
@@ -310,7 +305,7 @@ def download(repo: str, commit: str, name: str, size: int, target: Path) -> None
             raise
 
     with_retries(name, attempt)
-    if needs_unpacking(name):
+    if is_compressed(name):
         unpack(folder / name, target)
     else:
         os.replace(folder / name, target)
@@ -340,37 +335,30 @@ def stream(dataset: str, commit: str, max_bytes: int | None, target: Path) -> No
 
 def with_retries(what: str, action: Callable, tries: int = TRIES):
     """`action()`, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
+    from huggingface_hub import constants
+
     for attempt in range(tries):
         try:
             return action()
-        except UserError:
-            raise
         except Exception as error:
-            last, reason = error, " ".join(str(error).split())[:200]
+            if isinstance(error, UserError) or getattr(error, "errno", None) in DISK_ERRORS:
+                raise
+            reason = " ".join(str(error).split())[:200]
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
-            if getattr(error, "errno", None) in DISK_ERRORS:
-                raise
-            if is_offline():
+            if constants.HF_HUB_OFFLINE:
                 raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input") from error
-            if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
-                raise UserError(f"can't get {what} ({type(error).__name__}: {reason}); check --dataset") from error
-            if status in (401, 403, 404):
-                raise UserError(f"the hub has no {what} for you ({reason}); check the name, or set HF_TOKEN") from error
+            is_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+            if status in (401, 403, 404) or not is_network:
+                raise UserError(f"can't get {what} ({reason}); check --dataset, or set HF_TOKEN") from error
+            if attempt == tries - 1:
+                endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+                hint = "set HF_TOKEN for a higher limit" if status == 429 else "run again later: it goes on from here"
+                raise UserError(f"could not get {what} from {endpoint} ({reason}); {hint}") from error
             if attempt == 2:
                 print(f"the hub does not send {what} ({reason}); trying again", file=sys.stderr)
-            if attempt < tries - 1:
-                asked = getattr(response, "headers", {}).get("Retry-After", "")
-                time.sleep(min(LONGEST_WAIT, int(asked) if asked.isdecimal() else 2**attempt))
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    hint = "set HF_TOKEN for a higher limit" if status == 429 else "run again later: it goes on from here"
-    raise UserError(f"could not get {what} from {endpoint} ({reason}); {hint}") from last
-
-
-def is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
+            asked = getattr(response, "headers", {}).get("Retry-After", "")
+            time.sleep(min(LONGEST_WAIT, int(asked) if asked.isdecimal() else 2**attempt))
 
 
 def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -> list[str]:
@@ -380,15 +368,14 @@ def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -
         raise UserError(f"{repo} has several configurations; say {repo}:NAME, of: {', '.join(data_files)}")
     if wanted and wanted not in data_files:
         raise UserError(f"{repo} has no configuration {wanted!r}; it has: {', '.join(data_files) or 'none'}")
-    default = "default" if "default" in data_files else next(iter(data_files), None)
+    names, default = sorted(names), "default" if "default" in data_files else next(iter(data_files), None)
     patterns = train_patterns(data_files.get(wanted or default))
-    found = [name for pattern in patterns for name in sorted(names) if re.fullmatch(glob_regex(pattern), name)]
+    found = [name for pattern in patterns for name in names if re.fullmatch(glob_regex(pattern), name)]
     if not patterns:
-        by_kind = [[name for name in sorted(names) if kind_of(name) == kind] for kind in KINDS]
         split = re.compile(r"(^|[/_.-])(train|test|valid|validation|val|dev|eval)(?=[/_.-])")
-        found = next(filter(None, by_kind), [])  # parquet if there is any
+        found = next(filter(None, ([n for n in names if kind_of(n) == kind] for kind in KINDS)), [])
         found = [n for n in found if "train" in (s := {m[2] for m in split.finditer(n)}) or not s]
-        found = found or [name for name in sorted(names) if "." in name and not name.startswith((".", "README"))]
+        found = found or [name for name in names if "." in name and not name.startswith((".", "README"))]
     if not found:
         raise UserError(f"{repo} has no files to train on{f' in configuration {wanted!r}' if wanted else ''}")
     return list(dict.fromkeys(found))
@@ -400,9 +387,8 @@ def train_patterns(data_files) -> list[str]:
         data_files = [{"split": split, "path": path} for split, path in data_files.items()]
     entries = [data_files] if isinstance(data_files, str) else data_files or []
     entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
-    if any(entry.get("split") == "train" for entry in entries):
-        entries = [entry for entry in entries if entry.get("split", "train") == "train"]
-    paths = [entry["path"] for entry in entries]
+    has_train = any(entry.get("split") == "train" for entry in entries)
+    paths = [entry["path"] for entry in entries if not has_train or entry.get("split", "train") == "train"]
     return [path for several in paths for path in ([several] if isinstance(several, str) else several)]
 
 
@@ -416,29 +402,22 @@ def glob_regex(pattern: str) -> str:
 # The built-in corpus: help topics and docstrings that come with every Python
 
 
-def docs_source(recorded: SourceRecord | None) -> Source:
-    version = f"Python {'.'.join(map(str, sys.version_info[:3]))}"
-    size = recorded.files[0][1] if recorded and recorded.revision == version else len(docs_lines())
-
-    def make(target):
-        with atomic_file(target) as file:
-            file.write(docs_lines())
-
-    name = f"{PYTHON_DOCS}.jsonl"
-    record = SourceRecord(dataset=PYTHON_DOCS, revision=version, files=[(name, size)])
-    return Source(record, [SourceFile(name, size, scratch_name(name, version, size), make)])
-
-
-@functools.lru_cache(maxsize=1)
-def docs_lines() -> bytes:
-    """The corpus as JSON lines, shuffled: the order depends on the Python version alone."""
+def docs_source() -> Source:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
         topics = {}
     texts = [topics[name].strip() for name in sorted(topics)] + module_docs(Path(sysconfig.get_path("stdlib")))
-    random.Random(0).shuffle(texts)
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    random.Random(0).shuffle(texts)  # the order depends on the Python version alone
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+    def make(target):
+        with atomic_file(target) as file:
+            file.write(data)
+
+    name, version = f"{PYTHON_DOCS}.jsonl", f"Python {'.'.join(map(str, sys.version_info[:3]))}"
+    record = SourceRecord(dataset=PYTHON_DOCS, revision=version, files=[(name, len(data))])
+    return Source(record, [SourceFile(name, len(data), scratch_name(name, version, len(data)), make)])
 
 
 def module_docs(library: Path, shortest: int = 40) -> list[str]:

@@ -25,7 +25,7 @@ from extras.readers import Chunk, Options, documents_of
 from extras.tokenizer import load_tokenizer, replace_surrogates
 
 CHECK_EVERY = 512  # gigatoken's tokens are compared with tiktoken's for one document in so many
-CACHE_BYTES = 2**28  # how much memory gigatoken's word cache may take in a worker
+RESET_EVERY = 2**30  # characters, after which gigatoken's word cache is emptied: it only grows
 READY = b"+"  # the first byte a worker process sends
 
 
@@ -134,10 +134,7 @@ def gigatoken() -> "Gigatoken":
 
 
 class Gigatoken:
-    """GPT-2's encoding by the package gigatoken, several times as fast as tiktoken, which checks a sample of it.
-
-    It caches every word it has seen and never forgets one, so it is replaced when the cache has grown too large.
-    """
+    """GPT-2's encoding by the package gigatoken, several times as fast as tiktoken, which checks a sample of it."""
 
     def __init__(self):
         self.reference, self.seen = load_tokenizer("gpt2"), 0
@@ -151,13 +148,13 @@ class Gigatoken:
             path = Path(folder, "gpt2.tiktoken")
             path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
             self.tokenizer = Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
-        self.memory = peak_memory()
+        self.characters = 0
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(n,) uint32 ids of all texts together, and (documents,) how many each has."""
         import awkward
 
-        if peak_memory() > self.memory + CACHE_BYTES:
+        if self.characters > RESET_EVERY:
             self.reset()
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
@@ -174,17 +171,8 @@ class Gigatoken:
                     f"gigatoken and tiktoken differ on the document that begins {texts[i][:60]!r}; start again, in "
                     "another --out, with --backend tiktoken, and please report it to gigatoken"
                 )
-        self.seen += len(texts)
+        self.seen, self.characters = self.seen + len(texts), self.characters + sum(map(len, texts))
         return ids, counts
-
-
-def peak_memory() -> int:
-    """The most memory this process ever had, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def count(ids: np.ndarray, targets: np.ndarray | None, tokenizer_name: str) -> tuple[int, int]:

@@ -183,7 +183,8 @@ def test_a_big_row_group_is_read_a_little_at_a_time(tmp_path):
     table = pa.table({"text": [f"{i:01000}" for i in range(40_000)]})
     pq.write_table(table, tmp_path / "texts.parquet", compression="none", use_dictionary=False)
     code = (  # in a process of its own, for the most memory it ever took
-        "import pyarrow; from extras import readers; chunk = readers.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
+        "import pyarrow; from extras import readers; "
+        "chunk = readers.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
         "texts = readers.read_rows(chunk, readers.Options('gpt2', 'tiktoken', 'text', False)); "
         "assert [int(text) for text in texts] == list(range(30_000, 30_010)); "
         "print(pyarrow.default_memory_pool().max_memory())"
@@ -265,7 +266,7 @@ def test_gigatoken_is_tiktoken(texts):
 
 @gigatoken_only
 def test_gigatoken_is_checked_and_reset(monkeypatch):
-    monkeypatch.setattr(workers, "CACHE_BYTES", -(2**60))  # as if its memory were always full
+    monkeypatch.setattr(workers, "RESET_EVERY", -1)
     backend = workers.Gigatoken()
     before = backend.tokenizer
     texts = [f"text {i}" for i in range(1200)]

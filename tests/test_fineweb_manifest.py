@@ -248,7 +248,7 @@ def test_a_source_that_leads_out_of_its_directory(root, tmp_path, name):
     path = tmp_path / "x/out/manifest.json"
     path.write_bytes(set_at(("source", "files", 0, 0), name)(path.read_bytes()))
     config = fineweb.Config(**flags(root, dataset="a/b", input=[]), out=str(tmp_path / "x/out"))
-    with pytest.raises(UserError, match="in files is not a plain relative path"):
+    with pytest.raises(UserError, match=r"in source.files is not a plain relative path"):
         fineweb.main(config)
     assert (tmp_path / "far.parquet").read_text() == "precious"
 

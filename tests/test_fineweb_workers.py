@@ -49,7 +49,8 @@ def start(folder: Path, out: Path, before: str = "", workers: int = 2) -> subpro
     )
     config = {**flags(folder), "out": str(out), "workers": workers}
     (here / "go.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb\nfrom extras import tokenize_workers as pool\n"
+        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb\n"
+        "from extras import tokenize_workers as pool\n"
         f"pool.serve = altered.serve\nconfig = fineweb.Config(**{config!r})\nfineweb.one_interrupt()\n"
         "fineweb.run(lambda _: fineweb.main(config), fineweb.Config, '', [])\n"
     )
