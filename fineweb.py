@@ -48,21 +48,12 @@ from typing import Literal
 import numpy as np
 
 from extras import manifest as schema
+from extras import sources
 from extras.cli import UserError, run
 from extras.files import atomic_file, exclusive
 from extras.manifest import Cursor, Manifest, Shard, manifest_name, parse_part, read_manifest, write_manifest
 from extras.readers import Chunk, Options, chunks_of
-from extras.sources import (
-    PYTHON_DOCS,
-    Fetcher,
-    Source,
-    SourceFile,
-    docs_source,
-    hub_source,
-    is_compressed,
-    local_source,
-    utf8,
-)
+from extras.sources import PYTHON_DOCS, Fetcher, Source, SourceFile
 from extras.tokenize_workers import Tokens, pick_backend, tokenize_all, tokenize_chunk
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -194,17 +185,13 @@ class ShardWriter:
         mask_sha256 = None
         if pieces[0].targets is not None:  # the mask first, so that no shard is ever without it
             mask_sha256 = write_array(path.with_suffix(".mask.npy"), "|u1", [piece.targets for piece in pieces])
-        shard = Shard(
-            name=path.name,
-            split=self.manifest.split_of(self.index),
-            tokens=self.length,
-            documents=sum(piece.documents for piece in pieces),
-            bytes=sum(piece.bytes for piece in pieces),
-            skipped_before=skipped,
-            sha256=write_array(path, "<u2", [piece.ids for piece in pieces]),
-            mask_sha256=mask_sha256,
+        sha256 = write_array(path, "<u2", [piece.ids for piece in pieces])
+        counts = {"tokens": self.length, "documents": sum(piece.documents for piece in pieces)}
+        counts |= {"bytes": sum(piece.bytes for piece in pieces), "skipped_before": skipped}
+        split = self.manifest.split_of(self.index)
+        self.manifest.shards.append(
+            Shard(name=path.name, split=split, sha256=sha256, mask_sha256=mask_sha256, **counts)
         )
-        self.manifest.shards.append(shard)
         self.manifest.starts.append(start)
         self.pieces, self.length = [], 0
         self.save(cursor, complete)
@@ -248,18 +235,11 @@ def npy_header(length: int, dtype: str) -> bytes:
     return buffer.getvalue()
 
 
-def files_of(shard: Shard) -> list[tuple[str, int, str]]:
-    """(name, size in bytes, sha256) of the files of a shard: tokens, and perhaps a mask."""
-    n = shard.tokens
-    files = [(shard.name, len(npy_header(n, "<u2")) + 2 * n, shard.sha256)]
-    if shard.mask_sha256:
-        files.append((shard.mask_name, len(npy_header(n, "|u1")) + n, shard.mask_sha256))
-    return files
-
-
-def sha256_of(path: Path) -> str:
+def is_damaged(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return True
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest() != sha256
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,20 +248,18 @@ def sha256_of(path: Path) -> str:
 
 def begin(config: Config, val: Source | None, source: Source) -> Manifest:
     size, eot = schema.VOCABULARY[config.tokenizer]
-    return Manifest(
-        tokenizer=schema.Tokenizer(name=config.tokenizer, vocab_size=size),
-        eot=eot,
-        source=source.record,
-        val_source=val and val.record,
-        settings=settings_of(config),
-        val_size=None if val else val_size_of(config, source.files),
-    )
+    values = {"tokenizer": schema.Tokenizer(name=config.tokenizer, vocab_size=size), "eot": eot}
+    values |= {"source": source.record, "val_source": val and val.record, "settings": settings_of(config)}
+    return Manifest(val_size=None if val else val_size_of(config, source.files), **values)
 
 
 def settings_of(config: Config) -> schema.Settings:
     values = {name: getattr(config, name) for name in schema.Settings.model_fields}
-    values |= {"dataset": None if config.input else config.dataset, "val_input": list(map(utf8, config.val_input))}
-    return schema.Settings(**values | {"input": list(map(utf8, config.input)) or None})
+    values |= {
+        "dataset": None if config.input else config.dataset,
+        "val_input": list(map(sources.utf8, config.val_input)),
+    }
+    return schema.Settings(**values | {"input": list(map(sources.utf8, config.input)) or None})
 
 
 def val_size_of(config: Config, files: list[SourceFile]) -> int:
@@ -297,7 +275,7 @@ def val_size_of(config: Config, files: list[SourceFile]) -> int:
 
 def estimated_tokens(files: list[SourceFile], tokenizer: str) -> int:
     """A guess from the files' sizes alone, so that it is the same whenever it is made."""
-    gpt2 = sum(f.size * TOKENS_PER_BYTE[f.kind] * (COMPRESSION if is_compressed(f.name) else 1) for f in files)
+    gpt2 = sum(f.size * TOKENS_PER_BYTE[f.kind] * (COMPRESSION if sources.is_compressed(f.name) else 1) for f in files)
     return int(gpt2 if tokenizer == "gpt2" else gpt2 / TOKENS_PER_BYTE["txt"])
 
 
@@ -309,13 +287,10 @@ def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
         raise UserError(f"{out} was begun with other flags: {', '.join(changed)}; choose another --out")
     written = (out / manifest_name(manifest.part)).stat().st_mtime_ns
     for number, shard in enumerate(manifest.shards):
-        for name, size, sha256 in files_of(shard):
-            path = out / name  # the checksum takes long: only for what has changed since the manifest was written
-            if (
-                not path.is_file()
-                or path.stat().st_size != size
-                or (path.stat().st_mtime_ns >= written and sha256_of(path) != sha256)
-            ):
+        for name, sha256 in shard.files:
+            path = out / name
+            is_older = path.is_file() and path.stat().st_mtime_ns < written  # checksums take long: trust the times
+            if not is_older and is_damaged(path, sha256):
                 print(f"{path} is missing or damaged: going on from there")
                 before = {"shards": manifest.shards[:number], "starts": manifest.starts[:number], "complete": False}
                 before |= {"cursor": manifest.starts[number], "skipped": shard.skipped_before}
@@ -325,14 +300,14 @@ def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
 
 def open_sources(config: Config, manifest: Manifest | None, out: Path) -> tuple[Source | None, Source]:
     """(--val_input, everything else). Raises UserError if they are not those of the manifest that is resumed."""
-    val = local_source(config.val_input, "--val_input") if config.val_input else None
+    val = sources.local_source(config.val_input, "--val_input") if config.val_input else None
     if config.input:
-        source = local_source(config.input)
+        source = sources.local_source(config.input)
     elif config.dataset == PYTHON_DOCS:
-        source = docs_source()
+        source = sources.docs_source()
     else:
         enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; an English token has 4.6
-        source = hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
+        source = sources.hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
     for file in (val.files if val else []) + source.files:
         if config.format != "text" and file.kind != "jsonl":
             raise UserError(f"--format {config.format} reads .jsonl, not {file.name}; write it as JSON lines")
@@ -443,7 +418,7 @@ def report(out: Path, manifest: Manifest, files: int) -> None:
         print(f"{manifest.skipped} documents could not be read and were left out")
     shards, size, is_shuffled = manifest.shards, manifest.settings.shard_size, manifest.settings.shuffle is not None
     if shards and (last := shards[-1].tokens) < size:
-        print(f"The last shard is shorter ({last:,} of {size:,} tokens); this is expected.")
+        print(f"The last shard is shorter ({last:,} of {size:,} tokens); this is expected and no failure.")
     if manifest.val_size and manifest.part[0] == 0 and len(shards) > 1:
         is_one_file = not is_shuffled and files > 1 and manifest.starts[1] <= (1, 0, 0)
         if shards[0].documents < 200 or is_one_file:
@@ -467,14 +442,10 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
     stream = tokenize_all(planned_chunks(plan, first, fetcher, out), options_of(config), workers)
     bytes_total = sum(file.weight for file in plan.files) / manifest.part[1]
     estimate, documents, tokens_seen, bytes_seen = estimated_tokens(plan.files, config.tokenizer), 0, 0, 0
-    bar = tqdm.tqdm(
-        total=max(writer.total, min(limit, estimate // manifest.part[1])),
-        initial=writer.total,
-        unit="tok",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file is not a screen
-        dynamic_ncols=True,
-    )
+    total = max(writer.total, min(limit, estimate // manifest.part[1]))
+    look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+    seconds = 0.5 if sys.stderr.isatty() else 30  # a log file is not a screen
+    bar = tqdm.tqdm(total=total, initial=writer.total, mininterval=seconds, **look)
     with contextlib.closing(stream), bar:
         for (block, number, chunk), tokens in stream:
             skip = first.token if (block, number) == first[:2] else 0
@@ -527,8 +498,8 @@ def verify(out: Path, config: Config) -> None:
     manifest = read_manifest(out / "manifest.json")
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to verify the shards against; choose another --out")
-    files = [file for shard in manifest.shards for file in files_of(shard)]
-    damaged = [name for name, _, digest in files if not (out / name).exists() or sha256_of(out / name) != digest]
+    files = [file for shard in manifest.shards for file in shard.files]
+    damaged = [name for name, sha256 in files if is_damaged(out / name, sha256)]
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         raise UserError(
@@ -545,19 +516,19 @@ def verify(out: Path, config: Config) -> None:
 def compare_with_source(out: Path, manifest: Manifest, samples: int = 3) -> None:
     """Tokenize the chunk in which some shards begin again. Raises UserError if they differ, and says if it can't."""
     was = Config(**{name: value for name, value in manifest.settings if value is not None})
-    compared, shards, place = 0, range(len(manifest.starts)), out if os.access(out, os.W_OK) else None
+    compared, plan, shards, place = 0, None, range(len(manifest.starts)), out if os.access(out, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as scratch:
         for index in sorted(random.Random(0).sample(shards, min(samples, len(shards)))):
             begin, shard = manifest.starts[index], manifest.shards[index]
             try:
-                plan = Plan(*open_sources(was, manifest, out), manifest.settings)
+                plan = plan or Plan(*open_sources(was, manifest, out), manifest.settings)
                 paths = [file.fetch(Path(scratch)) for _, file, _ in plan.blocks[begin.block]]
                 chunk = plan.chunks(begin.block, paths)[begin.chunk]
                 tokens = tokenize_chunk(chunk, options_of(manifest.settings))
             except (UserError, OSError, IndexError) as error:
                 print(f"{out}: not compared with the source: {error}")
                 return
-            for name, expected in [(shard.name, tokens.ids), (shard.mask_name, tokens.targets)][: len(files_of(shard))]:
+            for (name, _), expected in zip(shard.files, (tokens.ids, tokens.targets)):
                 stored = np.load(out / name, mmap_mode="r")[: max(0, len(expected) - begin.token)]
                 if not np.array_equal(stored, expected[begin.token :][: len(stored)]):
                     raise UserError(f"{name} does not begin with the tokens of {chunk.name}; make it in another --out")

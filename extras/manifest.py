@@ -52,8 +52,10 @@ class Shard(Record):
         return int(self.name.removesuffix(".npy").rpartition("_")[2])
 
     @property
-    def mask_name(self) -> str:
-        return self.name.removesuffix(".npy") + ".mask.npy"
+    def files(self) -> list[tuple[str, str]]:
+        """(name, sha256): of the tokens, and perhaps of a mask."""
+        mask = (self.name.removesuffix(".npy") + ".mask.npy", self.mask_sha256)
+        return [(self.name, self.sha256), mask] if self.mask_sha256 else [(self.name, self.sha256)]
 
 
 class SourceRecord(Record):

@@ -161,7 +161,7 @@ def test_a_damaged_mask_is_found_and_made_anew(tmp_path):
     victim.unlink()
     build(out, path, format="alpaca", shard_size=100)
     assert contents(out) == whole
-    with pytest.raises(UserError, match=r"begun otherwise: --format text .it was alpaca"):
+    with pytest.raises(UserError, match=r"begun with other flags: --format text .it was alpaca"):
         build(out, path, shard_size=100)
 
 

@@ -434,7 +434,7 @@ def die_after(monkeypatch, calls: int):
     for owner, name in (
         (os, "replace"),
         (os, "fsync"),
-        (fineweb, "sha256_of"),
+        (fineweb, "is_damaged"),
         (fineweb, "npy_header"),
         (workers, "tokenize_chunk"),
         (fineweb.Fetcher, "release"),
