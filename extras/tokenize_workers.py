@@ -5,6 +5,7 @@ From documents to tokens, in worker processes. A chunk becomes one array, with t
 import base64
 import contextlib
 import functools
+import importlib.util
 import os
 import pickle
 import subprocess
@@ -117,15 +118,10 @@ def encode_text(text: str, tokenizer) -> np.ndarray:
 
 def pick_backend(asked: str, tokenizer: str) -> str:
     """gigatoken or tiktoken. Raises UserError if gigatoken is asked for and not installed."""
-    if asked == "tiktoken" or tokenizer != "gpt2":
-        return "tiktoken"
-    try:
-        import gigatoken  # noqa: F401
-    except ImportError:
-        if asked == "auto":
-            return "tiktoken"
-        raise UserError("--backend gigatoken: it is not installed; pip install gigatoken, or leave it out") from None
-    return "gigatoken"
+    is_here = importlib.util.find_spec("gigatoken") is not None
+    if asked == "gigatoken" and tokenizer == "gpt2" and not is_here:
+        raise UserError("--backend gigatoken: it is not installed; pip install gigatoken, or leave it out")
+    return "gigatoken" if is_here and asked != "tiktoken" and tokenizer == "gpt2" else "tiktoken"
 
 
 @functools.lru_cache(maxsize=1)

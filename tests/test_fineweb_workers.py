@@ -138,7 +138,7 @@ pool.encode_documents = gated
 
 
 def at_work(gate: Path) -> set[int]:
-    """Workers of a gated run that have begun a unit: where one is killed or interrupted before, others may start."""
+    """Workers of a gated run that have begun a chunk; one that is killed before that may be replaced."""
     return {int(path.suffix[1:]) for path in gate.parent.glob("gate.*")}
 
 
@@ -278,7 +278,7 @@ def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
     while process.poll() is None and not (at_work(gate) and list((tmp_path / "out").glob("*.npy"))):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    gate.touch()  # a worker ends the unit it is at
+    gate.touch()  # a worker finishes its chunk
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr and "the same command goes on" in stderr
     assert not list((tmp_path / "out").glob("*.tmp")) and are_gone(tmp_path)
