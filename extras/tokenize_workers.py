@@ -248,16 +248,19 @@ class WorkerPool:
         code = f"import sys; sys.path[:] = sys.argv[1:]; from {serve.__module__} import serve; serve{self.options[:2]}"
         # its own process group: a terminal's Ctrl-C is for the parent alone
         group = {"process_group": 0} if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        with self.lock:
-            if self.is_closed:
-                raise UserError("the pool is closed")
-            self.processes.discard(process)
-            process = subprocess.Popen([sys.executable, "-c", code, *sys.path], stdin=-1, stdout=-1, **group)
-            self.processes.add(process)
-        self.mine.process = process
-        if process.stdout.read(1) != READY and process.wait() > 0:  # less than 0: it was killed
-            raise UserError("worker processes can't start, see above; --workers 0 does without")
-        return process
+        for _ in range(50):
+            with self.lock:
+                if self.is_closed:
+                    raise UserError("the pool is closed")
+                self.processes.discard(process)
+                process = subprocess.Popen([sys.executable, "-c", code, *sys.path], stdin=-1, stdout=-1, **group)
+                self.processes.add(process)
+            self.mine.process = process
+            if process.stdout.read(1) == READY:
+                return process
+            if process.wait() > 0:  # less than 0: it was killed, which says nothing about the chunk
+                break
+        raise UserError("worker processes can't start, see above; --workers 0 does without")
 
     def close(self) -> None:
         with self.lock:
