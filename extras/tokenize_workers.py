@@ -27,6 +27,7 @@ from extras.tokenizer import load_tokenizer, replace_surrogates
 
 CHECK_EVERY = 512  # gigatoken's tokens are compared with tiktoken's for one document in so many
 RESET_EVERY = 2**30  # characters, after which gigatoken's word cache is emptied: it only grows
+TRIES = 8  # worker processes that may die over a chunk before it is blamed
 READY = b"+"  # the first byte a worker process sends
 
 
@@ -225,7 +226,7 @@ class WorkerPool:
 
     def tokenize(self, chunk: Chunk) -> Tokens:
         """In this thread's process, and if that dies, in another."""
-        for _ in range(3):
+        for _ in range(TRIES):
             process = self.process()
             with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
                 pickle.dump((chunk, self.options), process.stdin)
@@ -237,8 +238,8 @@ class WorkerPool:
             process.kill()
             process.wait()
         raise UserError(
-            f"tokenizing {chunk} killed three worker processes (out of memory?); take this part out, or try fewer "
-            "--workers or a machine with more memory"
+            f"{TRIES} worker processes died while tokenizing {chunk} (too little memory?); take this part out, or try "
+            "fewer --workers or a machine with more memory"
         )
 
     def process(self) -> subprocess.Popen:
