@@ -7,29 +7,27 @@ Text -> token shards, the food of train_gpt2.py.
     python fineweb.py --input chats.jsonl --format chat --out data/chats  # to finetune on: only the answers are learned
     python fineweb.py --verify                                      # is the set on disk what the manifest says?
 
-How the text goes:
-
     source --fetch, one ahead--> files --cut--> chunks --worker processes--> tokens, in order --> shards + manifest.json
 
-A chunk is a row group of a parquet file or a few megabytes of a text file; its tokens are one uint16 array. A shard
-gets its name when it is whole, and then an entry in the manifest. So a run that was killed at any moment goes on from
-the last shard when it is started again, and ends with the same bytes as if nothing had happened.
+A chunk is a row group of a parquet file or a few megabytes of a text file. A shard is written when it is full, and then
+recorded in the manifest. A run that was killed at any moment continues after the last shard when it is started again,
+and ends with the same bytes as an undisturbed one.
 
-Instructions are JSON lines, in one of two formats. GPT-2 has no tokens for roles, so the template is plain text:
+Instructions are JSON lines in one of two formats. GPT-2 has no tokens for roles, so the template is plain text:
 
     --format alpaca   {"instruction": I, "input": N, "output": O}; input may be missing or empty, and so then its line
     --format chat     {"messages": [{"role": "system" | "user" | "assistant", "content": C}, ...]}
 
     Instruction: I                  System: C
-                                                                              (empty lines as they stand)
+                                                                              (with the empty lines)
     Input: N                        User: C
 
     Answer: O<|endoftext|>          Assistant: C<|endoftext|>
 
                                     User: C ...
 
-Beside each shard lies a mask, `edufineweb_train_000001.mask.npy`: uint8, 1 for the tokens of an answer, from the space
-before it to the end-of-text after it, 0 for all others. The trainer learns those alone.
+Each shard then has a mask, `edufineweb_train_000001.mask.npy`: uint8, 1 for the tokens of an answer, from the space
+before it to the end-of-text after it, else 0. Only those tokens are training targets.
 """
 
 import contextlib
@@ -49,30 +47,18 @@ from typing import Literal
 
 import numpy as np
 
+from extras import manifest as schema
+from extras import sources
 from extras.cli import UserError, run
-from extras.files import exclusive, sync_directory
-from extras.manifest import Cursor, Manifest, Settings, Shard, manifest_name, parse_part, read_manifest, write_manifest
-from extras.sources import (
-    PYTHON_DOCS,
-    Fetcher,
-    Source,
-    SourceFile,
-    docs_source,
-    hub_source,
-    is_compressed,
-    local_source,
-    utf8,
-)
-from extras.units import Chunk, Options, Tokens, chunks_of, count, pick_backend, tokenize_all, tokenize_chunk
+from extras.files import atomic_file, exclusive
+from extras.manifest import Cursor, Manifest, Shard, manifest_name, parse_part, read_manifest, write_manifest
+from extras.readers import Chunk, Options, chunks_of
+from extras.sources import PYTHON_DOCS, Fetcher, Source, SourceFile
+from extras.tokenize_workers import Tokens, pick_backend, tokenize_all, tokenize_chunk
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
-
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
 
 
 @dataclass
@@ -81,7 +67,7 @@ class Config:
 
     dataset: str = FINEWEB_EDU  # dataset of the Hugging Face hub, ID[:CONFIG], or python-docs
     input: list[str] = field(default_factory=list)  # files, folders or globs of your own, instead of --dataset
-    val_input: list[str] = field(default_factory=list)  # the same for the val split, which is then all of them
+    val_input: list[str] = field(default_factory=list)  # files for the val split, which is then all of them
     format: Literal["text", "alpaca", "chat"] = "text"  # plain text, or instructions of which the answers are learned
     text_column: str = "text"  # the column or JSON field that holds the text
     revision: str | None = None  # branch, tag or commit of the hub dataset (default: main as it is today)
@@ -98,7 +84,25 @@ class Config:
     workers: int | None = None  # processes (default: one a core; 0: none but this one)
     backend: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # GPT-2's encoder; auto: gigatoken if it is installed
     keep_downloads: bool = False  # keep what was fetched, in OUT/downloads
-    verify: bool = False  # check the shards in OUT against their manifest and, if it is here, the source
+    verify: bool = False  # check the shards in OUT against their manifest and, if it is available, the source
+
+
+def check(config: Config) -> None:
+    """Raises UserError for values that fit no run."""
+    for name, least in {"shard_size": 1, "val_size": 0, "max_tokens": 1, "workers": 0}.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    parse_part(config.part)
+    if config.input and config.dataset != Config.dataset:
+        raise UserError(f"--input and --dataset {config.dataset} exclude each other; leave one out")
+    if config.revision and (config.input or config.dataset == PYTHON_DOCS):
+        raise UserError("--revision is for datasets of the hub; leave it out")
+    if config.max_tokens and config.val_size and config.val_size >= config.max_tokens:
+        raise UserError(
+            f"--val_size {config.val_size} leaves nothing to train on of --max_tokens {config.max_tokens}; lower it"
+        )
+    if config.val_input and config.val_size is not None:
+        raise UserError("--val_size does not go with --val_input, all of which is the val split; leave one out")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,22 +110,22 @@ class Config:
 
 
 class Plan:
-    """blocks: the files that are cut into chunks together, each for itself or to be shuffled all at once.
+    """blocks: lists of (index, file, start in the source's bytes) whose chunks are shuffled together, if at all.
 
-    The first `val_files` files are the val split, of part 1. Of the others, a part takes the chunks that begin in its
-    n-th of their bytes.
+    The first `val_files` files are the val split, in part 1. Of the others, part i of n takes the chunks that begin in
+    the i-th n-th of the bytes.
     """
 
-    def __init__(self, files: list[SourceFile], settings: Settings, val_files: int):
+    def __init__(self, val: Source | None, source: Source, settings: schema.Settings):
         self.settings, (self.part, self.parts) = settings, parse_part(settings.part)
-        self.starts = list(accumulate((file.weight for file in files[val_files:]), initial=0))  # in the source's bytes
+        self.starts = list(accumulate((file.weight for file in source.files), initial=0))
         low, high = (self.starts[-1] * part for part in (self.part, self.part + 1))
         mine = [
             (index, file, start)
-            for index, (file, start) in enumerate(zip(files[val_files:], self.starts))
+            for index, (file, start) in enumerate(zip(source.files, self.starts))
             if start * self.parts < high and (start + file.weight) * self.parts > low
         ]
-        self.blocks = [[(None, file, 0)] for file in files[: val_files if self.part == 0 else 0]]
+        self.blocks = [[(None, file, 0)] for file in val.files] if val and self.part == 0 else []
         self.val_blocks = len(self.blocks)
         self.blocks += [[place] for place in mine] if settings.shuffle is None else [mine] if mine else []
         self.done = list(accumulate(map(len, self.blocks), initial=0))  # files before each block
@@ -137,371 +141,268 @@ class Plan:
                 if index is None or place * self.parts // (self.starts[-1] * len(of_file)) == self.part:
                     chunks.append(chunk if seed is None else chunk._replace(order=f"{seed} {index} {number}"))
         if seed is not None:
-            random.Random(f"units {seed}").shuffle(chunks)  # the word is part of the seed of finished sets
+            random.Random(f"units {seed}").shuffle(chunks)  # "units": so that old sets can still be resumed
         return chunks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Shards: nothing half done ever bears its name
-
-
-class ArrayFile:
-    """A 1-D .npy file under a temporary name, with room for `size` numbers; it may end before."""
-
-    def __init__(self, path: Path, dtype: str, size: int):
-        self.path, self.dtype, self.size, self.length = path, dtype, size, 0
-        self.file = open(path.with_name(path.name + ".tmp"), "wb")  # noqa: SIM115
-        self.file.write(npy_header(size, dtype))
-        self.digest = hashlib.sha256(npy_header(size, dtype))
-
-    def append(self, array: np.ndarray) -> None:
-        data = array.astype(self.dtype, copy=False).data
-        self.file.write(data)
-        self.digest.update(data)
-        self.length += len(array)
-
-    def commit(self) -> str:
-        """Give it its name, once it is on the disk; its sha256."""
-        short = self.length < self.size
-        if short:
-            self.file.seek(0)
-            self.file.write(npy_header(self.length, self.dtype))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        digest = sha256_of(self.file.name) if short else self.digest.hexdigest()
-        os.replace(self.file.name, self.path)
-        return digest
-
-    def discard(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written before can't be now
-            self.file.close()
-        Path(self.file.name).unlink(missing_ok=True)
+# Shards
 
 
 class ShardWriter:
-    """Writes one stream of tokens as shards, each as it fills, and after each the manifest with its entry."""
+    """Cuts the token stream into shards. A shard stays in memory until it is full, and is then written at once."""
 
     def __init__(self, out: Path, manifest: Manifest, val_blocks: int):
         self.out, self.manifest, self.val_blocks = out, manifest, val_blocks
-        self.file = self.mask = None
+        self.pieces: list[tuple[Cursor, Tokens, int]] = []  # where each begins, and the documents skipped before it
+        self.length = 0  # tokens in pieces
         self.total = sum(shard.tokens for shard in manifest.shards)
 
     @property
     def index(self) -> int:
-        """Of the shard being written. Parts alternate, so that no two ever use the same name."""
+        """Of the shard in memory. Parts alternate, so that no two ever use the same name."""
         return len(self.manifest.shards) * self.manifest.part[1] + self.manifest.part[0]
 
-    def write(self, chunk: Tokens, cursor: Cursor, stop: int) -> bool:
-        """Append the tokens of a chunk from `cursor` up to `stop`. Whether a shard was committed."""
-        done, stop, committed = cursor.token, min(stop, len(chunk.ids)), len(self.manifest.shards)
+    def write(self, cursor: Cursor, chunk: Tokens, skipped: int, stop: int = sys.maxsize) -> None:
+        """Append the tokens of a chunk from `cursor` up to `stop`. skipped: documents left out before the chunk."""
+        done, stop = cursor.token, min(stop, len(chunk.ids))
         while done < stop:
-            here = cursor._replace(token=done)
-            if self.file and (self.file.length == self.file.size or self.ends_val(cursor.block)):
+            here, val_ends = cursor._replace(token=done), self.index == 0 < self.val_blocks <= cursor.block
+            if val_ends and not self.pieces:
+                raise UserError("--val_input holds no document at all")
+            if val_ends or self.length == self.manifest.capacity(self.index):
                 self.commit(here)
-            if not self.file:
-                self.begin(here)
-            span = slice(done, min(stop, done + self.file.size - self.file.length))
-            ids, targets = chunk.ids[span], None if chunk.targets is None else chunk.targets[span]
-            self.file.append(ids)
-            if self.mask:
-                self.mask.append(targets)
-            is_all = len(ids) == len(chunk.ids)
-            tokenizer = self.manifest.tokenizer.name
-            documents, size = (chunk.documents, chunk.bytes) if is_all else count(ids, targets, tokenizer)
-            self.documents += documents
-            self.bytes += size
-            self.total += len(ids)
-            done += len(ids)
-        return len(self.manifest.shards) > committed
-
-    def ends_val(self, block: int) -> bool:
-        return self.index == 0 and 0 < self.val_blocks <= block
-
-    def begin(self, cursor: Cursor) -> None:
-        if self.ends_val(cursor.block):
-            raise UserError("--val_input holds no document at all")
-        self.start, self.documents, self.bytes, self.skipped_before = cursor, 0, 0, self.manifest.skipped
-        self.path = self.out / self.manifest.name_of(self.index)
-        self.file = ArrayFile(self.path, "<u2", self.manifest.room(self.index))
-        has_mask = self.manifest.settings.format != "text"
-        self.mask = ArrayFile(self.path.with_suffix(".mask.npy"), "|u1", self.file.size) if has_mask else None
+            end = min(stop, done + self.manifest.capacity(self.index) - self.length)
+            self.pieces.append((here, chunk.cut(done, end, self.manifest.tokenizer.name), skipped))
+            self.length += end - done
+            self.total += end - done
+            done = end
 
     def commit(self, cursor: Cursor, complete: bool = False) -> None:
-        """Give the shard its name and enter it. cursor: where the next one begins."""
-        mask_sha256 = self.mask.commit() if self.mask else None  # first: no shard is ever without its mask
-        shard = Shard(
-            name=self.path.name,
-            split=self.manifest.split_of(self.index),
-            tokens=self.file.length,
-            documents=self.documents,
-            bytes=self.bytes,
-            skipped_before=self.skipped_before,
-            sha256=self.file.commit(),
-            mask_sha256=mask_sha256,
+        """Write the shard and record it. cursor: where the next one begins."""
+        start, _, skipped = self.pieces[0]
+        pieces, path = [tokens for _, tokens, _ in self.pieces], self.out / self.manifest.name_of(self.index)
+        mask_sha256 = None
+        if pieces[0].targets is not None:  # the mask first, so that no shard is ever without it
+            mask_sha256 = write_array(path.with_suffix(".mask.npy"), "|u1", [piece.targets for piece in pieces])
+        sha256 = write_array(path, "<u2", [piece.ids for piece in pieces])
+        counts = {"tokens": self.length, "documents": sum(piece.documents for piece in pieces)}
+        counts |= {"bytes": sum(piece.bytes for piece in pieces), "skipped_before": skipped}
+        split = self.manifest.split_of(self.index)
+        self.manifest.shards.append(
+            Shard(name=path.name, split=split, sha256=sha256, mask_sha256=mask_sha256, **counts)
         )
-        sync_directory(self.out)
-        self.manifest.shards.append(shard)
-        self.manifest.starts.append(self.start)
+        self.manifest.starts.append(start)
+        self.pieces, self.length = [], 0
         self.save(cursor, complete)
-        self.file = self.mask = None
 
     def save(self, cursor: Cursor, complete: bool) -> None:
         self.manifest.cursor, self.manifest.complete = cursor, complete
         write_manifest(self.out / manifest_name(self.manifest.part), self.manifest)
 
     def finish(self, cursor: Cursor) -> None:
-        """Commit what there is, and complete the manifest. Raises OnlyVal if the val split would take all."""
-        if self.index == 0 and self.file and self.manifest.val_size != 0:
-            raise OnlyVal(self.total)
+        """Write the last shard and complete the manifest. If val has taken all the text, it gets a twentieth."""
+        if self.index == 0 and self.pieces and self.manifest.val_size != 0:
+            if self.val_blocks:
+                raise UserError(f"there is nothing to train on: --val_input has all {self.total:,} tokens")
+            print(f"The source has only {self.total:,} tokens, all of which would be val: val gets a twentieth")
+            self.manifest.val_size = self.total // 20
+            pieces, self.pieces, self.length, self.total = self.pieces, [], 0, 0
+            for piece in pieces:
+                self.write(*piece)
         if not self.total and self.manifest.part[1] == 1:
             raise UserError("the source holds no document at all")
-        if self.file:
+        if self.pieces:
             self.commit(cursor, complete=True)
         else:
             self.save(cursor, complete=True)
 
-    def close(self) -> None:
-        """Leave no half shard behind."""
-        for file in filter(None, (self.file, self.mask)):
-            file.discard()
-        self.file = self.mask = None
 
-
-class OnlyVal(Exception):
-    """The text ended within the val split; the argument is the number of tokens there are."""
+def write_array(path: Path, dtype: str, arrays: list[np.ndarray]) -> str:
+    """Write the arrays as one 1-D .npy file; its sha256."""
+    digest = hashlib.sha256()
+    with atomic_file(path) as file:
+        for data in npy_header(sum(map(len, arrays)), dtype), *(a.astype(dtype, copy=False).data for a in arrays):
+            file.write(data)
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def npy_header(length: int, dtype: str) -> bytes:
-    """What `np.save` writes before a 1-D array; numpy pads it, so that it is as long for any length."""
+    """What `np.save` writes before a 1-D array."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": (length,)})
     return buffer.getvalue()
 
 
-def files_of(shard: Shard) -> list[tuple[str, int, str]]:
-    """(name, size in bytes, sha256) of the files of a shard: tokens, and perhaps a mask."""
-    n = shard.tokens
-    files = [(shard.name, len(npy_header(n, "<u2")) + 2 * n, shard.sha256)]
-    if shard.mask_sha256:
-        files.append((shard.mask_name, len(npy_header(n, "|u1")) + n, shard.mask_sha256))
-    return files
-
-
-def sha256_of(path: str | Path) -> str:
+def is_damaged(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return True
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest() != sha256
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beginning and resuming
+
+
+def begin(config: Config, val: Source | None, source: Source) -> Manifest:
+    size, eot = schema.VOCABULARY[config.tokenizer]
+    values = {"tokenizer": schema.Tokenizer(name=config.tokenizer, vocab_size=size), "eot": eot}
+    values |= {"source": source.record, "val_source": val and val.record, "settings": settings_of(config)}
+    return Manifest(val_size=None if val else val_size_of(config, source.files), **values)
+
+
+def settings_of(config: Config) -> schema.Settings:
+    values = {name: getattr(config, name) for name in schema.Settings.model_fields}
+    values |= {
+        "dataset": None if config.input else config.dataset,
+        "val_input": list(map(sources.utf8, config.val_input)),
+    }
+    return schema.Settings(**values | {"input": list(map(sources.utf8, config.input)) or None})
+
+
+def val_size_of(config: Config, files: list[SourceFile]) -> int:
+    """Tokens in the val split: a shard of FineWeb-Edu, a twentieth of anything else, and never all there are."""
+    if config.val_size is not None:
+        return config.val_size
+    limit = config.max_tokens or sys.maxsize
+    is_fineweb = not config.input and config.dataset.startswith(FINEWEB_EDU.partition(":")[0])
+    twentieth = min(estimated_tokens(files, config.tokenizer), limit) // 20
+    size = config.shard_size if is_fineweb else min(config.shard_size, twentieth)
+    return max(1, size if size < limit else limit // 20)
+
+
+def estimated_tokens(files: list[SourceFile], tokenizer: str) -> int:
+    """A guess from the files' sizes alone, so that it is the same whenever it is made."""
+    gpt2 = sum(f.size * TOKENS_PER_BYTE[f.kind] * (COMPRESSION if sources.is_compressed(f.name) else 1) for f in files)
+    return int(gpt2 if tokenizer == "gpt2" else gpt2 / TOKENS_PER_BYTE["txt"])
+
+
+def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
+    """The manifest to continue from, before the first damaged shard. Raises UserError if a flag has changed."""
+    was, asked = manifest.settings.model_dump(), settings_of(config).model_dump()
+    changed = [f"--{name} {asked[name]} (it was {was[name]})" for name in sorted(was) if was[name] != asked[name]]
+    if changed:
+        raise UserError(f"{out} was begun with other flags: {', '.join(changed)}; choose another --out")
+    written = (out / manifest_name(manifest.part)).stat().st_mtime_ns
+    for number, shard in enumerate(manifest.shards):
+        for name, sha256 in shard.files:
+            path = out / name
+            is_older = path.is_file() and path.stat().st_mtime_ns < written  # checksums take long: trust the times
+            if not is_older and is_damaged(path, sha256):
+                print(f"{path} is missing or damaged: going on from there")
+                before = {"shards": manifest.shards[:number], "starts": manifest.starts[:number], "complete": False}
+                before |= {"cursor": manifest.starts[number], "skipped": shard.skipped_before}
+                return manifest.model_copy(update=before)
+    return manifest
+
+
+def open_sources(config: Config, manifest: Manifest | None, out: Path) -> tuple[Source | None, Source]:
+    """(--val_input, everything else). Raises UserError if they are not those of the manifest that is resumed."""
+    val = sources.local_source(config.val_input, "--val_input") if config.val_input else None
+    if config.input:
+        source = sources.local_source(config.input)
+    elif config.dataset == PYTHON_DOCS:
+        source = sources.docs_source()
+    else:
+        enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; an English token has 4.6
+        source = sources.hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
+    for file in (val.files if val else []) + source.files:
+        if config.format != "text" and file.kind != "jsonl":
+            raise UserError(f"--format {config.format} reads .jsonl, not {file.name}; write it as JSON lines")
+    if manifest:
+        check_source(manifest.source, source.record, out)
+        if val:
+            check_source(manifest.val_source, val.record, out)
+    return val, source
+
+
+def check_source(was: schema.SourceRecord, now: schema.SourceRecord, out: Path) -> None:
+    """Raises UserError unless both records are of the same files with the same contents."""
+    if was.revision != now.revision:
+        raise UserError(f"{out} was begun with {was.revision}, and this is {now.revision}; choose another --out")
+    stamps = zip(was.stamps or [], now.stamps or [])  # format 1 has none
+    other = [name for (name, size), old in zip(now.files, was.files) if (name, size) != old]
+    other += [name for (name, _), (old, new) in zip(now.files, stamps) if old.split()[:1] != new.split()[:1]]
+    if other or len(was.files) != len(now.files):
+        what = ", ".join(other[:3]) or f"the number of files ({len(was.files)})"
+        raise UserError(f"{out} was begun before {what} changed; choose another --out")
+    if was.stamps and was != now:
+        touched = [name for (name, _), old, new in zip(now.files, was.stamps, now.stamps) if old != new]
+        print(f"{', '.join(touched[:3])}: modified, but size and samples are the same, so it is taken as unchanged")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def settings_of(config: Config) -> Settings:
-    values = {name: getattr(config, name) for name in Settings.model_fields}
-    values |= {"dataset": None if config.input else config.dataset, "val_input": list(map(utf8, config.val_input))}
-    return Settings(**values | {"input": list(map(utf8, config.input)) or None})
-
-
-def downloads_name(part: tuple[int, int]) -> str:
-    return manifest_name(part).replace("manifest", "downloads").removesuffix(".json")
-
-
-def val_size_of(config: Config, files: list[SourceFile]) -> int:
-    """Tokens of the val split: a shard of FineWeb-Edu, a twentieth of anything else, and never all there are."""
-    if config.val_size is not None:
-        return config.val_size
-    total = min(estimated_tokens(files, config.tokenizer), config.max_tokens or sys.maxsize)
-    is_fineweb = not config.input and config.dataset.startswith(FINEWEB_EDU.partition(":")[0])
-    size = config.shard_size if is_fineweb else min(config.shard_size, total // 20)
-    return max(1, size if size < (config.max_tokens or sys.maxsize) else config.max_tokens // 20)
-
-
-def estimated_tokens(files: list[SourceFile], tokenizer: str) -> int:
-    """A guess from the files' sizes alone, the same whenever it is made."""
-    gpt2 = sum(f.size * TOKENS_PER_BYTE[f.kind] * (COMPRESSION if is_compressed(f.name) else 1) for f in files)
-    return int(gpt2 if tokenizer == "gpt2" else gpt2 / TOKENS_PER_BYTE["txt"])
-
-
-def check(config: Config) -> None:
-    """Raises UserError for values that fit no run."""
-    for name, least in {"shard_size": 1, "val_size": 0, "max_tokens": 1, "workers": 0}.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} must be at least {least}")
-    parse_part(config.part)
-    if config.input and config.dataset != Config.dataset:
-        raise UserError(f"--input and --dataset {config.dataset} exclude each other; leave one out")
-    if config.revision and (config.input or config.dataset == PYTHON_DOCS):
-        raise UserError("--revision is for datasets of the hub; leave it out")
-    if config.max_tokens and config.val_size and config.val_size >= config.max_tokens:
-        raise UserError(
-            f"--val_size {config.val_size} leaves nothing to train on of --max_tokens {config.max_tokens}; lower it"
-        )
-    if config.val_input and config.val_size is not None:
-        raise UserError("--val_size does not go with --val_input, all of which is the val split; leave one out")
-
-
-def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
-    """The manifest of the run to go on with. Raises UserError, saying which, if a flag is not what it was."""
-    was, asked = manifest.settings.model_dump(), settings_of(config).model_dump()
-    changed = [f"--{name} {asked[name]} (it was {was[name]})" for name in sorted(was) if was[name] != asked[name]]
-    if changed:
-        raise UserError(f"{out} was begun otherwise: {', '.join(changed)}; choose another --out")
-    written = (out / manifest_name(manifest.part)).stat().st_mtime_ns
-    for number, shard in enumerate(manifest.shards):
-        damaged = [name for name, size, sha256 in files_of(shard) if not is_whole(out / name, size, sha256, written)]
-        if damaged:
-            print(f"{out / damaged[0]} is missing or damaged: going on from there")
-            before = {"shards": manifest.shards[:number], "starts": manifest.starts[:number], "complete": False}
-            return manifest.model_copy(
-                update=before | {"cursor": manifest.starts[number], "skipped": shard.skipped_before}
-            )
-    return manifest
-
-
-def is_whole(path: Path, size: int, sha256: str, written: int) -> bool:
-    """By its size; by its sha256, too, if it was changed after the manifest was written."""
-    if not path.is_file() or path.stat().st_size != size:
-        return False
-    return path.stat().st_mtime_ns < written or sha256_of(path) == sha256
-
-
-def check_source(was, now, out: Path) -> None:
-    """Raises UserError unless the record of a source, or None, tells of the same files, as they were."""
-    if was == now:
-        return
-    if was.revision != now.revision:
-        raise UserError(f"{out} was begun with {was.revision}, and this is {now.revision}; choose another --out")
-    stamped = was.stamps is not None  # format 1 has none
-    (before, times), (after, new_times) = was.identities(stamped), now.identities(stamped)
-    other = [name for name in {**after, **before} if before.get(name) != after.get(name)]
-    if other or list(before) != list(after):
-        raise UserError(f"{out} was begun before {', '.join(other[:3]) or 'the order'} changed; choose another --out")
-    touched = [name for name in times if times[name] != new_times[name]]
-    if touched:
-        print(f"{', '.join(touched[:3])}: another time of change, but the same size and samples: taken for the same")
-
-
-def prepare_directory(out: Path, part: tuple[int, int]) -> None:
-    """Remove what a killed run left. Raises UserError if shards of unknown origin lie there."""
-    manifests, shards = sorted(out.glob("manifest*.json")), sorted(out.glob("edufineweb_*.npy"))
-    if shards and not manifests:
-        raise UserError(f"{out} holds {shards[0].name}, of which no manifest.json tells; choose another --out")
-    halves = [manifest_name(part) + ".tmp", manifest_name((0, 1)) + writer_name(part) + ".tmp"]
-    for path in [*out.glob("edufineweb_*.npy.tmp"), *(out / name for name in halves)]:
-        index = path.name.split("_")[-1].split(".")[0]
-        if path.name in halves or (index.isdecimal() and int(index) % part[1] == part[0]):
-            path.unlink(missing_ok=True)
-
-
-def writer_name(part: tuple[int, int]) -> str:
-    """Of the manifest of all parts, which several may write at once: each under a temporary name of its own."""
-    return f".part-{part[0] + 1}-of-{part[1]}"
-
-
 def main(config: Config) -> None:
     check(config)
-    out = Path(config.out)
+    out, again = Path(config.out), "the shards so far are safe, and the same command goes on from there"
     try:
-        if config.verify:
-            verify(out, config)
-        else:
-            tokenize(out, config)
+        (verify if config.verify else tokenize)(out, config)
     except KeyboardInterrupt:
-        print("\nstopped; what is committed is safe, and the same command goes on from there", file=sys.stderr)
+        print(f"\nstopped; {again}", file=sys.stderr)
         raise
     except OSError as error:
         if error.errno is None:
             raise
-        again = "what is committed is safe, and the same command goes on from there"
-        raise UserError(f"{error.filename or out}: {os.strerror(error.errno)}; once that is mended, {again}") from error
+        where = error.filename or out
+        raise UserError(f"{where}: {os.strerror(error.errno)}; fix that, then run again: {again}") from error
 
 
 def tokenize(out: Path, config: Config) -> None:
-    """Begin a set of shards in `out`, or go on with it, to its end."""
+    """Begin a set of shards in `out`, or resume it, to its end."""
     part = parse_part(config.part)
-    path = out / manifest_name(part)
-    there = read_manifest(path)
-    manifest = resumed(there, config, out) if there and there.cursor != (0, 0, 0) else None  # else nothing is lost
-    val, source = open_sources(config, manifest)
-    if manifest:
-        check_source(manifest.source, source.record, out)
-        check_source(manifest.val_source, val and val.record, out)
+    path, downloads = out / manifest_name(part), out / manifest_name(part).replace("manifest", "downloads")[:-5]
+    found = read_manifest(path)
+    manifest = resumed(found, config, out) if found and found.cursor != (0, 0, 0) else None  # else begin again
+    val, source = open_sources(config, manifest, out)
     if manifest and manifest.complete:
-        remove_downloads(out, config)
         print(f"{out} is complete: {summary(manifest)}; nothing to do")
-        whole = read_manifest(out / manifest_name((0, 1)))
-        if whole and whole.complete and not list(out.glob("*.tmp")):
+        whole = read_manifest(out / "manifest.json")
+        if whole and whole.complete:
+            if not config.keep_downloads:
+                shutil.rmtree(downloads, ignore_errors=True)
             return  # without a lock: it may be read-only
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(path.name + ".lock")):
-        if read_manifest(path) != there:
+        if read_manifest(path) != found:
             raise UserError(f"{out} was written by another process just now; run again")
-        prepare_directory(out, part)
-        if manifest and manifest.complete:
-            join_parts(out, part)
-            return
-        val_size = None if val else val_size_of(config, source.files)
-        manifest = manifest or Manifest.begin(settings_of(config), source.record, val and val.record, val_size)
+        if not list(out.glob("manifest*.json")) and (strays := sorted(out.glob("edufineweb_*.npy"))):
+            raise UserError(f"{out} has {strays[0].name} but no manifest.json that lists it; choose another --out")
+        manifest = manifest or begin(config, val, source)
         write_manifest(path, manifest)
         join_parts(out, part)
-        plan = plan_of(val, source, manifest.settings)
-        try:
-            write_shards(config, plan, manifest, out)
-        except OnlyVal as ended:
-            (total,) = ended.args
-            if val:
-                raise UserError(f"there is nothing to train on: --val_input has all {total:,} tokens") from None
-            print(f"The val split was to have more than the {total:,} tokens there are: it gets a twentieth")
-            manifest = manifest.model_copy(update={"val_size": total // 20, "cursor": Cursor(0, 0, 0), "skipped": 0})
-            write_manifest(path, manifest)
-            write_shards(config, plan, manifest, out)
-        join_parts(out, part)
-        remove_downloads(out, config)
+        if not manifest.complete:
+            write_shards(config, Plan(val, source, manifest.settings), manifest, out, downloads)
+            join_parts(out, part)
+        if not config.keep_downloads:
+            shutil.rmtree(downloads, ignore_errors=True)
     report(out, manifest, len(source.files))
-
-
-def open_sources(config: Config, manifest: Manifest | None) -> tuple[Source | None, Source]:
-    """Of the val split, if it has one of its own, and of all else. manifest: of the run that goes on, if one does."""
-    val = local_source(config.val_input, "--val_input") if config.val_input else None
-    if config.input:
-        source = local_source(config.input)
-    elif config.dataset == PYTHON_DOCS:
-        source = docs_source(manifest and manifest.source)
-    else:
-        enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; a token of English is 4.6
-        source = hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
-    for file in (val.files if val else []) + source.files:
-        if config.format != "text" and file.kind != "jsonl":
-            raise UserError(f"--format {config.format} reads .jsonl, not {file.name}; write it as JSON lines")
-    return val, source
-
-
-def plan_of(val: Source | None, source: Source, settings: Settings) -> Plan:
-    return Plan((val.files if val else []) + source.files, settings, len(val.files) if val else 0)
 
 
 def join_parts(out: Path, part: tuple[int, int]) -> None:
     """Make manifest.json of the parts' manifests: incomplete, until the last of them is complete.
 
-    Parts may end at the same moment: each writes its own manifest first and then looks at all, so the last one to look
-    sees them all; and what is then written is the same, whoever writes it.
+    Parts may end at the same moment. Each writes its own manifest before it looks at all of them, so the last one to
+    look finds them complete; and whoever writes the joined manifest, it is the same.
     """
-    if (count := part[1]) == 1:
+    i, n = part
+    if n == 1:
         return
-    path = out / manifest_name((0, 1))
-    paths = [out / manifest_name((i, count)) for i in range(count)]
-    begun = [read_manifest(path) for path in paths if path.exists()]
-    complete = len(begun) == count and all(part.complete for part in begun)
-    whole = begun[0].settings.model_copy(update={"part": f"all of {count}"})
-    if (there := read_manifest(path)) and there.settings != whole:
+    path = out / "manifest.json"
+    begun = [manifest for j in range(n) if (manifest := read_manifest(out / manifest_name((j, n))))]
+    complete = len(begun) == n and all(manifest.complete for manifest in begun)
+    settings = begun[0].settings.model_copy(update={"part": f"all of {n}"})
+    if (joined := read_manifest(path)) and joined.settings != settings:
         raise UserError(f"{path} was begun with other flags, or another number of parts; choose another --out")
-    if complete or not there:
-        shards = sorted((shard for part in begun for shard in part.shards), key=lambda shard: shard.index)
-        joined = {"settings": whole, "shards": shards, "starts": [], "cursor": None, "complete": complete}
-        joined["skipped"] = sum(part.skipped for part in begun)
-        write_manifest(path, begun[0].model_copy(update=joined), writer_name(part))
+    if complete or not joined:
+        shards = sorted((shard for manifest in begun for shard in manifest.shards), key=lambda shard: shard.index)
+        changes = {"settings": settings, "shards": shards, "starts": [], "cursor": None, "complete": complete}
+        changes["skipped"] = sum(manifest.skipped for manifest in begun)
+        write_manifest(path, begun[0].model_copy(update=changes), f".part-{i + 1}-of-{n}")
 
 
 def summary(manifest: Manifest) -> str:
@@ -515,66 +416,63 @@ def report(out: Path, manifest: Manifest, files: int) -> None:
     print(f"{out}: {summary(manifest)}")
     if manifest.skipped:
         print(f"{manifest.skipped} documents could not be read and were left out")
-    shards, settings = manifest.shards, manifest.settings
-    if shards and (last := shards[-1].tokens) < settings.shard_size:
-        print(f"The last shard holds what was left, {last:,} of {settings.shard_size:,} tokens: that is no failure.")
+    shards, size, is_shuffled = manifest.shards, manifest.settings.shard_size, manifest.settings.shuffle is not None
+    if shards and (last := shards[-1].tokens) < size:
+        print(f"The last shard is shorter ({last:,} of {size:,} tokens); this is expected and no failure.")
     if manifest.val_size and manifest.part[0] == 0 and len(shards) > 1:
-        is_one_file = settings.shuffle is None and files > 1 and manifest.starts[1] <= (1, 0, 0)
+        is_one_file = not is_shuffled and files > 1 and manifest.starts[1] <= (1, 0, 0)
         if shards[0].documents < 200 or is_one_file:
             where = f", all from the first of {files} files" if is_one_file else ""
-            mix = "" if settings.shuffle is not None else "--shuffle 1 mixes all documents before the split, "
+            mix = "" if is_shuffled else "--shuffle 1 mixes all documents before the split, "
             print(
                 f"Validation is on the first {shards[0].documents:,} document(s) only{where}; they may differ from the "
                 f"rest: {mix}--val_size N takes more, --val_input FILE takes files of your choice."
             )
 
 
-def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path) -> None:
-    """From the manifest's cursor to the end: write every shard, and complete the manifest. Raises OnlyVal."""
-    first = manifest.cursor
-    if first.block >= len(plan.blocks) and first != (0, 0, 0):
-        raise past_the_end(out)
-    scratch = out / downloads_name(manifest.part)
-    fetcher = Fetcher(plan.files, plan.done[first.block], scratch, config.keep_downloads)
+def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, downloads: Path) -> None:
+    """Write every shard from the manifest's cursor to the end, and complete the manifest."""
+    import tqdm
+
+    first, limit = manifest.cursor, config.max_tokens or sys.maxsize
+    fetcher = Fetcher(plan.files, plan.done[min(first.block, len(plan.blocks))], downloads, config.keep_downloads)
     writer = ShardWriter(out, manifest, plan.val_blocks)
-    progress = Progress(plan.files, config, writer.total)
-    chunks = planned_chunks(plan, first, fetcher, progress, out)
-    stream = tokenize_all(chunks, options_of(config), workers_of(config))
-    with contextlib.closing(stream), contextlib.closing(writer), contextlib.closing(progress.bar):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores if config.workers is None else config.workers
+    stream = tokenize_all(planned_chunks(plan, first, fetcher, out), options_of(config), workers)
+    bytes_total = sum(file.weight for file in plan.files) / manifest.part[1]
+    estimate, documents, tokens_seen, bytes_seen = estimated_tokens(plan.files, config.tokenizer), 0, 0, 0
+    total = max(writer.total, min(limit, estimate // manifest.part[1]))
+    look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+    seconds = 0.5 if sys.stderr.isatty() else 30  # a log file is not a screen
+    bar = tqdm.tqdm(total=total, initial=writer.total, mininterval=seconds, **look)
+    with contextlib.closing(stream), bar:
         for (block, number, chunk), tokens in stream:
             skip = first.token if (block, number) == first[:2] else 0
             if skip >= max(1, len(tokens.ids)):
                 raise past_the_end(out)
-            stop, before = skip + (config.max_tokens or sys.maxsize) - writer.total, writer.total
-            if writer.write(tokens, Cursor(block, number, skip), stop):
+            shards = len(manifest.shards)
+            writer.write(Cursor(block, number, skip), tokens, manifest.skipped, skip + limit - writer.total)
+            if len(manifest.shards) > shards:
                 fetcher.release(plan.done[manifest.cursor.block])
             manifest.skipped += tokens.skipped
-            progress.update(chunk, writer.total - before, tokens.documents, writer.index)
-            if writer.total == config.max_tokens:
+            documents, bytes_seen = documents + tokens.documents, bytes_seen + chunk.source_bytes
+            tokens_seen += chunk.tokens if chunk.tokens and config.tokenizer == "gpt2" else len(tokens.ids)
+            bar.total = max(writer.total, min(limit, int(tokens_seen / bytes_seen * bytes_total)))
+            bar.set_postfix_str(f"{documents:,} documents, shard {writer.index}", refresh=False)
+            bar.update(writer.total - bar.n)
+            if writer.total == limit:
                 break
         writer.finish(Cursor(len(plan.blocks), 0, 0))
-        progress.bar.total = progress.bar.n
+        bar.total = bar.n
 
 
-def remove_downloads(out: Path, config: Config) -> None:
-    if not config.keep_downloads:
-        shutil.rmtree(out / downloads_name(parse_part(config.part)), ignore_errors=True)
-
-
-def past_the_end(out: Path) -> UserError:
-    return UserError(f"the manifest in {out} goes on behind the end of the source (cursor); choose another --out")
-
-
-def options_of(config: Config | Settings, backend: str = "tiktoken") -> Options:
-    backend = pick_backend(getattr(config, "backend", backend), config.tokenizer)
-    return Options(config.tokenizer, backend, config.text_column, config.skip_bad, config.format)
-
-
-def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher, progress: "Progress", out: Path) -> Iterator:
+def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher, out: Path) -> Iterator:
     """((block, number, chunk), chunk) of every chunk from `first` on; files are fetched as they are needed."""
+    if first.block >= len(plan.blocks) and first != (0, 0, 0):
+        raise past_the_end(out)
     for block in range(first.block, len(plan.blocks)):
         chunks = plan.chunks(block, [fetcher.get(number) for number in range(plan.done[block], plan.done[block + 1])])
-        progress.open(chunks)
         begin = first.chunk if block == first.block else 0
         if begin >= max(1, len(chunks)):
             raise past_the_end(out)
@@ -582,39 +480,13 @@ def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher, progress: "Progr
             yield (block, number, chunks[number]), chunks[number]
 
 
-def workers_of(config: Config) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if config.workers is None else config.workers
+def past_the_end(out: Path) -> UserError:
+    return UserError(f"the manifest in {out} continues past the end of the source (cursor); choose another --out")
 
 
-class Progress:
-    """A bar in tokens. The total is estimated from the bytes of all files, by what is known of some."""
-
-    def __init__(self, files: list[SourceFile], config: Config, done: int):
-        import tqdm
-
-        self.bytes = sum(file.weight for file in files) / parse_part(config.part)[1]
-        self.limit, self.use_counts = config.max_tokens or sys.maxsize, config.tokenizer == "gpt2"
-        self.counted = self.seen = (0, 0.0)  # tokens and bytes: of the files fetched, by token_count; tokenized so far
-        self.documents = 0
-        total = min(self.limit, estimated_tokens(files, config.tokenizer) // parse_part(config.part)[1])
-        seconds = 0.5 if sys.stderr.isatty() else 30  # a log file is no screen
-        self.bar = tqdm.tqdm(
-            total=max(total, done), initial=done, unit="tok", unit_scale=True, mininterval=seconds, dynamic_ncols=True
-        )
-
-    def open(self, chunks: list[Chunk]) -> None:
-        if self.use_counts and chunks and all(chunk.tokens is not None for chunk in chunks):
-            tokens, size = (sum(values) for values in zip(*((chunk.tokens, chunk.source_bytes) for chunk in chunks)))
-            self.counted = self.counted[0] + tokens, self.counted[1] + size
-
-    def update(self, chunk: Chunk, tokens: int, documents: int, shard: int) -> None:
-        self.seen = self.seen[0] + tokens, self.seen[1] + chunk.source_bytes
-        self.documents += documents
-        count, size = self.counted if self.counted[0] else self.seen
-        self.bar.total = max(self.bar.n + tokens, min(self.limit, int(count / size * self.bytes)))
-        self.bar.set_postfix_str(f"{self.documents:,} documents, shard {shard}", refresh=False)
-        self.bar.update(tokens)
+def options_of(config: Config | schema.Settings) -> Options:
+    backend = pick_backend(getattr(config, "backend", "tiktoken"), config.tokenizer)
+    return Options(config.tokenizer, backend, config.text_column, config.skip_bad, config.format)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -622,65 +494,50 @@ class Progress:
 
 
 def verify(out: Path, config: Config) -> None:
-    """Every shard against its sha256 and, where the source can be read, some against it. Raises UserError."""
-    manifest = read_manifest(out / manifest_name((0, 1)))
+    """Check every shard's sha256 and, where the source can be read, some shards against it. Raises UserError."""
+    manifest = read_manifest(out / "manifest.json")
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to verify the shards against; choose another --out")
-    files = [file for shard in manifest.shards for file in files_of(shard)]
-    damaged = [name for name, _, digest in files if not (out / name).exists() or sha256_of(out / name) != digest]
+    files = [file for shard in manifest.shards for file in shard.files]
+    damaged = [name for name, sha256 in files if is_damaged(out / name, sha256)]
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         raise UserError(
-            f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}; delete "
-            "them, and run fineweb.py again with the flags it had: it makes them anew"
+            f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}; delete them and run "
+            "fineweb.py again with the same flags, which makes them again"
         )
     print(f"{out}: {len(files)} shards have the sha256 of the manifest")
-    parts = [read_manifest(path) for path in sorted(out.glob("manifest.part-*-of-*.json"))] or [manifest]
-    if manifest.is_joined and parts == [manifest]:
-        print(f"{out}: not compared with the source: the manifests of the parts are not here")
-    else:
-        compared = sum(compare_with_source(out, part, config) for part in parts)
-        print(f"{out}: {compared:,} tokens are those of the source")
+    for part in [read_manifest(path) for path in sorted(out.glob("manifest.part-*-of-*.json"))] or [manifest]:
+        compare_with_source(out, part)
     if not manifest.complete:
-        raise UserError(
-            f"{out} is sound as far as it goes, but not complete; run fineweb.py again with the flags it had"
-        )
+        raise UserError(f"{out} is sound so far, but not complete; run fineweb.py again with the same flags")
 
 
-def compare_with_source(out: Path, manifest: Manifest, config: Config, samples: int = 3) -> int:
-    """Tokenize the chunk that some shards begin in again; how many tokens were compared. Raises UserError.
-
-    Where the source is not at hand, that is said, and it is none.
-    """
+def compare_with_source(out: Path, manifest: Manifest, samples: int = 3) -> None:
+    """Tokenize the chunk in which some shards begin again. Raises UserError if they differ, and says if it can't."""
     was = Config(**{name: value for name, value in manifest.settings if value is not None})
-    compared, shards, here = 0, range(len(manifest.shards)), out if os.access(out, os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=here, ignore_cleanup_errors=True) as scratch:
+    compared, plan, shards, place = 0, None, range(len(manifest.starts)), out if os.access(out, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as scratch:
         for index in sorted(random.Random(0).sample(shards, min(samples, len(shards)))):
-            begin = manifest.starts[index]
+            begin, shard = manifest.starts[index], manifest.shards[index]
             try:
-                val, source = open_sources(was, manifest)
-                check_source(manifest.source, source.record, out)
-                check_source(manifest.val_source, val and val.record, out)
-                plan = plan_of(val, source, manifest.settings)
+                plan = plan or Plan(*open_sources(was, manifest, out), manifest.settings)
                 paths = [file.fetch(Path(scratch)) for _, file, _ in plan.blocks[begin.block]]
                 chunk = plan.chunks(begin.block, paths)[begin.chunk]
                 tokens = tokenize_chunk(chunk, options_of(manifest.settings))
             except (UserError, OSError, IndexError) as error:
                 print(f"{out}: not compared with the source: {error}")
-                return compared
-            shard = manifest.shards[index]
-            for path, expected in [(shard.name, tokens.ids), (shard.mask_name, tokens.targets)][: len(files_of(shard))]:
-                stored = np.load(out / path, mmap_mode="r")[: len(expected) - begin.token]
+                return
+            for (name, _), expected in zip(shard.files, (tokens.ids, tokens.targets)):
+                stored = np.load(out / name, mmap_mode="r")[: max(0, len(expected) - begin.token)]
                 if not np.array_equal(stored, expected[begin.token :][: len(stored)]):
-                    raise UserError(
-                        f"{path} does not begin with the tokens of {chunk.name}; make the set anew in another --out"
-                    )
+                    raise UserError(f"{name} does not begin with the tokens of {chunk.name}; make it in another --out")
             compared += len(stored)
-    return compared
+    print(f"{out}: {compared:,} tokens are those of the source")
 
 
 def one_interrupt() -> None:
-    """The first Ctrl-C ends the run; another one behind it must not interrupt the end."""
+    """The first Ctrl-C ends the run; a second one must not interrupt the clean-up."""
 
     def handler(number, frame):
         signal.signal(number, signal.SIG_IGN)

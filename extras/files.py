@@ -13,11 +13,10 @@ from extras.cli import UserError
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, writer: str = ""):
-    """Open for writing bytes: it appears under its name, on the disk, when the block ends well, else not at all.
+    """Open for writing bytes: the file gets its name when the block succeeds; otherwise nothing is left behind.
 
-    A temporary name in the same directory, flush, fsync, rename, and fsync of the directory, so that the new name, too,
-    survives a power cut. OSError as from `open`, `write` and the like; nothing is left behind then.
-    writer: goes into the temporary name, for a file that several write at the same time.
+    File and directory are synced, so the new name survives a power cut. Raises OSError, as `open` and `write` do.
+    writer: part of the temporary name, for a file that several processes may write at the same time.
     """
     path = Path(path)
     temporary = path.with_name(path.name + writer + ".tmp")
@@ -30,13 +29,8 @@ def atomic_file(path: str | os.PathLike, writer: str = ""):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
-
-
-def sync_directory(folder: str | os.PathLike) -> None:
-    """Make the names in it last, where the system can do that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
+    if os.name == "posix":  # elsewhere directories can't be synced
+        descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -45,21 +39,28 @@ def sync_directory(folder: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def exclusive(path: Path):
-    """Hold the lock file `path` during the block. Raises UserError, naming the process that holds it already.
+    """Hold the lock file `path` during the block. Raises UserError, naming the process that already holds it.
 
-    The lock is the system's (flock, or a locked byte on Windows), so it ends with its owner, however that ends; a file
-    left behind locks nothing. Between hosts it works where the file system passes locks on, as NFS does. Where it has
-    no locks, we say so and go on.
+    The operating system's lock (flock, or a locked byte on Windows) ends with its owner, so a file left behind locks
+    nothing. Between hosts it works where the file system supports locks, as NFS does.
     """
     with open(path, "a+b", 0) as file:  # not truncated: it may name the owner
         try:
-            lock(file)
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                file.seek(2**20)  # others can't read a locked byte, so not one of those that name the owner
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
-            file.seek(0)
-            owner = file.read(200).decode(errors="replace") or "another process"
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                file.seek(0)
+                owner = file.read(200).decode(errors="replace") or "another process"
                 raise UserError(f"{path.parent} is being written by {owner}; wait for it, or end it") from None
-            print(f"{path.parent} can't be locked ({error.strerror}): start nothing else that writes there")
+            print(f"{path.parent} can't be locked ({error.strerror}); make sure that nothing else writes there")
         if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
             raise UserError(f"{path.parent} was written by another process just now; run again")
         file.truncate(0)
@@ -67,18 +68,5 @@ def exclusive(path: Path):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file; whoever comes next takes it over
+            with contextlib.suppress(OSError):  # Windows can't remove an open file
                 path.unlink()
-
-
-def lock(file) -> None:
-    """Raises OSError at once if another process has it."""
-    if os.name == "posix":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        import msvcrt
-
-        file.seek(2**20)  # a locked byte can't be read by others: not one of those that name the owner
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

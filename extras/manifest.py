@@ -1,13 +1,13 @@
 """
-manifest.json, the record of a token set: its schema, and the only way in which fineweb.py reads it back.
+manifest.json, the record of a token set: its schema, and the only code that reads or writes it.
 
-A file that was edited, damaged or made by somebody else must not lead us astray: nothing is done with a manifest before
-all of it has been checked here. `checksum` covers the rest, so that a change which fits the schema is found as well.
+A manifest that was edited or damaged must not mislead a run, so nothing is done with one before all of it is checked.
+The checksum finds accidental changes. The schema holds even for a manifest that was changed on purpose, checksum
+included: it cannot name a file outside the directory.
 """
 
 import hashlib
 import re
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NamedTuple
 
@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from extras.cli import UserError
 from extras.files import atomic_file
 
-FORMAT = 2  # 1 had no checksum
-MOST_PARTS = 10_000
+FORMAT = 2  # format 1 had no checksum
+MAX_PARTS = 10_000
 VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # size, id of end-of-text
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -26,7 +26,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Cursor(NamedTuple):
-    """A place in the stream of tokens: block of files, chunk of the block, token of the chunk."""
+    """A position in the token stream: block of files, chunk in the block, token in the chunk."""
 
     block: Count
     chunk: Count
@@ -43,7 +43,7 @@ class Shard(Record):
     tokens: Positive
     documents: Count
     bytes: Count  # of text, in UTF-8
-    skipped_before: Count = 0  # documents left out before the chunk it starts in
+    skipped_before: Count = 0  # documents left out before the chunk in which the shard starts
     sha256: Digest
     mask_sha256: Digest | None = None
 
@@ -52,12 +52,14 @@ class Shard(Record):
         return int(self.name.removesuffix(".npy").rpartition("_")[2])
 
     @property
-    def mask_name(self) -> str:
-        return self.name.removesuffix(".npy") + ".mask.npy"
+    def files(self) -> list[tuple[str, str]]:
+        """(name, sha256): of the tokens, and perhaps of a mask."""
+        mask = (self.name.removesuffix(".npy") + ".mask.npy", self.mask_sha256)
+        return [(self.name, self.sha256), mask] if self.mask_sha256 else [(self.name, self.sha256)]
 
 
 class SourceRecord(Record):
-    """Where the text comes from. stamps: of local files, what tells an overwritten one from the one that was read."""
+    """Where the text comes from. stamps: for each local file, a hash of samples of it and its modification time."""
 
     dataset: str | None = None
     input: list[str] | None = None
@@ -65,23 +67,9 @@ class SourceRecord(Record):
     files: list[tuple[str, Count]]
     stamps: list[str] | None = None
 
-    @model_validator(mode="after")
-    def check(self):
-        expect((self.dataset is None) != (self.input is None), "either dataset or input is to be given")
-        for name, _ in self.files if self.dataset is not None else []:
-            expect(is_plain(name), f"{name!r} in files is no plain relative path")
-        expect(self.stamps is None or len(self.stamps) == len(self.files), "stamps and files differ in number")
-        return self
-
-    def identities(self, stamped: bool) -> tuple[dict, dict]:
-        """name -> (size, samples) of every file, and name -> time of its last change."""
-        stamps = self.stamps if stamped and self.stamps else [""] * len(self.files)
-        pairs = [(name, size, *stamp.partition(" ")[::2]) for (name, size), stamp in zip(self.files, stamps)]
-        return {p[0]: p[1:3] for p in pairs}, {p[0]: p[3] for p in pairs}
-
 
 class Settings(Record):
-    """All that the tokens depend on: fineweb.py's flags of these names."""
+    """Everything that the tokens depend on: fineweb.py's flags of these names."""
 
     dataset: str | None = None
     input: list[str] | None = None
@@ -104,9 +92,9 @@ class Tokenizer(Record):
 
 
 class Manifest(Record):
-    """starts: the cursor at which each shard begins. cursor: where the next one would; None where parts are joined.
+    """starts: the cursor at which each shard begins. cursor: where the next shard would; None where parts are joined.
 
-    val_size: tokens of the val split, None where all of --val_input is.
+    val_size: tokens in the val split, or None where it is all of --val_input.
     """
 
     format: Literal[1, 2] = FORMAT
@@ -123,27 +111,10 @@ class Manifest(Record):
     complete: bool = False
     checksum: Digest | None = None
 
-    @classmethod
-    def begin(cls, settings: Settings, source: SourceRecord, val_source: SourceRecord | None, val_size: int | None):
-        size, eot = VOCABULARY[settings.tokenizer]
-        return cls(
-            tokenizer=Tokenizer(name=settings.tokenizer, vocab_size=size),
-            eot=eot,
-            source=source,
-            val_source=val_source,
-            settings=settings,
-            val_size=val_size,
-            checksum="0" * 64,
-        )
-
     @property
     def part(self) -> tuple[int, int]:
         """(i, n), i from 0; (0, 1) for a whole set, also for one joined of parts."""
-        return (0, 1) if self.is_joined else parse_part(self.settings.part)
-
-    @property
-    def is_joined(self) -> bool:
-        return self.cursor is None
+        return (0, 1) if self.cursor is None else parse_part(self.settings.part)
 
     def split_of(self, index: int) -> str:
         return "val" if index == 0 and self.val_size != 0 else "train"
@@ -151,62 +122,35 @@ class Manifest(Record):
     def name_of(self, index: int) -> str:
         return f"edufineweb_{self.split_of(index)}_{index:06d}.npy"
 
-    def room(self, index: int) -> int:
-        """Tokens that the shard holds unless the text ends before."""
+    def capacity(self, index: int) -> int:
+        """Tokens in a full shard."""
         return self.settings.shard_size if self.split_of(index) == "train" else self.val_size or 2**40
 
     @model_validator(mode="after")
     def check(self):
-        expect((self.tokenizer.vocab_size, self.eot) == VOCABULARY[self.tokenizer.name], "eot does not fit tokenizer")
-        expect(self.tokenizer.name == self.settings.tokenizer, "tokenizer is not that of settings")
-        for name in ("dataset", "input"):
-            expect(getattr(self.source, name) == getattr(self.settings, name), f"source.{name} is not settings.{name}")
-        expect((self.val_source is not None) == bool(self.settings.val_input), "val_source does not fit val_input")
-        expect((self.val_size is None) == bool(self.settings.val_input), "val_size does not fit settings.val_input")
-        expect(self.is_joined == (self.settings.part or "").startswith("all of "), "cursor does not fit settings.part")
+        source, settings, is_joined = self.source, self.settings, self.cursor is None
+        for name, _ in source.files if source.input is None else []:
+            expect(is_plain(name), f"{name!r} in source.files is not a plain relative path")
+        expect((source.dataset, source.input) == (settings.dataset, settings.input), "source does not fit settings")
+        expect((self.val_source is None) == (not settings.val_input), "val_source does not fit settings.val_input")
+        expect(is_joined == (settings.part or "").startswith("all of "), "cursor does not fit settings.part")
+        expect(is_joined or len(self.starts) == len(self.shards), "starts and shards differ in number")
+        i, n = self.part
         for number, shard in enumerate(self.shards):
-            self.check_shard(number, shard)
-        if not self.is_joined:
-            self.check_cursors()
-        expect(self.format == 1 or self.checksum is not None, "checksum is missing")
+            index = shard.index if is_joined else number * n + i
+            expect(shard.name == self.name_of(index), f"shards.{number}.name should be {self.name_of(index)}")
         return self
 
-    def check_shard(self, number: int, shard: Shard) -> None:
-        i, n = self.part
-        expect(shard.split == self.split_of(shard.index), f"shards.{number}.split is not that of its place")
-        expect(shard.name == self.name_of(shard.index), f"shards.{number}.name is not that of its place")
-        expect(shard.tokens <= self.room(shard.index), f"shards.{number}.tokens is more than a shard holds")
-        expect(shard.documents <= shard.tokens, f"shards.{number} has more documents than tokens")
-        expect(
-            (shard.mask_sha256 is None) == (self.settings.format == "text"), f"shards.{number}.mask_sha256 and format"
-        )
-        if self.is_joined:
-            expect(number == 0 or self.shards[number - 1].index < shard.index, f"shards.{number} is out of order")
-        else:
-            expect(shard.index == number * n + i, f"shards.{number}.name is not that of its place")
-            full = shard.tokens == self.room(shard.index) or (self.val_size is None and shard.index == 0)
-            expect(full or number == len(self.shards) - 1, f"shards.{number}.tokens is less than a shard holds")
 
-    def check_cursors(self) -> None:
-        expect(len(self.starts) == len(self.shards), "starts and shards differ in number")
-        for number, (begin, end) in enumerate(pairwise([*self.starts, self.cursor] if self.shards else [])):
-            expect(begin < end, f"starts.{number} is not before the next")
-            of_chunk = end.token - begin.token if begin[:2] == end[:2] else self.shards[number].tokens
-            expect(of_chunk == self.shards[number].tokens, f"starts.{number} and shards.{number}.tokens differ")
-        skipped = [shard.skipped_before for shard in self.shards] + [self.skipped]
-        expect(self.format == 1 or skipped == sorted(skipped), "skipped falls from a shard to the next")
-        expect(self.shards or self.complete or self.cursor == (0, 0, 0), "cursor is not at the beginning")
-
-
-def expect(holds, otherwise: str) -> None:
-    if not holds:
+def expect(condition: bool, otherwise: str) -> None:
+    if not condition:
         raise ValueError(otherwise)
 
 
 def is_plain(name: str) -> bool:
-    """Whether it can only mean a file below the directory that it is joined to, on any system."""
+    """Whether the name can only mean a file below the directory it is joined to, on any system."""
     parts = PurePosixPath(name).parts
-    return bool(parts) and not re.search(r'[\\:\x00-\x1f]', name) and parts[0] != "/" and ".." not in parts
+    return bool(parts) and not re.search(r"[\\:\x00-\x1f]", name) and parts[0] != "/" and ".." not in parts
 
 
 def manifest_name(part: tuple[int, int]) -> str:
@@ -219,8 +163,8 @@ def parse_part(part: str | None) -> tuple[int, int]:
         return 0, 1
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
     i, n = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= i <= n <= MOST_PARTS:
-        raise UserError(f"--part {part!r} must be I/N with 1 <= I <= N <= {MOST_PARTS}, such as 2/8")
+    if not 1 <= i <= n <= MAX_PARTS:
+        raise UserError(f"--part {part!r} must be I/N with 1 <= I <= N <= {MAX_PARTS}, such as 2/8")
     return i - 1, n
 
 
@@ -229,29 +173,26 @@ def checksum(manifest: Manifest) -> str:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """None where there is none yet. Raises UserError, naming file and field, for one we can't have written."""
+    """None if there is no file. Raises UserError, naming file and field, for one that fineweb.py did not write."""
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
+        expect(path.name == manifest_name(manifest.part), f"settings.part is {manifest.settings.part}")
+        is_right = manifest.checksum == checksum(manifest) or (manifest.format == 1 and manifest.checksum is None)
+        expect(is_right, "checksum does not match the rest")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        why = first["msg"].removeprefix("Value error, ")
-        raise UserError(damaged(path, f"{place}: {why}" if place else why)) from None
-    if path.name != manifest_name(manifest.part):
-        raise UserError(damaged(path, f"settings.part is {manifest.settings.part}"))
-    if manifest.checksum not in (None, checksum(manifest)):
-        raise UserError(damaged(path, "checksum is not that of the rest"))
+    except ValueError as error:
+        why = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False)[0]
+            place, why = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+            why = f"{place}: {why}" if place else why
+        raise UserError(f"{path} is not as fineweb.py wrote it ({why}); restore it, or choose another --out") from None
     return manifest
 
 
-def damaged(path: Path, why) -> str:
-    return f"{path} is not as fineweb.py wrote it ({why}); restore it, or choose another --out"
-
-
 def write_manifest(path: Path, manifest: Manifest, writer: str = "") -> None:
-    manifest.format, manifest.checksum = FORMAT, None
+    manifest.format = FORMAT
     manifest.checksum = checksum(manifest)
     with atomic_file(path, writer) as file:
         file.write((manifest.model_dump_json(indent=1) + "\n").encode())

@@ -1,9 +1,9 @@
 """
-Where text comes from: files of one's own, datasets of the Hugging Face hub, and the English every Python carries.
+Where text comes from: local files, datasets of the Hugging Face hub, and the English text that comes with Python.
 
-A source is a list of files, each with a way to bring it to this disk in a form that can be read from the middle.
-`Fetcher` does that one file ahead of its use, and removes the file after it. What is brought lies in a scratch
-directory, under a name that tells which file of which version it is: what a killed run left is never taken for another.
+A source is a list of files. A file that can't be read from the middle where it is (on the hub, compressed, a JSON
+array) is first written to a scratch directory; `Fetcher` does that one file ahead and removes the file after its use.
+Scratch names contain a hash of the file's identity, so leftovers of a killed run are never taken for another version.
 """
 
 import ast
@@ -23,7 +23,6 @@ import sysconfig
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -37,39 +36,32 @@ PYTHON_DOCS = "python-docs"
 KINDS = ("parquet", "jsonl", "txt")  # how a file is read
 KIND_OF_SUFFIX = {kind: kind for kind in KINDS} | {"ndjson": "jsonl", "json": "jsonl"}  # before .gz or .zst
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?(:[^\\]+)?")
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # errors here, not of the hub
-TRIES, LONGEST_WAIT = 8, 60  # of a request to the hub, seconds between two: some three minutes in all
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # not the hub's fault
+TRIES, LONGEST_WAIT = 8, 60  # of a request to the hub; seconds between two tries, three minutes in all
 
 
 class SourceFile(NamedTuple):
-    """name: as the manifest records it and errors call it. size: bytes. kind: of KINDS.
-
-    path: where it lies once it is here; if `bring(scratch, path)` has to bring it, within a scratch directory.
-    """
+    """name, size in bytes: as the manifest records them. make: if given, writes the file to `path` in the scratch."""
 
     name: str
     size: int
-    kind: str
     path: str
-    bring: Callable[[Path, Path], None] | None = None
+    make: Callable[[Path], None] | None = None
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.name)
 
     @property
     def weight(self) -> int:
-        """Its part of the work, in bytes; never none, so that empty files and unknown sizes divide nothing by zero."""
+        """Its share of the work, in bytes; at least 1, so that empty files and unknown sizes never divide by zero."""
         return max(1, self.size)
 
-    def place(self, scratch: Path) -> Path:
-        """Raises UserError if a link leads out of the scratch directory."""
-        path = scratch / self.path if self.bring else Path(self.path)
-        if self.bring and not path.resolve().is_relative_to(scratch.resolve()):
-            raise UserError(f"{path} leads out of {scratch}; remove the link")
-        return path
-
     def fetch(self, scratch: Path) -> Path:
-        path = self.place(scratch)
-        if self.bring and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.bring(scratch, path)
+        if not self.make:
+            return Path(self.path)
+        if not (path := scratch / self.path).exists():
+            self.make(path)
         return path
 
 
@@ -79,7 +71,7 @@ class Source(NamedTuple):
 
 
 def kind_of(name: str) -> str | None:
-    """'a/b.jsonl.gz' -> 'jsonl'; None for what we can't read."""
+    """'a/b.jsonl.gz' -> 'jsonl'; None for files we can't read."""
     return KIND_OF_SUFFIX.get(suffix_of(name))
 
 
@@ -93,48 +85,47 @@ def is_compressed(name: str) -> bool:
     return name.lower().endswith((".gz", ".zst"))
 
 
+def scratch_name(name: str, *identity) -> str:
+    stem = re.sub(r"[^\w-]", "_", os.path.basename(name).partition(".")[0])[:60]
+    return f"{stem}-{hashlib.sha256(repr((name, identity)).encode()).hexdigest()[:16]}.{kind_of(name)}"
+
+
 class Fetcher:
     """Brings files to this disk, one ahead of their use, and removes them after it.
 
-    files: in the order of use. done: how many of them are used up already.
+    files: in the order of use. done: how many of them are already used up.
     """
 
     def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool):
         self.files, self.scratch, self.keep_downloads = files, scratch, keep_downloads
-        self.coming: deque[Future] = deque()  # files [removed, removed + len(coming)) are here or on their way
-        self.removed = 0
+        self.coming: dict[int, Future] = {}  # files that are being fetched, or are here
+        self.released = 0
         scratch.mkdir(exist_ok=True)
         self.release(done)
 
     def get(self, number: int) -> Path:
-        """The number-th file; one after the other."""
-        while self.removed + len(self.coming) <= number:
-            self.start()
-        path = self.coming[number - self.removed].result()
-        self.look_ahead()
+        self.start(number)
+        path = self.coming[number].result() if number in self.coming else Path(self.files[number].path)
+        self.start(self.released + 1)  # at most two files are on the disk, unless more are needed at once
         return path
 
-    def start(self) -> None:
-        self.coming.append(in_background(self.files[self.removed + len(self.coming)].fetch, self.scratch))
-
-    def look_ahead(self) -> None:
-        """Fetch the next file, unless two are here already: the disk holds the shards and two files."""
-        if len(self.coming) < 2 and self.removed + len(self.coming) < len(self.files):
-            self.start()
+    def start(self, number: int) -> None:
+        if number < len(self.files) and number not in self.coming and self.files[number].make:
+            self.coming[number] = in_background(self.files[number].fetch, self.scratch)
 
     def release(self, done: int) -> None:
-        """Remove the first `done` files: every token of theirs is committed."""
-        for file in self.files[self.removed : done]:
-            if self.coming:
-                self.coming.popleft().result()
-            if file.bring and not self.keep_downloads:
-                file.place(self.scratch).unlink(missing_ok=True)
-            self.removed += 1
-        self.look_ahead()
+        """Remove the first `done` files: all of their tokens are committed."""
+        for number in range(self.released, done):
+            if number in self.coming:
+                self.coming.pop(number).result()
+            if self.files[number].make and not self.keep_downloads:
+                (self.scratch / self.files[number].path).unlink(missing_ok=True)
+        self.released = done
+        self.start(done)
 
 
 def in_background(function: Callable, *args) -> Future:
-    """Its result to be. A daemon thread, so that Ctrl-C need not wait for the end of a download."""
+    """The future result. A daemon thread does the work, so that Ctrl-C need not wait for the end of a download."""
     future = Future()
 
     def work():
@@ -148,36 +139,33 @@ def in_background(function: Callable, *args) -> Future:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files of one's own
+# Local files
 
 
 def local_source(patterns: list[str], flag: str = "--input") -> Source:
-    """Files in the order given; those of a glob or a folder by name. Raises UserError."""
+    """Files in the order given; those of a glob or a folder sorted by name. Raises UserError."""
     files, stamps = [], []
     for index, path in enumerate(path for pattern in patterns for path in expand(pattern, flag)):
         if kind_of(path) is None:
             suffixes = " ".join(f".{suffix}" for suffix in KIND_OF_SUFFIX)
             raise UserError(f"{flag} {path}: not of a known kind: {suffixes}, also with .gz or .zst")
-        name, size, bring = utf8(Path(path).as_posix()), os.path.getsize(path), None
+        name, size, make = utf8(Path(path).as_posix()), os.path.getsize(path), None
         stamps.append(stamp(path, size))
         if is_compressed(path) or suffix_of(path) == "json":
-            bring = functools.partial(lambda path, scratch, plain: unpack(Path(path), plain), path)
-            path = scratch_name(flag, index, name, size, stamps[-1])
-        files.append(SourceFile(name, size, kind_of(name), path, bring))
+            make = functools.partial(unpack, Path(path))
+            path = scratch_name(name, flag, index, size, stamps[-1])
+        files.append(SourceFile(name, size, path, make))
     listing = [(file.name, file.size) for file in files]
     return Source(SourceRecord(input=list(map(utf8, patterns)), revision=None, files=listing, stamps=stamps), files)
 
 
 def utf8(name: str) -> str:
-    """A file's name as JSON can hold it: bytes that are not UTF-8 are spelled out."""
+    """A file name that JSON can hold: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def stamp(path: str, size: int, samples: int = 16, length: int = 4096) -> str:
-    """What tells a file that was overwritten from the one before, without reading all of it: bytes from all over it.
-
-    And the time of its last change, which alone is no proof: a copy of the same file has another.
-    """
+    """Tells an overwritten file from the one before without reading it all: a hash of samples, and its mtime."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for start in [*range(0, size, max(length, size // samples)), max(0, size - length)]:
@@ -186,14 +174,11 @@ def stamp(path: str, size: int, samples: int = 16, length: int = 4096) -> str:
         return f"{digest.hexdigest()[:32]} {os.fstat(file.fileno()).st_mtime_ns}"
 
 
-def scratch_name(*identity) -> str:
-    return hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-
-
 def expand(pattern: str, flag: str) -> list[str]:
     """Names of readable files. Raises UserError."""
+    advice = "give files, folders, or a glob in quotes"
     if not pattern:
-        raise UserError(f"{flag} has an empty name; give files, folders, or a glob in quotes")
+        raise UserError(f"{flag} has an empty name; {advice}")
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
         found = (os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names)
@@ -203,16 +188,15 @@ def expand(pattern: str, flag: str) -> list[str]:
     else:
         names = sorted(glob.glob(pattern, recursive=True))
         names = names or sorted(glob.glob(pattern.replace("[", "[[]"), recursive=True))  # in a folder `a[1]`
-    if os.path.isdir(pattern) and not names:
-        raise UserError(f"{flag} {pattern}: no file of a known kind in this folder; give files, or a glob in quotes")
     if not names:
         folder = os.path.dirname(pattern) or "."
-        unreadable = os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)
-        why = f"the directory {folder} is not readable" if unreadable else "no file matches"
-        raise UserError(f"{flag} {pattern}: {why}; give files, folders, or a glob in quotes")
+        why = "no file of a known kind in this folder" if os.path.isdir(pattern) else "no file matches"
+        if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+            why = f"the directory {folder} is not readable"
+        raise UserError(f"{flag} {pattern}: {why}; {advice}")
     for name in names:
         if os.path.exists(name) and not os.path.isfile(name):
-            raise UserError(f"{flag} {name} is not a regular file; give files, folders, or a glob in quotes")
+            raise UserError(f"{flag} {name} is not a regular file; {advice}")  # opening a pipe would block
         try:
             open(name, "rb").close()
         except OSError as error:
@@ -220,50 +204,48 @@ def expand(pattern: str, flag: str) -> list[str]:
     return names
 
 
-def unpack(path: Path, plain: Path) -> None:
-    """The file, decompressed, and as JSON lines if it is a JSON array: so that work can begin in the middle of it."""
+def unpack(path: Path, target: Path) -> None:
+    """Decompress the file, and turn a JSON array into JSON lines, so that reading can begin in the middle."""
     try:
-        with atomic_file(plain) as target:
-            for data in blocks_of(path):
-                target.write(data)
-        if suffix_of(path.name) == "json" and first_byte(plain) == b"[":
-            with open(plain, "rb") as file:
-                records = json.load(file)
-            with atomic_file(plain) as target:
-                target.writelines((json.dumps(record) + "\n").encode() for record in records)
+        with atomic_file(target) as file:
+            file.writelines(decompressed(path))
+        if suffix_of(path.name) == "json":
+            with open(target, "rb") as file:
+                text = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
+                file.seek(0)
+                records = json.load(file) if text.startswith(b"[") else None
+            if records is not None:
+                with atomic_file(target) as file:
+                    file.writelines((json.dumps(record) + "\n").encode() for record in records)
     except MemoryError:
         raise UserError(f"{path.name} is too large to be read as one JSON array; write it as JSON lines") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk
-        plain.unlink(missing_ok=True)
+            raise  # the disk's fault
+        target.unlink(missing_ok=True)
         raise UserError(f"{path.name} is damaged: {error}; get the file again") from error
 
 
-def blocks_of(path: Path) -> Iterator[bytes]:
-    """The file's bytes, decompressed. Raises an error of the codec's, or EOFError, unless it ends where it should."""
+def decompressed(path: Path) -> Iterator[bytes]:
+    """The file's bytes, decompressed. Raises the codec's error, or EOFError, for a file that was cut short."""
+    suffix = path.suffix.lower()
     if is_compressed(path.name) and not path.stat().st_size:
         raise EOFError("it is empty")
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-        if path.suffix.lower() != ".zst":
-            yield from iter(lambda: file.read(2**20), b"")
+    with gzip.open(path) if suffix == ".gz" else open(path, "rb") as file:
+        blocks = iter(lambda: file.read(2**20), b"")
+        if suffix != ".zst":
+            yield from blocks
             return
         import zstandard
 
         decoder, frame = zstandard.ZstdDecompressor(max_window_size=2**31), None
-        while data := file.read(2**16):
-            while data:  # of one frame, or of several
+        for data in blocks:
+            while data:  # of one frame or several; zstandard's own reader accepts a truncated last frame
                 frame = frame or decoder.decompressobj()
                 yield frame.decompress(data)
                 data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
         if frame:
             raise EOFError("it ends in the middle of a frame")
-
-
-def first_byte(path: Path) -> bytes:
-    """The first that is neither white space nor of a byte order mark."""
-    with open(path, "rb") as file:
-        return file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,8 +255,8 @@ def first_byte(path: Path) -> bytes:
 def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None, max_bytes: int | None) -> Source:
     """A dataset `ID[:CONFIG]` of the hub: the files of its train split, at one commit.
 
-    recorded: in the manifest, if a run is resumed: the hub need not be asked again. max_bytes: of text that suffice,
-    for a dataset that has no files we can read. Raises UserError for what isn't there or can't be reached.
+    recorded: in the manifest of a run that is resumed, so that the hub need not be asked again. max_bytes: how much
+    text is enough, for a dataset that must be streamed. Raises UserError for what isn't there or can't be reached.
     """
     if not HUB_ID.fullmatch(dataset) or "--" in dataset or ".." in dataset:
         raise UserError(f"--dataset {dataset!r} is not the name of a dataset of the hub; --input takes files, folders")
@@ -283,131 +265,131 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
         ask = lambda: hub().dataset_info(repo, revision=revision, files_metadata=True)  # noqa: E731
         info = with_retries(f"dataset {repo}", ask, 4)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
-        names = train_files(list(sizes), card_configs(info), config, repo)
+        configs = (info.card_data.get("configs") if info.card_data else None) or []
+        names = train_files(list(sizes), configs, config, repo)
         recorded = SourceRecord(dataset=dataset, revision=info.sha, files=[(name, sizes[name]) for name in names])
     commit = recorded.revision
     if not re.fullmatch("[0-9a-f]{40}", commit or ""):
-        raise UserError(f"dataset {repo}: revision {commit!r} is no commit; choose another --out")
-    if not all(suffix_of(name) in KINDS for name, _ in recorded.files):
-        return streamed_source(dataset, commit, recorded, max_bytes)
-
-    def bring(name, size, scratch, path):
-        whole = SourceFile(name, size, "", f"{commit}/{name}", download).place(scratch)
-        download(repo, commit, name, size, scratch / commit, whole)
-        if path != whole:
-            unpack(whole, path)
-            whole.unlink()
-
-    files = []
-    for name, size in recorded.files:
-        path = scratch_name(commit, name) if is_compressed(name) else f"{commit}/{name}"
-        files.append(SourceFile(name, size, kind_of(name), path, functools.partial(bring, name, size)))
+        raise UserError(f"dataset {repo}: revision {commit!r} is not a commit; choose another --out")
+    if all(suffix_of(name) in KINDS for name, _ in recorded.files):
+        files = [
+            SourceFile(name, size, scratch_name(name, commit), functools.partial(download, repo, commit, name, size))
+            for name, size in recorded.files
+        ]
+    else:
+        name, size = f"{repo}.jsonl", sum(size for _, size in recorded.files)
+        make = functools.partial(stream, dataset, commit, max_bytes)
+        files = [SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make)]
     return Source(recorded, files)
 
 
 def hub():
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import HfApi, utils
 
-    disable_progress_bars()
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # asked for now, not when the library was first imported
+    utils.disable_progress_bars()
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # as set now, not at the first import
 
 
-def download(repo: str, commit: str, name: str, size: int, folder: Path, path: Path) -> None:
-    """The file to `path`, in `folder`; what a broken attempt has brought is used by the next, if it can be."""
+def download(repo: str, commit: str, name: str, size: int, target: Path) -> None:
+    """Fetch a file of the hub to `target`. An interrupted download goes on where it stopped, even in a later run."""
+    folder = target.with_name(target.name + ".download")
 
     def attempt():
         try:
             hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)
-            came = path.stat().st_size
-            if size not in (0, came):  # some mirrors of the hub don't tell
-                path.unlink()
-                raise OSError(f"{came} bytes came, {size} were announced")
+            if size and size != (received := (folder / name).stat().st_size):  # some mirrors announce no size
+                raise OSError(f"received {received} of {size} bytes")
         except OSError as error:
-            if type(error) is OSError:  # a wrong length, here or in the library: what is there is no good beginning
-                shutil.rmtree(folder / ".cache", ignore_errors=True)
+            if type(error) is OSError:  # a wrong length: what is there may be an error page
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     with_retries(name, attempt)
+    if is_compressed(name):
+        unpack(folder / name, target)
+    else:
+        os.replace(folder / name, target)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def stream(dataset: str, commit: str, max_bytes: int | None, target: Path) -> None:
+    """Write the train split of a dataset that only `datasets` can read to a JSON lines file."""
+    repo, _, config = dataset.partition(":")
+
+    def attempt():
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
+            with atomic_file(target) as file:
+                for row in rows:
+                    file.write((json.dumps(row, default=str) + "\n").encode())
+                    if max_bytes is not None and file.tell() >= max_bytes:
+                        break
+        except (RuntimeError, ValueError, FileNotFoundError) as error:  # dataset scripts, wrong names, broken files
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
+
+    with_retries(f"dataset {repo}", attempt)
 
 
 def with_retries(what: str, action: Callable, tries: int = TRIES):
-    """`action()`, again and again while the hub is busy or the line is down. Raises UserError when it is of no use."""
+    """`action()`, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
+    from huggingface_hub import constants
+
     for attempt in range(tries):
         try:
             return action()
-        except UserError:
-            raise
         except Exception as error:
-            last, reason = error, " ".join(str(error).split())[:200]
+            if isinstance(error, UserError) or getattr(error, "errno", None) in DISK_ERRORS:
+                raise
+            reason = " ".join(str(error).split())[:200]
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
-            if getattr(error, "errno", None) in DISK:
-                raise
-            if is_offline():
+            if constants.HF_HUB_OFFLINE:
                 raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input") from error
-            if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
-                raise UserError(f"can't get {what} ({type(error).__name__}: {reason}); check --dataset") from error
-            if status in (401, 403, 404):
-                raise UserError(f"the hub has no {what} for you ({reason}); check the name, or set HF_TOKEN") from error
+            is_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+            if status in (401, 403, 404) or not is_network:
+                raise UserError(f"can't get {what} ({reason}); check --dataset, or set HF_TOKEN") from error
+            if attempt == tries - 1:
+                endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+                hint = "set HF_TOKEN for a higher limit" if status == 429 else "run again later: it goes on from here"
+                raise UserError(f"could not get {what} from {endpoint} ({reason}); {hint}") from error
             if attempt == 2:
                 print(f"the hub does not send {what} ({reason}); trying again", file=sys.stderr)
-            if attempt < tries - 1:
-                asked = getattr(response, "headers", {}).get("Retry-After", "")
-                time.sleep(min(LONGEST_WAIT, int(asked) if asked.isdecimal() else 2**attempt))
-    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    hint = "set HF_TOKEN for a higher limit" if status == 429 else "run again when it answers, and it goes on from here"
-    raise UserError(f"could not get {what} from {endpoint} ({reason}); {hint}") from last
-
-
-def is_offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
-
-
-def card_configs(info) -> list[dict]:
-    """What the head of the dataset's README says of its configurations."""
-    return (info.card_data.get("configs") if info.card_data else None) or []
+            asked = getattr(response, "headers", {}).get("Retry-After", "")
+            time.sleep(min(LONGEST_WAIT, int(asked) if asked.isdecimal() else 2**attempt))
 
 
 def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -> list[str]:
-    """The files of the train split of the wanted configuration, in order; without a card, those that look like it."""
-    known = {config.get("config_name", "default"): config.get("data_files") for config in configs}
-    if not wanted and len(known) > 1 and "default" not in known:
-        raise UserError(f"{repo} has several configurations; say {repo}:NAME, of: {', '.join(known)}")
-    if wanted and wanted not in known:
-        raise UserError(f"{repo} has no configuration {wanted!r}; it has: {', '.join(known) or 'none'}")
-    default = "default" if "default" in known else next(iter(known), None)
-    patterns = train_patterns(known.get(wanted or default))
-    found = [name for pattern in patterns for name in sorted(names) if re.fullmatch(glob_regex(pattern), name)]
+    """The files of the train split of a configuration, in order; without a dataset card, those that look like it."""
+    data_files = {config.get("config_name", "default"): config.get("data_files") for config in configs}
+    if not wanted and len(data_files) > 1 and "default" not in data_files:
+        raise UserError(f"{repo} has several configurations; say {repo}:NAME, of: {', '.join(data_files)}")
+    if wanted and wanted not in data_files:
+        raise UserError(f"{repo} has no configuration {wanted!r}; it has: {', '.join(data_files) or 'none'}")
+    names, default = sorted(names), "default" if "default" in data_files else next(iter(data_files), None)
+    patterns = train_patterns(data_files.get(wanted or default))
+    found = [name for pattern in patterns for name in names if re.fullmatch(glob_regex(pattern), name)]
     if not patterns:
-        data = [name for name in sorted(names) if kind_of(name)]
-        for kind in KINDS:  # parquet if there is any
-            found = found or [name for name in data if kind_of(name) == kind]
         split = re.compile(r"(^|[/_.-])(train|test|valid|validation|val|dev|eval)(?=[/_.-])")
+        found = next(filter(None, ([n for n in names if kind_of(n) == kind] for kind in KINDS)), [])
         found = [n for n in found if "train" in (s := {m[2] for m in split.finditer(n)}) or not s]
-        found = found or [name for name in sorted(names) if "." in name and not name.startswith((".", "README"))]
+        found = found or [name for name in names if "." in name and not name.startswith((".", "README"))]
     if not found:
         raise UserError(f"{repo} has no files to train on{f' in configuration {wanted!r}' if wanted else ''}")
     return list(dict.fromkeys(found))
 
 
 def train_patterns(data_files) -> list[str]:
-    """The patterns of a card's `data_files`: one, several, or one or several per split."""
-    if data_files is None:
-        return []
+    """The patterns in a dataset card's `data_files`: one or several, or a dict or a list of them by split."""
     if isinstance(data_files, dict):
         data_files = [{"split": split, "path": path} for split, path in data_files.items()]
-    if isinstance(data_files, str):
-        data_files = [data_files]
-    splits = {entry["split"] for entry in data_files if isinstance(entry, dict) and "split" in entry}
-    paths = [
-        entry["path"] if isinstance(entry, dict) else entry
-        for entry in data_files
-        if not isinstance(entry, dict) or "train" not in splits or entry.get("split") == "train"
-    ]
-    return [path for entry in paths for path in ([entry] if isinstance(entry, str) else entry)]
+    entries = [data_files] if isinstance(data_files, str) else data_files or []
+    entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
+    has_train = any(entry.get("split") == "train" for entry in entries)
+    paths = [entry["path"] for entry in entries if not has_train or entry.get("split", "train") == "train"]
+    return [path for several in paths for path in ([several] if isinstance(several, str) else several)]
 
 
 def glob_regex(pattern: str) -> str:
@@ -416,73 +398,30 @@ def glob_regex(pattern: str) -> str:
     return "".join(pieces.get(piece) or re.escape(piece) for piece in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
 
 
-def streamed_source(dataset: str, commit: str, recorded: SourceRecord, max_bytes: int | None) -> Source:
-    """A dataset in a form that only `datasets` can read: its train split, written to one JSON lines file first."""
-    repo, _, config = dataset.partition(":")
-
-    def spool(path):
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
-            with atomic_file(path) as target:
-                for row in rows:
-                    target.write((json.dumps(row, default=str) + "\n").encode())
-                    if max_bytes is not None and target.tell() >= max_bytes:
-                        break
-        except (RuntimeError, ValueError, FileNotFoundError) as error:  # as for scripts, wrong names, broken files
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
-
-    def bring(scratch, path):
-        with_retries(f"dataset {repo}", lambda: spool(path))
-
-    size = sum(size for _, size in recorded.files)
-    path = scratch_name(dataset, commit, max_bytes)
-    return Source(recorded, [SourceFile(f"{repo}.jsonl", size, "jsonl", path, bring)])
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The built-in corpus: the English that every Python carries
+# The built-in corpus: help topics and docstrings that come with every Python
 
 
-def docs_source(recorded: SourceRecord | None) -> Source:
-    """Topics of `help()` and docstrings of the standard library, as JSON lines made on the spot."""
-    version = f"Python {'.'.join(map(str, sys.version_info[:3]))}"
-    if recorded and recorded.revision == version:
-        size = recorded.files[0][1]
-    else:
-        size = len(docs_lines())
-    def bring(scratch, path):
-        with atomic_file(path) as target:
-            target.write(docs_lines())
-
-    file = SourceFile(f"{PYTHON_DOCS}.jsonl", size, "jsonl", scratch_name(version, size), bring)
-    return Source(SourceRecord(dataset=PYTHON_DOCS, revision=version, files=[(file.name, size)]), [file])
-
-
-@functools.lru_cache(maxsize=1)
-def docs_lines() -> bytes:
-    return "".join(json.dumps({"text": text}) + "\n" for text in python_docs()).encode()
-
-
-def python_docs() -> list[str]:
-    """Documents in an order that depends on the Python version alone, and mixed: any stretch is like any other."""
-    texts = help_topics() + module_docs(Path(sysconfig.get_path("stdlib")))
-    random.Random(0).shuffle(texts)
-    return texts
-
-
-def help_topics() -> list[str]:
+def docs_source() -> Source:
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
-        return []
-    return [topics[name].strip() for name in sorted(topics)]
+        topics = {}
+    texts = [topics[name].strip() for name in sorted(topics)] + module_docs(Path(sysconfig.get_path("stdlib")))
+    random.Random(0).shuffle(texts)  # the order depends on the Python version alone
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+    def make(target):
+        with atomic_file(target) as file:
+            file.write(data)
+
+    name, version = f"{PYTHON_DOCS}.jsonl", f"Python {'.'.join(map(str, sys.version_info[:3]))}"
+    record = SourceRecord(dataset=PYTHON_DOCS, revision=version, files=[(name, len(data))])
+    return Source(record, [SourceFile(name, len(data), scratch_name(name, version, len(data)), make)])
 
 
 def module_docs(library: Path, shortest: int = 40) -> list[str]:
-    """One document per module in `library` that has docstrings of `shortest` characters: each under its qualified name.
+    """One document per module in `library`: its docstrings of at least `shortest` characters, under qualified names.
 
     The files are parsed, never imported: importing a standard library module can open a browser.
     """
@@ -506,7 +445,7 @@ def module_docs(library: Path, shortest: int = 40) -> list[str]:
 
 
 def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a module and all that it defines."""
+    """(qualified name, docstring) of a module and everything defined in it."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     if isinstance(node, documented) and (doc := ast.get_docstring(node)):
         yield name, inspect.cleandoc(doc).strip()

@@ -17,7 +17,8 @@ from tiny import tiny_config, token_set
 import fineweb
 import sample
 import train_gpt2
-from extras import units
+from extras import readers
+from extras import tokenize_workers as workers
 from extras.cli import UserError
 from extras.tokenizer import load_tokenizer
 
@@ -101,7 +102,7 @@ def test_masks_are_the_answers(tmp_path, monkeypatch, format, tokenizer):
     path = write_lines(tmp_path / "data.jsonl", records)
     settings = {"format": format, "tokenizer": tokenizer}
     for size, slice_bytes in ((7, 2**22), (10**6, 2**22), (50, 40)):
-        monkeypatch.setattr(units, "CHUNK_BYTES", slice_bytes)  # lines longer and shorter than a unit
+        monkeypatch.setattr(readers, "CHUNK_BYTES", slice_bytes)  # lines longer and shorter than a chunk
         out = tmp_path / f"out{size}"
         manifest = build(out, path, shard_size=size, **settings)
         check(out, texts, tokenizer)
@@ -160,15 +161,17 @@ def test_a_damaged_mask_is_found_and_made_anew(tmp_path):
     victim.unlink()
     build(out, path, format="alpaca", shard_size=100)
     assert contents(out) == whole
-    with pytest.raises(UserError, match=r"begun otherwise: --format text .it was alpaca"):
+    with pytest.raises(UserError, match=r"begun with other flags: --format text .it was alpaca"):
         build(out, path, shard_size=100)
 
 
 def test_verify_compares_masks_with_the_source(tmp_path, monkeypatch):
     """A set that is consistent in itself, but whose masks are not what the source gives."""
-    path, encode = write_lines(tmp_path / "data.jsonl", [record for record, _ in ALPACA]), units.encode_dialogues
+    path, encode = write_lines(tmp_path / "data.jsonl", [record for record, _ in ALPACA]), workers.encode_dialogues
     with monkeypatch.context() as patch:
-        patch.setattr(units, "encode_dialogues", lambda *arguments: (encode(*arguments)[0], 0 * encode(*arguments)[1]))
+        patch.setattr(
+            workers, "encode_dialogues", lambda *arguments: (encode(*arguments)[0], 0 * encode(*arguments)[1])
+        )
         build(tmp_path / "out", path, format="alpaca", val_size=0)
     with pytest.raises(UserError, match=r"000000.mask.npy does not begin with the tokens of .*data.jsonl"):
         fineweb.main(fineweb.Config(out=str(tmp_path / "out"), verify=True))
@@ -215,7 +218,7 @@ MISTAKES = [
     ("alpaca", {"instruction": "", "output": "b"}, "has an empty 'instruction'"),
     ("alpaca", {"instruction": "a", "output": ["b"]}, "holds list in 'output', not text"),
     ("alpaca", {"instruction": "a", "input": 7, "output": "b"}, "holds int in 'input', not text"),
-    ("alpaca", ["a", "b"], "is no JSON object but list"),
+    ("alpaca", ["a", "b"], "is not a JSON object but list"),
     ("chat", {"text": "a"}, "has no list in 'messages' .it has: text.; --format chat"),
     ("chat", {"messages": []}, "has no answer: no message is the assistant's"),
     ("chat", chat("system a, user b"), "has no answer: no message is the assistant's"),

@@ -22,7 +22,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fineweb
-from extras import sources, units
+from extras import readers, sources
+from extras import tokenize_workers as workers
 from extras.cli import UserError
 from extras.tokenizer import load_tokenizer
 
@@ -72,7 +73,7 @@ def build(out: Path, *inputs: Path, **flags) -> dict:
 def stored(out: Path) -> np.ndarray:
     """All tokens of a finished set, in order. Nothing else may lie there, and the manifest must tell the truth."""
     manifest = json.loads((out / "manifest.json").read_text())
-    lengths = units.token_lengths(manifest["tokenizer"]["name"])
+    lengths = workers.token_lengths(manifest["tokenizer"]["name"])
     arrays = []
     for shard in manifest["shards"]:
         arrays.append(np.load(out / shard["name"], mmap_mode="r"))
@@ -128,17 +129,17 @@ def test_json_lines(tmp_path, monkeypatch, suffix):
     texts = [*NASTY, "lone \ud800 surrogates \udfff", "\ufeffafter a byte order mark"]
     build(tmp_path / "long", write_jsonl(tmp_path / f"long.{suffix}", texts))
     np.testing.assert_array_equal(stored(tmp_path / "long"), reference(texts))
-    monkeypatch.setattr(units, "CHUNK_BYTES", 50)  # lines longer and shorter than a slice
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 50)  # lines longer and shorter than a slice
     texts = [text[:200] for text in texts]
     build(tmp_path / "cut", write_jsonl(tmp_path / f"cut.{suffix}", texts))
     np.testing.assert_array_equal(stored(tmp_path / "cut"), reference(texts))
 
 
-def test_a_long_row_group_makes_several_units(tmp_path, monkeypatch):
+def test_a_long_row_group_makes_several_chunks(tmp_path, monkeypatch):
     texts = [f"document {i} " + "word " * (i % 50) for i in range(5000)]
     path = write_parquet(tmp_path / "texts.parquet", texts, rows=5000)
-    monkeypatch.setattr(units, "ROW_CHUNK_BYTES", 50_000)
-    assert len(units.row_groups(sources.SourceFile("x", 1, "parquet", str(path)), path, "text")) > 5
+    monkeypatch.setattr(readers, "ROW_CHUNK_BYTES", 50_000)
+    assert len(readers.row_groups(sources.SourceFile("x.parquet", 1, str(path)), str(path), "text")) > 5
     build(tmp_path / "out", path)
     np.testing.assert_array_equal(stored(tmp_path / "out"), reference(texts))
 
@@ -182,8 +183,9 @@ def test_a_big_row_group_is_read_a_little_at_a_time(tmp_path):
     table = pa.table({"text": [f"{i:01000}" for i in range(40_000)]})
     pq.write_table(table, tmp_path / "texts.parquet", compression="none", use_dictionary=False)
     code = (  # in a process of its own, for the most memory it ever took
-        "import pyarrow, extras.units as units; chunk = units.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
-        "texts = units.read_rows(chunk, units.Options('gpt2', 'tiktoken', 'text', False)); "
+        "import pyarrow; from extras import readers; "
+        "chunk = readers.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
+        "texts = readers.read_rows(chunk, readers.Options('gpt2', 'tiktoken', 'text', False)); "
         "assert [int(text) for text in texts] == list(range(30_000, 30_010)); "
         "print(pyarrow.default_memory_pool().max_memory())"
     ).replace("PATH", (tmp_path / "texts.parquet").as_posix())
@@ -195,7 +197,7 @@ def test_chinese_is_cut_at_the_ends_of_its_lines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("甲乙。\n丙　\nひ\n".encode() + b"x" * 100)
     with open(path, "rb") as file:
-        cuts = [units.safe_cut(file, offset) for offset in range(40)]
+        cuts = [readers.safe_cut(file, offset) for offset in range(40)]
     assert sorted(set(cuts)) == [0, 9, 20, path.stat().st_size]  # not after the ideographic space, which is one
     assert all(cut >= offset for offset, cut in enumerate(cuts)) and cuts[9] == 9
 
@@ -206,7 +208,7 @@ def test_a_text_file_is_one_document_however_it_is_cut(tmp_path, monkeypatch, te
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfanother")
     whole = reference([text, "another"])
     for size in (1, 7, 64, 10**6):
-        monkeypatch.setattr(units, "CHUNK_BYTES", size)
+        monkeypatch.setattr(readers, "CHUNK_BYTES", size)
         out = tmp_path / f"out{size}"
         assert sum(shard["documents"] for shard in build(out, tmp_path / "*.txt")["shards"]) == 2
         np.testing.assert_array_equal(stored(out), whole)
@@ -258,20 +260,20 @@ gigatoken_only = pytest.mark.skipif(
 @example(["<|endoftext|>", "", " " * 1000, "\ud800"])
 def test_gigatoken_is_tiktoken(texts):
     np.testing.assert_array_equal(
-        units.encode_documents(texts, GPT2, "gigatoken"), units.encode_documents(texts, GPT2, "tiktoken")
+        workers.encode_documents(texts, GPT2, "gigatoken"), workers.encode_documents(texts, GPT2, "tiktoken")
     )
 
 
 @gigatoken_only
 def test_gigatoken_is_checked_and_reset(monkeypatch):
-    monkeypatch.setattr(units, "CACHE_BYTES", -(2**60))  # as if its memory were always full
-    backend = units.Gigatoken()
+    monkeypatch.setattr(workers, "RESET_EVERY", -1)
+    backend = workers.Gigatoken()
     before = backend.tokenizer
     texts = [f"text {i}" for i in range(1200)]
     ids, _ = backend.encode(texts)
     assert backend.tokenizer is not before and ids.tolist() == [i for text in texts for i in GPT2.encode(text)]
     checked = []
-    monkeypatch.setattr(units, "encode_text", lambda text, tokenizer: checked.append(text) or np.array([1, 2, 3]))
+    monkeypatch.setattr(workers, "encode_text", lambda text, tokenizer: checked.append(text) or np.array([1, 2, 3]))
     backend.seen = 1000
     with pytest.raises(UserError, match=r"differ on the document that begins 'text 24'; .* --backend tiktoken"):
         backend.encode(texts)
@@ -285,10 +287,10 @@ def test_tiktoken_steps_in_where_gigatoken_fails(monkeypatch):
     def panic(self, texts):
         raise Panic
 
-    monkeypatch.setattr(units.Gigatoken, "reset", lambda self: None)
-    monkeypatch.setattr(units.Gigatoken, "encode", panic)
-    units.gigatoken.cache_clear()
-    np.testing.assert_array_equal(units.encode_documents(NASTY, GPT2, "gigatoken"), reference(NASTY))
+    monkeypatch.setattr(workers.Gigatoken, "reset", lambda self: None)
+    monkeypatch.setattr(workers.Gigatoken, "encode", panic)
+    workers.gigatoken.cache_clear()
+    np.testing.assert_array_equal(workers.encode_documents(NASTY, GPT2, "gigatoken"), reference(NASTY))
 
 
 def test_a_panic_names_the_document(monkeypatch):
@@ -300,7 +302,7 @@ def test_a_panic_names_the_document(monkeypatch):
 
     monkeypatch.setattr(GPT2, "encode", panic)
     with pytest.raises(UserError, match="the document that begins 'Once upon' can't be tokenized: the regex engine"):
-        units.encode_documents(["Once upon"], GPT2, "tiktoken")
+        workers.encode_documents(["Once upon"], GPT2, "tiktoken")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -432,9 +434,9 @@ def die_after(monkeypatch, calls: int):
     for owner, name in (
         (os, "replace"),
         (os, "fsync"),
-        (fineweb, "sha256_of"),
+        (fineweb, "is_damaged"),
         (fineweb, "npy_header"),
-        (units, "tokenize_chunk"),
+        (workers, "tokenize_chunk"),
         (fineweb.Fetcher, "release"),
         (fineweb.shutil, "rmtree"),
     ):
@@ -444,7 +446,6 @@ def die_after(monkeypatch, calls: int):
 def build_with_deaths(out: Path, moments: list[int], *inputs: Path, **flags) -> None:
     for calls in moments:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fineweb.ShardWriter, "close", lambda writer: None)  # SIGKILL tidies nothing up
             die_after(patch, calls)
             try:
                 build(out, *inputs, **flags)
@@ -524,7 +525,7 @@ def test_killed_in_the_middle_of_decompressing(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(sources, "blocks_of", die)
+        patch.setattr(sources, "decompressed", die)
         build(tmp_path / "out", path)
     build(tmp_path / "out", path)
     np.testing.assert_array_equal(stored(tmp_path / "out"), reference(["some text"] * 30))
@@ -544,7 +545,7 @@ def test_other_flags_are_refused(tmp_path):
     build(tmp_path / "out", path, shard_size=20)
     before = contents(tmp_path / "out")
     with pytest.raises(
-        UserError, match=r"begun otherwise: --shard_size 30 \(it was 20\), --shuffle 1 \(it was None\);"
+        UserError, match=r"begun with other flags: --shard_size 30 \(it was 20\), --shuffle 1 \(it was None\);"
     ):
         build(tmp_path / "out", path, shard_size=30, shuffle=1)
     with pytest.raises(UserError, match=r"--dataset python-docs \(it was None\), --input None"):
@@ -559,7 +560,7 @@ def test_shards_of_others_are_not_touched(tmp_path):
     path = write_parquet(tmp_path / "texts.parquet", ["some text"] * 30)
     (tmp_path / "out").mkdir()
     np.save(tmp_path / "out/edufineweb_train_000007.npy", np.zeros(5, np.uint16))
-    with pytest.raises(UserError, match=r"edufineweb_train_000007.npy, of which no manifest.json tells"):
+    with pytest.raises(UserError, match=r"edufineweb_train_000007.npy but no manifest.json that lists it"):
         build(tmp_path / "out", path)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["edufineweb_train_000007.npy"]
 
@@ -612,7 +613,7 @@ def test_verify_compares_with_the_source(tmp_path):
     """A set that is consistent in itself, but not what the source gives."""
     path = write_parquet(tmp_path / "texts.parquet", [f"document {i}" for i in range(300)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "encode_text", lambda text, tokenizer: np.array([1, 2, 3], np.uint16))
+        patch.setattr(workers, "encode_text", lambda text, tokenizer: np.array([1, 2, 3], np.uint16))
         build(tmp_path / "out", path, shard_size=100, backend="tiktoken")
     stored(tmp_path / "out")
     with pytest.raises(UserError, match=r"does not begin with the tokens of .*texts.parquet"):
@@ -645,7 +646,7 @@ MISTAKES = {
         {},
         "line 2 of .*x.jsonl is not JSON",
     ),
-    "list": (lambda d: write(d / "x.jsonl", b"[1]\n"), {}, "line 1 of .*x.jsonl is no JSON object but list"),
+    "list": (lambda d: write(d / "x.jsonl", b"[1]\n"), {}, "line 1 of .*x.jsonl is not a JSON object but list"),
     "field": (
         lambda d: write(d / "x.jsonl", b'{"content": "a", "n": 1}\n'),
         {},

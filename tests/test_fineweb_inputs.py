@@ -14,7 +14,7 @@ import pytest
 import zstandard
 
 import fineweb
-from extras import sources, units
+from extras import readers, sources
 from extras.cli import UserError
 from extras.tokenizer import load_tokenizer
 
@@ -122,13 +122,13 @@ def test_whatever_a_reader_throws_names_the_place(tmp_path, monkeypatch):
         raise KeyError("surprise")
 
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
-    monkeypatch.setitem(units.READERS, "jsonl", fail)
+    monkeypatch.setitem(readers.READERS, "jsonl", fail)
     with pytest.raises(UserError, match=r"bytes 0 to \d+ of .*a.jsonl is damaged .*KeyError: 'surprise'"):
         build(tmp_path / "out", tmp_path / "a.jsonl")
 
 
 def test_a_long_text_is_not_left_out_by_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(units, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 100)
     (tmp_path / "a.txt").write_bytes(b"some words " * 50 + b"\xff" + b" more words" * 50)
     with pytest.raises(UserError, match=r"byte 550 of .*a.txt is not UTF-8; the file is one document, too long"):
         build(tmp_path / "out", tmp_path / "a.txt", skip_bad=True)
@@ -272,11 +272,11 @@ def test_stale_downloads(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def die(self, cursor):
+    def die(*arguments):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fineweb.ShardWriter, "begin", die)
+        patch.setattr(fineweb.ShardWriter, "write", die)
         build(out, path)
     assert len(list((out / "downloads").iterdir())) == 1
     path.write_bytes(gzip.compress(lines(reversed(TEXTS))))
@@ -284,9 +284,9 @@ def test_stale_downloads(tmp_path, monkeypatch):
     build(out, path)
     assert texts_in(out) == TEXTS[::-1] and not (out / "downloads").exists()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fineweb.ShardWriter, "begin", die)
+        patch.setattr(fineweb.ShardWriter, "write", die)
         build(tmp_path / "again", path)
-    monkeypatch.setattr(sources, "unpack", None)  # it is there
+    monkeypatch.setattr(sources, "decompressed", None)  # it is there
     build(tmp_path / "again", path)
     assert texts_in(tmp_path / "again") == TEXTS[::-1]
 

@@ -203,17 +203,16 @@ def set_at(path: tuple, value):
 NAMED = {
     "cursor.1: Input should be greater": (("cursor", 1), -1),
     "starts and shards differ in number": (("starts",), []),
-    "shards.1.name is not that of its place": (("shards", 1, "name"), "edufineweb_train_000007.npy"),
+    "shards.1.name should be edufineweb_train_000001.npy": (("shards", 1, "name"), "edufineweb_train_000007.npy"),
     "shards.0.name: String should match": (("shards", 0, "name"), "../far.npy"),
-    "shards.1.tokens is less than a shard holds": (("shards", 1, "tokens"), 299),
+    "source does not fit settings": (("source", "input"), ["b.txt"]),
     "shards.2.tokens: Input should be greater": (("shards", 2, "tokens"), -5),
     "shards.0.sha256: String should match": (("shards", 0, "sha256"), "abc"),
-    "eot does not fit tokenizer": (("eot",), 50256),
+    "checksum does not match the rest": (("eot",), 50256),
     "--part '1/1e30' must be": (("settings", "part"), "1/1e30"),
     "source.files.0.1: Input should be": (("source", "files", 0, 1), -1),
     "format: Input should be 1 or 2": (("format",), 9),
     "more: Extra inputs": (("more",), 1),
-    "checksum is not that of the rest": (("shards", 0, "documents"), 1),
 }
 
 
@@ -236,7 +235,7 @@ def forge(path: Path, **changes) -> None:
 def test_a_cursor_past_the_end(root, tmp_path, cursor):
     shutil.copytree(root / "begun", tmp_path / "out")
     forge(tmp_path / "out/manifest.json", cursor=cursor)
-    with pytest.raises(UserError, match=r"goes on behind the end of the source \(cursor\)|starts.2 and shards.2"):
+    with pytest.raises(UserError, match=r"continues past the end of the source \(cursor\)"):
         fineweb.main(fineweb.Config(**flags(root), out=str(tmp_path / "out")))
     assert not list((tmp_path / "out").glob("*.tmp"))
 
@@ -249,19 +248,18 @@ def test_a_source_that_leads_out_of_its_directory(root, tmp_path, name):
     path = tmp_path / "x/out/manifest.json"
     path.write_bytes(set_at(("source", "files", 0, 0), name)(path.read_bytes()))
     config = fineweb.Config(**flags(root, dataset="a/b", input=[]), out=str(tmp_path / "x/out"))
-    with pytest.raises(UserError, match="in files is no plain relative path"):
+    with pytest.raises(UserError, match=r"in source.files is not a plain relative path"):
         fineweb.main(config)
     assert (tmp_path / "far.parquet").read_text() == "precious"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs links")
-def test_a_link_that_leads_out_of_the_downloads(root, tmp_path):
+def test_a_link_in_place_of_the_downloads(root, tmp_path):
     shutil.copytree(root / "hub", tmp_path / "out")
     (tmp_path / "far").mkdir()
     (tmp_path / "far/0.jsonl").write_text("precious")
-    (tmp_path / f"out/downloads/{COMMIT}").mkdir(parents=True)
-    os.symlink(tmp_path / "far", tmp_path / f"out/downloads/{COMMIT}/data")
-    with pytest.raises(UserError, match="leads out of"):
+    os.symlink(tmp_path / "far", tmp_path / "out/downloads")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         fineweb.main(fineweb.Config(**flags(root, dataset="a/b", input=[]), out=str(tmp_path / "out")))
     assert (tmp_path / "far/0.jsonl").read_text() == "precious"
 
@@ -337,4 +335,4 @@ def test_a_source_that_was_only_touched(root, tmp_path, capsys):
     fineweb.main(fineweb.Config(**flags(tmp_path), out=str(tmp_path / "out")))
     os.utime(tmp_path / "a.jsonl", (1, 1))
     fineweb.main(fineweb.Config(**flags(tmp_path), out=str(tmp_path / "out")))
-    assert "a.jsonl: another time of change, but the same size and samples" in capsys.readouterr().out
+    assert "a.jsonl: modified, but size and samples are the same" in capsys.readouterr().out

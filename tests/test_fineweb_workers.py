@@ -43,12 +43,15 @@ def contents(out: Path) -> dict:
 def start(folder: Path, out: Path, before: str = "", workers: int = 2) -> subprocess.Popen:
     """fineweb.py in a process group of its own. before: what each worker does first."""
     here = out.parent
-    serve = "def serve(*arguments):\n    units.serve(*arguments)\n"
-    (here / "altered.py").write_text(f"import os, pickle, sys, time\nfrom extras import units\n{before}\n{serve}")
+    serve = "def serve(*arguments):\n    pool.serve(*arguments)\n"
+    (here / "altered.py").write_text(
+        f"import os, pickle, sys, time\nfrom extras import tokenize_workers as pool\n{before}\n{serve}"
+    )
     config = {**flags(folder), "out": str(out), "workers": workers}
     (here / "go.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb\nfrom extras import units\n"
-        f"units.serve = altered.serve\nconfig = fineweb.Config(**{config!r})\nfineweb.one_interrupt()\n"
+        f"import sys\nsys.path.append({str(ROOT)!r})\nimport altered, fineweb\n"
+        "from extras import tokenize_workers as pool\n"
+        f"pool.serve = altered.serve\nconfig = fineweb.Config(**{config!r})\nfineweb.one_interrupt()\n"
         "fineweb.run(lambda _: fineweb.main(config), fineweb.Config, '', [])\n"
     )
     command = [sys.executable, str(here / "go.py")]
@@ -68,11 +71,11 @@ def no_survivors():
 
 
 SLOW = """
-encode = units.encode_documents
+encode = pool.encode_documents
 def slow(*arguments):
     time.sleep(0.04)
     return encode(*arguments)
-units.encode_documents = slow
+pool.encode_documents = slow
 """
 
 
@@ -121,7 +124,7 @@ def test_workers_that_cannot_start(whole, tmp_path):
 
 
 GATED = """
-encode = units.encode_documents
+encode = pool.encode_documents
 def gated(texts, *arguments):
     open(f"GATE.{os.getpid()}", "w").close()  # its beginning is behind it
     closed = any(text.startswith("document 300:") for text in texts)
@@ -130,12 +133,12 @@ def gated(texts, *arguments):
     while closed and not os.path.exists("GATE"):
         time.sleep(0.02)
     return encode(texts, *arguments)
-units.encode_documents = gated
+pool.encode_documents = gated
 """
 
 
 def at_work(gate: Path) -> set[int]:
-    """Workers of a gated run that have begun a unit: where one is killed or interrupted before, others may start."""
+    """Workers of a gated run that have begun a chunk; one that is killed before that may be replaced."""
     return {int(path.suffix[1:]) for path in gate.parent.glob("gate.*")}
 
 
@@ -160,7 +163,7 @@ def test_a_worker_that_is_killed(whole, tmp_path):
 
 DIES_SENDING = """
 class Half:
-    load = pickle.load
+    load, UnpicklingError = pickle.load, pickle.UnpicklingError
     def dump(answer, file, protocol):
         data = pickle.dumps(answer, protocol)
         if not os.path.exists("FLAG"):
@@ -170,7 +173,7 @@ class Half:
             os.kill(os.getpid(), 9)
         file.write(data)
 if sys.argv[0] == "-c":  # in a worker
-    units.pickle = Half
+    pool.pickle = Half
 """
 
 
@@ -215,21 +218,21 @@ def test_five_hundred_workers_killed(whole, tmp_path):
 
 
 KILLER = """
-encode = units.encode_documents
+encode = pool.encode_documents
 def deadly(texts, tokenizer, backend):
     if any(text.startswith("document 237:") for text in texts):
         os._exit(9)
     return encode(texts, tokenizer, backend)
-units.encode_documents = deadly
+pool.encode_documents = deadly
 """
 
 
-def test_a_document_that_kills_is_named(whole, tmp_path):
+def test_a_chunk_that_kills_is_named(whole, tmp_path):
     process = start(whole[0].parent, tmp_path / "out", KILLER)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2, stderr
     line = stderr.splitlines()[-1]
-    assert "document 7 of row group 23, rows 0 to 10 of" in line and "kills the process that tokenizes it" in line
+    assert "8 worker processes died while tokenizing row group 23, rows 0 to 10 of" in line
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["shards"] and not manifest["complete"]  # what came before it is kept
     assert not list((tmp_path / "out").glob("*.tmp"))
@@ -240,7 +243,7 @@ def run_through_kills(whole, out: Path, kills: int, rng: random.Random) -> None:
     for _ in range(kills):
         process = start(whole[0].parent, out, SLOW)
         deadline = time.monotonic() + 20
-        while not list(out.glob("*.tmp")) and process.poll() is None and time.monotonic() < deadline:
+        while not workers_of(out.parent) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(rng.random() * 0.5)
         victim = rng.choice([process.pid, *workers_of(out.parent)])
@@ -272,10 +275,10 @@ def test_killed_twenty_times_and_started_again(whole, tmp_path):
 def test_ctrl_c_leaves_nothing_half_done(whole, tmp_path):
     gate = tmp_path / "gate"  # it can't be done before
     process = start(whole[0].parent, tmp_path / "out", GATED.replace("GATE", str(gate)))
-    while process.poll() is None and not (at_work(gate) and list((tmp_path / "out").glob("*.npy.tmp"))):
+    while process.poll() is None and not (at_work(gate) and list((tmp_path / "out").glob("*.npy"))):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    gate.touch()  # a worker ends the unit it is at
+    gate.touch()  # a worker finishes its chunk
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in stderr and "the same command goes on" in stderr
     assert not list((tmp_path / "out").glob("*.tmp")) and are_gone(tmp_path)
@@ -297,7 +300,7 @@ def test_ctrl_c_while_the_workers_start(whole, tmp_path):
 def test_two_ctrl_c_close_together(whole, tmp_path, seed):
     rng = random.Random(seed)
     process = start(whole[0].parent, tmp_path / "out", SLOW)
-    while not list((tmp_path / "out").glob("*.npy.tmp")) and process.poll() is None:
+    while not list((tmp_path / "out").glob("*.npy")) and process.poll() is None:
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 0.3))
     for pause in (0.05, 0.01, 0):

@@ -1,0 +1,305 @@
+"""
+From files to documents. A file is read in chunks: a row group of a parquet file, or a few megabytes of a text file, cut
+between two documents or at a place that no token crosses.
+"""
+
+import contextlib
+import functools
+import json
+import random
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from extras.cli import UserError
+from extras.sources import SourceFile
+
+CHUNK_BYTES = 4 * 2**20  # of a text file per chunk: about a million tokens, as in a row group of FineWeb-Edu
+ROW_CHUNK_BYTES = 64 * 2**20  # a row group with more text than this becomes several chunks
+
+
+class Chunk(NamedTuple):
+    """Rows [start, stop) of a row group, or the lines that begin in bytes [start, stop).
+
+    source_bytes: its share of the file's size. tokens: an estimate, if the file counts them. order: seed to shuffle by.
+    """
+
+    path: str
+    name: str
+    kind: str
+    group: int
+    start: int
+    stop: int
+    source_bytes: float
+    tokens: float | None = None
+    order: str | None = None
+
+    def __str__(self):
+        where = f"row group {self.group}, rows" if self.kind == "parquet" else "bytes"
+        return f"{where} {self.start} to {self.stop} of {self.name}"
+
+
+class Options(NamedTuple):
+    """How chunks are read and tokenized."""
+
+    tokenizer: str
+    backend: str
+    text_column: str
+    skip_bad: bool
+    format: str = "text"
+
+
+class BadDocument(NamedTuple):
+    """Takes the place of a document that can't be read."""
+
+    reason: str
+
+
+@contextlib.contextmanager
+def naming(place):
+    """Turn whatever reading a damaged file may raise into a UserError that names the place."""
+    try:
+        yield
+    except (UserError, MemoryError, ImportError):
+        raise
+    except Exception as error:  # of pyarrow, its C++, codecs, the file system
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{place} is damaged or not what its name says ({why}); get the file again") from error
+
+
+def chunks_of(file: SourceFile, path: Path, text_column: str) -> list[Chunk]:
+    """The chunks of a file, in order: large enough to be worth a message, small enough for any memory."""
+    with naming(file.name):
+        if file.kind == "parquet":
+            return row_groups(file, str(path), text_column)
+        size = path.stat().st_size
+    starts = range(0, max(1, size), CHUNK_BYTES)  # an empty .txt file is a document, too
+    return [
+        Chunk(str(path), file.name, file.kind, 0, start, min(start + CHUNK_BYTES, size), file.weight / len(starts))
+        for start in starts
+    ]
+
+
+def documents_of(chunk: Chunk, options: Options) -> tuple[list, int]:
+    """The documents of a chunk, texts or dialogues, and how many were left out.
+
+    Raises UserError, naming file and place, for a document that can't be read, unless `options.skip_bad`.
+    """
+    with naming(chunk):
+        found = READERS[chunk.kind](chunk, options)
+    good = [document for document in found if not isinstance(document, BadDocument)]
+    skipped = len(found) - len(good)
+    if skipped and not options.skip_bad:
+        bad = next(document for document in found if isinstance(document, BadDocument))
+        raise UserError(f"{bad.reason}; --skip_bad leaves such documents out")
+    if chunk.order is not None:
+        random.Random(chunk.order).shuffle(good)
+    return good, skipped
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parquet
+
+
+@functools.lru_cache(maxsize=2)
+def parquet_metadata(path: str):
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(path)
+
+
+def row_groups(file: SourceFile, path: str, text_column: str) -> list[Chunk]:
+    metadata = parquet_metadata(path)
+    column = text_column_index(metadata, text_column, file.name)
+    per_row = tokens_per_row(path, metadata)
+    chunks = []
+    for group, info in enumerate(map(metadata.row_group, range(metadata.num_row_groups))):
+        slices = max(1, min(info.num_rows, -(-info.column(column).total_uncompressed_size // ROW_CHUNK_BYTES)))
+        cuts = [info.num_rows * i // slices for i in range(slices + 1)]
+        for start, stop in zip(cuts, cuts[1:]):
+            if rows := stop - start:
+                size, tokens = file.weight * rows / metadata.num_rows, per_row and rows * per_row
+                chunks.append(Chunk(path, file.name, "parquet", group, start, stop, size, tokens))
+    return chunks
+
+
+def text_column_index(metadata, text_column: str, name: str) -> int:
+    """Raises UserError for a column that isn't there, is there twice, or doesn't hold text."""
+    import pyarrow as pa
+
+    schema = metadata.schema.to_arrow_schema()
+    if (found := schema.names.count(text_column)) != 1:
+        how_many = f"{found} columns" if found else "no column"
+        raise UserError(f"{name} has {how_many} {text_column!r}; --text_column takes one of: {', '.join(schema.names)}")
+    kind = schema.field(text_column).type
+    if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in ("string", "large_string", "string_view"):
+        raise UserError(f"column {text_column!r} of {name} holds {kind}, not text; choose another with --text_column")
+    return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_column)
+
+
+def tokens_per_row(path: str, metadata) -> float | None:
+    """By FineWeb's column `token_count`, if the file has it; 1 more for end-of-text."""
+    import pyarrow.parquet as pq
+
+    schema = metadata.schema.to_arrow_schema()
+    if schema.names.count("token_count") != 1 or str(schema.field("token_count").type) not in ("int32", "int64"):
+        return None
+    counts = pq.read_table(path, columns=["token_count"]).column(0).drop_null()
+    return 1 + counts.to_numpy().mean() if len(counts) else None
+
+
+def read_rows(chunk: Chunk, options: Options) -> list:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metadata, rows, position = parquet_metadata(chunk.path), [], 0
+    with pq.ParquetFile(chunk.path, metadata=metadata, pre_buffer=False, buffer_size=2**20) as file:  # little memory
+        for batch in file.iter_batches(1024, [chunk.group], [options.text_column], use_threads=False):
+            column = batch.column(0)[max(0, chunk.start - position) : max(0, chunk.stop - position)]
+            rows += column.cast(pa.large_binary()).to_pylist()  # not str: one bad row would fail them all
+            position += len(batch)
+            if position >= chunk.stop:
+                break
+    if len(rows) != chunk.stop - chunk.start:
+        raise EOFError(f"{len(rows)} rows of {chunk.stop - chunk.start}")
+    first = sum(metadata.row_group(group).num_rows for group in range(chunk.group)) + chunk.start
+    for number, data in enumerate(rows):
+        try:
+            rows[number] = data.decode("utf-8")
+        except (UnicodeDecodeError, AttributeError):
+            reason = "has no text" if data is None else "is not UTF-8"
+            rows[number] = BadDocument(f"row {first + number} of {chunk.name} {reason}")
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JSON lines: texts, or instructions, where a document is a list of (prompt, answer)
+
+
+def read_lines(chunk: Chunk, options: Options) -> list:
+    """The documents of the JSON lines that begin in the chunk's bytes."""
+    found = []
+    with open(chunk.path, "rb") as file:
+        if chunk.start > 0:
+            file.seek(chunk.start - 1)
+            file.readline()
+        while (begin := file.tell()) < chunk.stop and (line := file.readline()):
+            if line.isspace():
+                continue
+            document = document_of(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, options)
+            if isinstance(document, BadDocument):
+                document = BadDocument(f"line {line_number(chunk.path, begin)} of {chunk.name} {document.reason}")
+            found.append(document)
+    return found
+
+
+def line_number(path: str, offset: int) -> int:
+    with open(path, "rb") as file:
+        return sum(file.read(min(2**20, offset - at)).count(b"\n") for at in range(0, offset, 2**20)) + 1
+
+
+def document_of(line: bytes, options: Options) -> str | list[tuple[str, str]] | BadDocument:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return BadDocument(f"is not JSON ({error})")
+    if not isinstance(record, dict):
+        return BadDocument(f"is not a JSON object but {type(record).__name__}")
+    if options.format != "text":
+        return (alpaca_dialogue if options.format == "alpaca" else chat_dialogue)(record)
+    if options.text_column not in record:
+        return BadDocument(f"has no field {options.text_column!r} (--text_column takes one of: {', '.join(record)})")
+    text = record[options.text_column]
+    if not isinstance(text, str):
+        return BadDocument(f"holds {type(text).__name__} in {options.text_column!r}, not text")
+    return text
+
+
+def alpaca_dialogue(record: dict) -> list[tuple[str, str]] | BadDocument:
+    """By the template in fineweb.py."""
+    for name in ("instruction", "input", "output"):
+        if name not in record and name != "input":
+            return BadDocument(f"has no field {name!r} (it has: {', '.join(record)}); --format alpaca needs one")
+        if not isinstance(record.get(name) or "", str):
+            return BadDocument(f"holds {type(record[name]).__name__} in {name!r}, not text")
+    if not (record["instruction"] or "").strip():
+        return BadDocument("has an empty 'instruction'")
+    if not (record["output"] or "").strip():
+        return BadDocument("has no answer: its 'output' is empty")
+    middle = f"Input: {record['input']}\n\n" if (record.get("input") or "").strip() else ""
+    return [(f"Instruction: {record['instruction']}\n\n{middle}Answer:", " " + record["output"])]
+
+
+ROLES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
+
+
+def chat_dialogue(record: dict) -> list[tuple[str, str]] | BadDocument:
+    """By the template in fineweb.py: one pair for each answer."""
+    messages, dialogue, prompt = record.get("messages"), [], ""
+    if not isinstance(messages, list):
+        return BadDocument(f"has no list in 'messages' (it has: {', '.join(record)}); --format chat needs one")
+    for number, message in enumerate(messages, 1):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role is None or content is None:
+            return BadDocument(f"has no role or no content in message {number}")
+        if not (isinstance(role, str) and role in ROLES):
+            return BadDocument(f"has an unknown role {role!r} in message {number}; known are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            return BadDocument(f"holds {type(content).__name__} in 'content' of message {number}, not text")
+        prompt += ("\n\n" if number > 1 else "") + ROLES[role]
+        if role != "assistant":
+            prompt += " " + content
+        elif content.strip():
+            dialogue.append((prompt, " " + content))
+            prompt = ""
+        else:
+            return BadDocument(f"has no answer: the assistant's message {number} is empty")
+    if not dialogue:
+        return BadDocument("has no answer: no message is the assistant's")
+    return dialogue if not prompt else BadDocument(f"has no answer to its last message, of {messages[-1]['role']}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plain text
+
+
+def read_text(chunk: Chunk, options: Options) -> list:
+    """A .txt file is one document. A large one is cut where no GPT-2 token crosses, so the tokens stay the same."""
+    with open(chunk.path, "rb") as file:
+        start, stop = safe_cut(file, chunk.start), safe_cut(file, chunk.stop)
+        file.seek(start)
+        data, is_all = file.read(stop - start), chunk.start == 0 and not file.read(1)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = BadDocument(f"byte {start + error.start} of {chunk.name} is not UTF-8")
+        if is_all:
+            return [bad]
+        raise UserError(f"{bad.reason}; the file is one document, too long to be left out: convert it") from error
+    return [text.removeprefix("\ufeff") if chunk.start == 0 else text]
+
+
+WORD_END = re.compile(  # a visible ASCII character, or one from U+3001 to U+FFFF (Chinese, Japanese), then a space
+    rb"(?:[!-~]|\xe3\x80[\x81-\xbf]|\xe3[\x81-\xbf][\x80-\xbf]|[\xe4-\xef][\x80-\xbf]{2})(?=[ \t\n\r])"
+)
+
+
+def safe_cut(file, offset: int) -> int:
+    """The first place at or after `offset` between a character that is not a space and an ASCII space.
+
+    No GPT-2 token crosses it: in GPT-2's pattern whitespace only begins a token, and nothing looks back.
+    """
+    at = max(0, offset - 3)
+    file.seek(at)
+    while offset and (block := file.read(2**16)):
+        for found in WORD_END.finditer(block):
+            if at + found.end() >= offset:
+                return at + found.end()
+        at += len(block)
+        if len(block) == 2**16:
+            at -= 3  # a match has four bytes, with the space
+            file.seek(at)
+    return at
+
+
+READERS = {"parquet": read_rows, "jsonl": read_lines, "txt": read_text}

@@ -1,0 +1,289 @@
+"""
+From documents to tokens, in worker processes. A chunk becomes one array, with the counts that the manifest records.
+"""
+
+import base64
+import contextlib
+import functools
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from extras.cli import UserError
+from extras.readers import Chunk, Options, documents_of
+from extras.tokenizer import load_tokenizer, replace_surrogates
+
+CHECK_EVERY = 512  # gigatoken's tokens are compared with tiktoken's for one document in so many
+RESET_EVERY = 2**30  # characters, after which gigatoken's word cache is emptied: it only grows
+TRIES = 8  # worker processes that may die over a chunk before it is blamed
+READY = b"+"  # the first byte a worker process sends
+
+
+class Tokens(NamedTuple):
+    """The tokens of a chunk, with end-of-text before every document."""
+
+    ids: np.ndarray  # (n,) uint16
+    documents: int
+    bytes: int  # of text
+    skipped: int  # documents left out
+    targets: np.ndarray | None = None  # (n,) uint8, 1 where the token is a training target; None: everywhere
+
+    def cut(self, start: int, stop: int, tokenizer_name: str) -> "Tokens":
+        if (start, stop) == (0, len(self.ids)):
+            return self
+        ids, targets = self.ids[start:stop], None if self.targets is None else self.targets[start:stop]
+        return Tokens(ids, *count(ids, targets, tokenizer_name), self.skipped, targets)
+
+
+def tokenize_chunk(chunk: Chunk, options: Options) -> Tokens:
+    found, skipped = documents_of(chunk, options)
+    tokenizer, targets = load_tokenizer(options.tokenizer), None
+    if options.format == "text":
+        ids = encode_documents(found, tokenizer, options.backend)
+    else:
+        ids, targets = encode_dialogues(found, tokenizer, options.backend)
+    if chunk.kind == "txt" and chunk.start > 0:  # it continues a document
+        ids = ids[1:]
+    return Tokens(ids, *count(ids, targets, options.tokenizer), skipped, targets)
+
+
+def encode_documents(texts: list[str], tokenizer, backend: str) -> np.ndarray:
+    """(n,) uint16: end-of-text before every document. Raises UserError that quotes a text which fails."""
+    ids, counts = encode_texts(texts, tokenizer, backend)
+    return insert_tokens(ids, np.cumsum(counts + 1) - counts - 1, tokenizer.eot)
+
+
+def encode_dialogues(dialogues: list[list[tuple]], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) uint16, end-of-text before every document and after every answer, and (n,) uint8, 1 for training targets.
+
+        <|endoftext|> prompt answer <|endoftext|> prompt answer <|endoftext|>
+        0             0 ...  1 ...  1             0 ...  1 ...  1
+
+    Prompt and answer are encoded separately, so a prompt at inference has the same tokens as in training.
+    """
+    texts = [text for dialogue in dialogues for pair in dialogue for text in pair]
+    ids, counts = encode_texts(texts, tokenizer, backend)
+    is_answer = np.arange(len(texts)) % 2 == 1
+    begins = np.zeros(len(texts), np.int64)  # 1 for the first prompt of a document
+    begins[np.cumsum([0] + [2 * len(dialogue) for dialogue in dialogues])[:-1]] = 1
+    lengths = begins + counts + is_answer
+    ends = np.cumsum(lengths)
+    marks = np.sort(np.concatenate([(ends - lengths)[begins == 1], ends[is_answer] - 1]))
+    return insert_tokens(ids, marks, tokenizer.eot), np.repeat(is_answer, lengths).astype(np.uint8)
+
+
+def insert_tokens(ids: np.ndarray, places: np.ndarray, eot: int) -> np.ndarray:
+    """(n + m,) uint16: the n ids in order, and end-of-text at the m places."""
+    joined, is_text = np.empty(len(ids) + len(places), np.uint16), np.ones(len(ids) + len(places), bool)
+    is_text[places] = False
+    joined[places], joined[is_text] = eot, ids
+    return joined
+
+
+def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) ids of all texts together, and (texts,) how many each has."""
+    if tokenizer.name == "gpt2" and backend == "gigatoken":
+        try:
+            return gigatoken().encode(texts)
+        except (KeyboardInterrupt, SystemExit, UserError):
+            raise
+        except BaseException:  # a panic is not an Exception; tiktoken may succeed, or else quotes the document
+            gigatoken.cache_clear()
+    arrays = [encode_text(text, tokenizer) for text in texts]
+    return np.concatenate([np.empty(0, np.uint16), *arrays]), np.array([len(a) for a in arrays], np.int64)
+
+
+def encode_text(text: str, tokenizer) -> np.ndarray:
+    """(n,) uint16, by the reference tokenizer."""
+    if tokenizer.name == "bytes":
+        return np.frombuffer(replace_surrogates(text).encode("utf-8"), np.uint8).astype(np.uint16)
+    try:
+        return np.array(tokenizer.encode(text), np.uint16)
+    except BaseException as error:  # tiktoken's PanicException is not an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"the document that begins {text[:60]!r} can't be tokenized: {error}") from None
+
+
+def pick_backend(asked: str, tokenizer: str) -> str:
+    """gigatoken or tiktoken. Raises UserError if gigatoken is asked for and not installed."""
+    is_here = importlib.util.find_spec("gigatoken") is not None
+    if asked == "gigatoken" and tokenizer == "gpt2" and not is_here:
+        raise UserError("--backend gigatoken: it is not installed; pip install gigatoken, or leave it out")
+    return "gigatoken" if is_here and asked != "tiktoken" and tokenizer == "gpt2" else "tiktoken"
+
+
+@functools.lru_cache(maxsize=1)
+def gigatoken() -> "Gigatoken":
+    return Gigatoken()
+
+
+class Gigatoken:
+    """GPT-2's encoding by the package gigatoken, several times as fast as tiktoken, which checks a sample of it."""
+
+    def __init__(self):
+        self.reference, self.seen = load_tokenizer("gpt2"), 0
+        self.reset()
+
+    def reset(self) -> None:
+        from gigatoken import Tokenizer
+
+        ranks = self.reference.bpe._mergeable_ranks  # no special tokens: "<|endoftext|>" in a text is text
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "gpt2.tiktoken")
+            path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+            self.tokenizer = Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
+        self.characters = 0
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) uint32 ids of all texts together, and (documents,) how many each has."""
+        import awkward
+
+        if self.characters > RESET_EVERY:
+            self.reset()
+        if not texts:
+            return np.empty(0, np.uint32), np.empty(0, np.int64)
+        try:
+            rows = self.tokenizer.encode_batch(texts, parallel=False)
+        except TypeError:  # lone surrogates
+            texts = [replace_surrogates(text) for text in texts]
+            rows = self.tokenizer.encode_batch(texts, parallel=False)
+        ids, counts = awkward.to_numpy(awkward.flatten(rows)), awkward.to_numpy(awkward.num(rows))
+        ends = np.cumsum(counts)
+        for i in range(-self.seen % CHECK_EVERY, len(texts), CHECK_EVERY):
+            if not np.array_equal(ids[ends[i] - counts[i] : ends[i]], encode_text(texts[i], self.reference)):
+                raise UserError(
+                    f"gigatoken and tiktoken differ on the document that begins {texts[i][:60]!r}; start again, in "
+                    "another --out, with --backend tiktoken, and please report it to gigatoken"
+                )
+        self.seen, self.characters = self.seen + len(texts), self.characters + sum(map(len, texts))
+        return ids, counts
+
+
+def count(ids: np.ndarray, targets: np.ndarray | None, tokenizer_name: str) -> tuple[int, int]:
+    """Documents that begin in `ids`, and bytes of text. An end-of-text that is a training target ends an answer."""
+    lengths = token_lengths(tokenizer_name)
+    is_eot = ids == len(lengths) - 1
+    heads = is_eot if targets is None else is_eot & (targets == 0)
+    return int(np.count_nonzero(heads)), int(lengths[ids].sum())
+
+
+@functools.lru_cache(maxsize=2)
+def token_lengths(tokenizer_name: str) -> np.ndarray:
+    """(V,) bytes of text in every token; none in end-of-text, the last."""
+    tokenizer = load_tokenizer(tokenizer_name)
+    return np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.eot)] + [0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Worker processes
+
+
+def serve(tokenizer: str, backend: str) -> None:
+    """The loop of a worker process: reads (chunk, options) from stdin, writes (tokens, error) to stdout."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the answers
+    encode_texts([], load_tokenizer(tokenizer), backend)  # slow to load, so before the first chunk
+    answers.write(READY)
+    with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent has ended
+        while True:
+            answers.flush()
+            task = pickle.load(sys.stdin.buffer)
+            try:
+                answer = tokenize_chunk(*task), None
+            except MemoryError:
+                os._exit(1)
+            except UserError as error:
+                answer = None, error
+            except Exception:
+                answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
+            pickle.dump(answer, answers, protocol=5)
+    os._exit(0)  # no second BrokenPipeError when `answers` is closed
+
+
+class WorkerPool:
+    """Threads that each own a worker process, and start it when it is first needed or has died.
+
+    The processes share nothing, no queue and no lock: one that is killed, at whatever moment, loses only its own chunk.
+    They never run the script that started us, so that needs no `if __name__ == "__main__"`.
+    """
+
+    def __init__(self, size: int, options: Options):
+        self.options, self.threads, self.mine = options, ThreadPoolExecutor(size), threading.local()
+        self.processes, self.lock, self.is_closed = set(), threading.Lock(), False
+
+    def tokenize(self, chunk: Chunk) -> Tokens:
+        """In this thread's process, and if that dies, in another."""
+        for _ in range(TRIES):
+            process = self.process()
+            with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
+                pickle.dump((chunk, self.options), process.stdin)
+                process.stdin.flush()
+                result, error = pickle.load(process.stdout)
+                if error:
+                    raise error
+                return result
+            process.kill()
+            process.wait()
+        raise UserError(
+            f"{TRIES} worker processes died while tokenizing {chunk} (too little memory?); take this part out, or try "
+            "fewer --workers or a machine with more memory"
+        )
+
+    def process(self) -> subprocess.Popen:
+        process = getattr(self.mine, "process", None)
+        if process and process.poll() is None:
+            return process
+        code = f"import sys; sys.path[:] = sys.argv[1:]; from {serve.__module__} import serve; serve{self.options[:2]}"
+        # its own process group: a terminal's Ctrl-C is for the parent alone
+        group = {"process_group": 0} if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        for _ in range(50):
+            with self.lock:
+                if self.is_closed:
+                    raise UserError("the pool is closed")
+                self.processes.discard(process)
+                process = subprocess.Popen([sys.executable, "-c", code, *sys.path], stdin=-1, stdout=-1, **group)
+                self.processes.add(process)
+            self.mine.process = process
+            if process.stdout.read(1) == READY:
+                return process
+            if process.wait() > 0:  # less than 0: it was killed, which says nothing about the chunk
+                break
+        raise UserError("worker processes can't start, see above; --workers 0 does without")
+
+    def close(self) -> None:
+        with self.lock:
+            self.is_closed = True
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.threads.shutdown(wait=True, cancel_futures=True)
+
+
+def tokenize_all(chunks: Iterable, options: Options, workers: int) -> Iterator[tuple[tuple, Tokens]]:
+    """(key, tokens) of every (key, chunk), in order; only a few are in memory at a time."""
+    if workers == 0:
+        yield from ((key, tokenize_chunk(chunk, options)) for key, chunk in chunks)
+        return
+    pool, pending = WorkerPool(workers, options), deque()
+    try:
+        for key, chunk in chunks:
+            pending.append((key, pool.threads.submit(pool.tokenize, chunk)))
+            if len(pending) > 3 * workers + 3:
+                yield pending[0][0], pending.popleft()[1].result()
+        while pending:
+            yield pending[0][0], pending.popleft()[1].result()
+    finally:
+        pool.close()
