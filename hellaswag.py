@@ -610,10 +610,7 @@ def load_model(source: str, device: torch.device):
     name = tokenizer_name(shape["n_tokens"])
     if name is None:
         raise UserError(f"{source} has {shape['n_tokens']} tokens; GPT-2's are 50257, bytes 257, others can't be scored")
-    try:
-        return to_transformers(shape, state).to(device), load_tokenizer(name)
-    except RuntimeError as error:
-        raise UserError(f"{source} is no plain GPT-2: {error}") from error
+    return to_transformers(shape, state).to(device), load_tokenizer(name)
 
 
 def callables(model, n_vocab: int) -> tuple[Callable, Callable]:

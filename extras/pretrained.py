@@ -8,11 +8,9 @@ Knows no model class of ours: it speaks of a shape, a dict with the fields of tr
 with Hugging Face's names and nn.Linear's layout. Every weight must be there, and fit; nothing in a file is executed.
 """
 
-import contextlib
 import copy
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -276,11 +274,11 @@ def crop(shape: dict, state: dict, block_size: int | None, source: str) -> tuple
 # Out
 
 
-def to_transformers(shape: dict, state: dict):
-    """The model as transformers' GPT2LMHeadModel on the CPU in float32, of the tokens that exist.
+NOT_PLAIN = "no plain GPT-2, transformers would compute something else"
 
-    Raises RuntimeError if the weights are not those of a plain GPT-2.
-    """
+
+def to_transformers(shape: dict, state: dict):
+    """The model as transformers' GPT2LMHeadModel on the CPU in float32, of the tokens that exist."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     n = shape["n_tokens"]
@@ -295,7 +293,10 @@ def to_transformers(shape: dict, state: dict):
         model = GPT2LMHeadModel(config)
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in transpose_conv1d(state).items()}
     wte = state["transformer.wte.weight"][:n]
-    model.load_state_dict(state | {"transformer.wte.weight": wte, "lm_head.weight": wte}, assign=True)
+    try:
+        model.load_state_dict(state | {"transformer.wte.weight": wte, "lm_head.weight": wte}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"this is {NOT_PLAIN}: {error}") from error
     model.tie_weights()
     return model.eval()
 
@@ -334,20 +335,19 @@ def write_model(folder: Path, model: torch.nn.Module) -> None:
     """Write config.json and weights. Raises UserError unless transformers computes the model's logits from them."""
     from transformers import GPT2LMHeadModel
 
-    n, training, apart, scale = model.config.n_tokens, model.training, math.nan, math.nan
-    with contextlib.suppress(RuntimeError):  # other weights than GPT-2's
-        to_transformers(vars(model.config), model.state_dict()).save_pretrained(folder)
-        if model.lm_head.weight.dtype != torch.float32 or model.lm_head.weight.device.type != "cpu":
-            model = copy.deepcopy(model).float().cpu()
-        theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-        ids = torch.randint(n, (2, min(64, model.config.block_size)), generator=torch.Generator().manual_seed(0))
-        ours, theirs = model.eval()(ids)[0][..., :n], theirs(ids).logits
-        model.train(training)
-        apart, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    to_transformers(vars(model.config), model.state_dict()).save_pretrained(folder)
+    if model.lm_head.weight.dtype != torch.float32 or model.lm_head.weight.device.type != "cpu":
+        model = copy.deepcopy(model).float().cpu()
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    n, generator, training = model.config.n_tokens, torch.Generator().manual_seed(0), model.training
+    ids = torch.randint(n, (2, min(64, model.config.block_size)), generator=generator)
+    ours, theirs = model.eval()(ids)[0][..., :n], theirs(ids).logits
+    model.train(training)
+    apart, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
     if not apart <= 1e-4 * max(1.0, scale):
         raise UserError(
-            f"this model is no plain GPT-2, transformers would compute something else: logits up to {apart:.3g} apart "
-            f"on random ids, of size {scale:.3g}; GPT.from_checkpoint and sample.py can use it"
+            f"this is {NOT_PLAIN}: logits up to {apart:.3g} apart on random ids, of size {scale:.3g}; "
+            "GPT.from_checkpoint and sample.py can use it"
         )
 
 
