@@ -1,7 +1,8 @@
 """
 HellaSwag (Zellers et al. 2019): which of four endings does a model find likeliest? And other sets of its kind.
 
-    python hellaswag.py -m gpt2 -d cuda                    # a hub name, a run directory, a checkpoint, a GPT-2 directory
+    python hellaswag.py -m gpt2 -d cuda                    # a hub name, a GPT-2 directory
+    python hellaswag.py -m log                             # a run's newest checkpoint, or a checkpoint file
     python hellaswag.py -m gpt2 --style lm-eval            # the convention of lm-evaluation-harness
     python hellaswag.py -m gpt2 --limit 500 --reference    # the plain method, for anyone who doubts the fast one
     python hellaswag.py -m gpt2 --out a.jsonl              # what it answered to every example
@@ -53,6 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tqdm import tqdm
 
 from extras.checkpoints import load_any
 from extras.cli import UserError, run
@@ -65,6 +67,7 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 EXAMPLES = 10_042
 CACHE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 LONGEST_CONTEXT = 1024  # tokens; a longer one is taken for a mistake in the file, unless the model has a longer block
+BAR = {"desc": "scoring", "file": sys.stderr, "dynamic_ncols": True}
 LARGEST_FILE, LONGEST_LINE = 2**28, 2**20  # bytes after decompression; HellaSwag's validation set has 12 MB
 
 
@@ -91,7 +94,7 @@ def main(config: Config) -> None:
         return
     out = Path(config.out)
     if config.out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
-        raise UserError(f"can't write --out {config.out}: name a file in a directory that is there and may be written to")
+        raise UserError(f"can't write --out {config.out}: it needs a directory that is there and may be written to")
     if config.show < 0:
         raise UserError(f"--show is {config.show}; it must be at least 0")
     device = find_device(config.device)
@@ -108,7 +111,7 @@ def main(config: Config) -> None:
         print(printable(shown(example, row, found)))
     print(report(summarize(tally(rows, scores)), config.task, config.style), flush=True)
     if config.out:
-        write_records(config.out, [record_of(config, row, found) for row, found in zip(rows, scores)])
+        write_records(config, rows, scores)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,17 +209,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def read_hellaswag(record: dict) -> dict:
-    ctx, endings = text_of(record, "ctx"), record.get("endings")
-    if len(checked(endings)) != 4:
+    ctx, endings = text_of(record, "ctx"), checked(record.get("endings"))
+    if len(endings) != 4:
         raise ValueError(f"'endings' must be a list of 4 texts, not {json.dumps(endings)[:60]}")
-    query, choices = "", []
+    example = question(ctx, endings, record.get("label")) | {"query": ""}
     if "activity_label" in record:  # a file may have ctx_a and ctx_b only joined: all of that counts as ctx_a
-        activity, a, b = (
-            text_of({"ctx_a": ctx, "ctx_b": "", **record}, f) for f in ("activity_label", "ctx_a", "ctx_b")
-        )
-        query = without_brackets(f"{activity}: {a} {b.capitalize()}")
-        choices = [without_brackets(ending) for ending in endings]
-    return question(ctx, endings, record.get("label"), query, choices)
+        parts = {"ctx_a": ctx, "ctx_b": "", **record}
+        activity, a, b = (text_of(parts, name) for name in ("activity_label", "ctx_a", "ctx_b"))
+        example["query"] = without_brackets(f"{activity}: {a} {b.capitalize()}")
+        example["choices"] = [without_brackets(ending) for ending in endings]
+    return example
 
 
 def read_piqa(record: dict) -> dict:
@@ -226,7 +228,7 @@ def read_piqa(record: dict) -> dict:
 
 def read_arc(record: dict) -> dict:
     choices, key = record.get("choices"), record.get("answerKey")
-    if isinstance(record.get("question"), dict):  # the authors' form; the hub's has the stem alone, choices as two lists
+    if isinstance(record.get("question"), dict):  # the authors' form; the hub's has the stem, and choices as two lists
         record = {"question": record["question"].get("stem"), "choices": record["question"].get("choices")}
         choices = {name: [choice[name] for choice in record["choices"]] for name in ("text", "label")}
     texts, labels = choices["text"], choices["label"]
@@ -243,16 +245,15 @@ def read_lambada(record: dict) -> dict:
 READERS = {"hellaswag": read_hellaswag, "piqa": read_piqa, "arc": read_arc, "lambada": read_lambada}
 
 
-def question(ctx, endings, label, query=None, choices=None) -> dict:
-    """One checked example, with one prompt for both styles unless told. Raises ValueError with what is wrong."""
+def question(ctx: str, endings: list, label) -> dict:
+    """One checked example, with one prompt for both styles. Raises ValueError with what is wrong."""
     if not ctx.strip():
         raise ValueError("the context is empty")
     if isinstance(label, str) and label.isdecimal():  # as the hub has it
         label = int(label)
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(checked(endings)):
+    if type(label) is not int or not 0 <= label < len(checked(endings)):
         raise ValueError(f"'label' must be one of 0 to {len(endings) - 1}, not {json.dumps(label)}")
-    query, choices = (ctx, endings) if query is None else (query, choices)
-    return {"ctx": ctx, "endings": endings, "label": label, "query": query, "choices": choices}
+    return {"ctx": ctx, "endings": endings, "label": label, "query": ctx, "choices": endings}
 
 
 def checked(endings) -> list[str]:
@@ -310,18 +311,15 @@ def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpa
         if min(lengths) == 0:
             raise UserError(f"{example['where']}: ending {lengths.index(0)} is empty in {style} style")
         if max(sizes) > block_size:
-            raise Unavailable(
-                f"{example['where']}: an ending of {max(sizes)} tokens is over the block size {block_size}"
-            )
+            longer = f"an ending of {max(sizes)} tokens is over the block size {block_size}"
+            raise Unavailable(f"{example['where']}: {longer}")
         # n tokens of context and an ending of m are n + m - 1 fed tokens
         kept = [min(len(context), block_size + 1 - size) for size in sizes]
         paths = [np.array(context[len(context) - n :] + e, np.int32) for n, e in zip(kept, endings)]
         columns = np.array([endings.index(ending) for ending in endings])
         trees = grow_trees(paths, np.array(sizes), columns, block_size)
-        dropped = len(context) - min(kept)
-        rows.append(
-            Row(example["line"], example["label"], paths, np.array(sizes), np.array(lengths), columns, *trees, dropped)
-        )
+        about, dropped = (example["line"], example["label"]), len(context) - min(kept)
+        rows.append(Row(*about, paths, np.array(sizes), np.array(lengths), columns, *trees, dropped))
     return rows
 
 
@@ -398,7 +396,7 @@ def score(features, head, rows, device, rank=0, world_size=1, should_stop=None, 
     max_tokens, max_logits = (1024, 128) if device.type == "cpu" else (16384, 2048)  # on a CPU, what a cache can hold
     batches, found = plan_batches(rows, max_tokens), []
     with autocast():  # once around it all: it keeps the weights that it has cast until it ends
-        for first in with_progress(range(0, len(batches), world_size), progress):
+        for first in tqdm(range(0, len(batches), world_size), **BAR, disable=not progress):
             if should_stop is not None and should_stop():
                 return None
             for batch in batches[first : first + world_size][rank : rank + 1]:
@@ -465,7 +463,7 @@ def batch_nats(features, head, batch, sources, targets, max_logits) -> tuple[tor
 def score_plainly(features, head, rows, device, autocast=nullcontext, progress=False) -> list[Score]:
     """The reference: an example a forward, each ending behind its own context, all logits, and their cross-entropy."""
     scores = []
-    for row in with_progress(rows, progress):
+    for row in tqdm(rows, **BAR, disable=not progress):
         K, T = len(row.paths), max(map(len, row.paths))
         tokens, scored = torch.zeros(K, T, dtype=torch.int64), torch.zeros(K, T, dtype=torch.bool)
         for i, (path, size) in enumerate(zip(row.paths, row.n_scored)):
@@ -478,14 +476,6 @@ def score_plainly(features, head, rows, device, autocast=nullcontext, progress=F
         greedy = (logits.argmax(2) == tokens[:, 1:]) | ~scored
         scores.append(Score((losses * scored).sum(1).cpu().double().numpy(), greedy.all(1).cpu().numpy()))
     return scores
-
-
-def with_progress(items, progress: bool):
-    if not progress:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc="scoring", file=sys.stderr, dynamic_ncols=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -512,14 +502,11 @@ def tally(rows: list[Row], scores: list[Score | None]) -> torch.Tensor:
 def summarize(counts: torch.Tensor) -> dict[str, float]:
     """acc, acc_norm, their standard errors, n, and the mean nats of the right ending, from counts summed over ranks."""
     n, correct, correct_norm, nats = counts.tolist()
-
-    def error(p):
-        return math.sqrt(p * (1 - p) / max(n - 1, 1))  # of the mean of n draws, from their sample variance; as lm-eval
-
-    acc, norm = correct / n, correct_norm / n
-    return {
-        "acc": acc, "acc_norm": norm, "stderr": error(acc), "stderr_norm": error(norm), "n": int(n), "nats": nats / n,
-    }  # fmt: skip
+    result = {"n": int(n), "nats": nats / n, "acc": correct / n, "acc_norm": correct_norm / n}
+    for name, error in (("acc", "stderr"), ("acc_norm", "stderr_norm")):
+        p = result[name]
+        result[error] = math.sqrt(p * (1 - p) / max(n - 1, 1))  # as lm-eval: from the sample variance
+    return result
 
 
 def report(result: dict, task: str, style: str) -> str:
@@ -541,33 +528,28 @@ def shown(example: dict, row: Row, found: Score) -> str:
     return "\n".join(lines)
 
 
-def record_of(config: Config, row: Row, found: Score) -> dict:
-    """A line of the --out file."""
-    pred, pred_norm = answers(row, found)
-    return {
-        "task": config.task, "style": config.style, "model": config.model, "line": row.line, "label": row.label,
-        "pred": pred, "pred_norm": pred_norm, "nats": found.nats.tolist(), "lengths": row.lengths.tolist(),
-    }  # fmt: skip
-
-
-def write_records(path: str, records: list[dict]) -> None:
+def write_records(config: Config, rows: list[Row], scores: list[Score]) -> None:
+    """The --out file, a line per example."""
+    about = {"task": config.task, "style": config.style, "model": config.model}
     try:
-        with atomic_file(path) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        with atomic_file(config.out) as file:
+            for row, found in zip(rows, scores):
+                pred, pred_norm = answers(row, found)
+                record = {"line": row.line, "label": row.label, "pred": pred, "pred_norm": pred_norm}
+                record |= {"nats": found.nats.tolist(), "lengths": row.lengths.tolist()}
+                file.write(json.dumps(about | record).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"can't write {path}: {error}") from error
+        raise UserError(f"can't write {config.out}: {error}") from error
 
 
 def compare(paths: list[str]) -> str:
     """Two files of --out, example by example: McNemar's exact test of whether one model is right more often."""
     if len(paths) != 2:
         raise UserError(f"--compare takes two files that --out wrote, not {len(paths)}")
-    a, b = (list(read_jsonl(Path(path))) for path in paths)
+    a, b = ([record for _, record in read_jsonl(Path(path))] for path in paths)
     try:
-        keys = [[(r["task"], r["style"], r["line"], r["label"]) for _, r in records] for records in (a, b)]
-        right = {
-            name: [[r[name] == r["label"] for _, r in records] for records in (a, b)] for name in ("pred", "pred_norm")
-        }
+        keys = [[(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in (a, b)]
+        right = {name: [[r[name] == r["label"] for r in x] for x in (a, b)] for name in ("pred", "pred_norm")}
     except (KeyError, TypeError) as error:
         raise UserError(f"{paths[0]} or {paths[1]} was not written by --out: no {error}") from error
     if keys[0] != keys[1] or not a:
@@ -609,7 +591,7 @@ def load_model(source: str, device: torch.device):
     shape, state = load_any(source)
     name = tokenizer_name(shape["n_tokens"])
     if name is None:
-        raise UserError(f"{source} has {shape['n_tokens']} tokens; GPT-2's are 50257, bytes 257, others can't be scored")
+        raise UserError(f"{source} has {shape['n_tokens']} tokens; only GPT-2's 50257 and bytes' 257 can be scored")
     return to_transformers(shape, state).to(device), load_tokenizer(name)
 
 
@@ -619,10 +601,7 @@ def callables(model, n_vocab: int) -> tuple[Callable, Callable]:
     def features(tokens, positions=None, mask=None):
         return model.transformer(tokens, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
 
-    def head(x):
-        return model.lm_head(x)[..., :n_vocab]
-
-    return features, head
+    return features, lambda x: model.lm_head(x)[..., :n_vocab]
 
 
 if __name__ == "__main__":

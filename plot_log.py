@@ -325,7 +325,8 @@ def looks(runs: list[Run]) -> list[Look]:
         return [Look("", COLORS[0], COLORS[1], "-")]
     names = [shortened(of.name, 40) for of in runs]
     names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides names like _run
-    return [Look(name, COLORS[i % 7], COLORS[i % 7], ("-", "--", ":", "-.")[i // 7 % 4]) for i, name in enumerate(names)]
+    dashes = ("-", "--", ":", "-.")
+    return [Look(name, COLORS[i % 7], COLORS[i % 7], dashes[i // 7 % 4]) for i, name in enumerate(names)]
 
 
 def draw_runs(runs: list[Run], axis: str):
@@ -464,7 +465,7 @@ def draw_loss(ax, styled, axis: str) -> None:
     if comparable and high > GPT2_LOSS:
         low = min(low, GPT2_LOSS)
         reference_line(ax, GPT2_LOSS, f"GPT-2 124M\n{GPT2_LOSS}")
-    margin = 0.06 * (high - low) or 0.1
+    margin = max(0.06 * (high - low), 1e-3 * abs(high)) or 0.1
     ax.set_ylim(low - margin, high + margin)
     if top > high + margin:
         ax.set_title(f"from {top:.2f} at the start, above the frame", loc="right", fontsize=8.5, color=GREY,
@@ -717,7 +718,8 @@ def main(config: Config) -> None:
         return
     from extras.checkpoints import find_checkpoint, load_any
 
-    path = find_checkpoint(source) or Path(source, "model") if os.path.exists(source) else Path(os.path.basename(source))
+    path = find_checkpoint(source) or Path(source if os.path.exists(source) else os.path.basename(source), "model")
+    path = path if path.parent.is_dir() else path.parent  # of a hub name, the picture is put here
     out = out if config.out else path.with_suffix(".png")
     check_out(out)
     save(draw_model(*load_any(source), "/".join(path.absolute().parts[-2:]), config.prompt), out)

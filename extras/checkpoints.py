@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from extras.cli import UserError
-from extras.pretrained import fit, is_size, is_weight, layout, load, read_pickle, unwrapped, with_n_tokens
+from extras.pretrained import fit, is_weight, layout, load, read_pickle, sizes_of, unwrapped
 
 NAMES = (re.compile(r"ckpt_(\d{6,})\.pt"), re.compile(r"model_(\d+)\.pt"), re.compile(r"ckpt()\.pt"))  # ours, theirs
 
@@ -53,15 +53,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
         raise UserError(f"{path} is no GPT-2 checkpoint: it has no model")
     config = next((saved[key] for key in ("model_config", "model_args", "config") if key in saved), None)
     config = config if isinstance(config, dict) else getattr(config, "__dict__", {})  # build-nanogpt pickles a class
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    bad = [name for name in names if not is_size(name, config.get(name))]
-    tokens = config.get("n_tokens", 0)
-    if not bad and not (type(tokens) is int and 0 <= tokens <= config["vocab_size"]):
-        bad = ["n_tokens"]
-    if bad:
-        raise UserError(f"{path} is no GPT-2 checkpoint: it has no sensible number for {', '.join(bad)}")
+    shape = sizes_of(config, f"{path} is no GPT-2 checkpoint: it")
     ours = "model_config" in saved  # it may be a fork's, whose config has more and whose weights have other names
-    shape = with_n_tokens({name: config[name] for name in config if ours or name in (*names, "n_tokens")})
+    shape = config | shape if ours else shape
     if not isinstance(saved["model"], dict) or not all(map(is_weight, saved["model"], saved["model"].values())):
         raise UserError(f"{path} is no GPT-2 checkpoint: its model is not a dict of names and dense tensors")
     state = unwrapped(saved["model"])

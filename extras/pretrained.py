@@ -59,7 +59,12 @@ def load(name_or_dir: str, block_size: int | None = None) -> tuple[dict, dict]:
     state = {name if name == "lm_head.weight" else f"transformer.{name.removeprefix('transformer.')}": tensor
              for name, tensor in unwrapped(state).items()}  # fmt: skip
     state = fit(transpose_conv1d(state), shape, name_or_dir)
-    return crop(shape, state, block_size, name_or_dir)
+    if block_size is None:
+        return shape, state
+    if not 0 < block_size <= shape["block_size"]:
+        raise UserError(f"block_size {block_size} is not in 1 .. {shape['block_size']}, the positions of {name_or_dir}")
+    wpe = state["transformer.wpe.weight"][:block_size].clone()
+    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
 
 
 def find(name_or_dir: str, file: str) -> Path | None:
@@ -95,11 +100,7 @@ def shape_of(config: dict, source: str) -> dict:
     kind = config.get("model_type")
     if kind != "gpt2":
         raise UserError(f"{source} is a {kind or 'model of unknown type'}, not a GPT-2 (model_type in its config.json)")
-    names = {"block_size": "n_positions", "vocab_size": "vocab_size"}
-    names |= {name: name for name in ("n_layer", "n_head", "n_embd")}
-    bad = [name for name in names.values() if not is_size(name, config.get(name))]
-    if bad:
-        raise UserError(f"the config.json of {source} has no sensible number for {', '.join(bad)}")
+    shape = sizes_of(config | {"block_size": config.get("n_positions")}, f"the config.json of {source}")
     other = {name: config[name] for name, value in PLAIN.items() if config.get(name, value) != value}
     if (activation := config.get("activation_function", "gelu_new")) not in TANH_GELU:
         other["activation_function"] = activation
@@ -107,35 +108,34 @@ def shape_of(config: dict, source: str) -> dict:
         other["n_inner"] = config["n_inner"]
     if other:
         raise UserError(f"{source} is not a plain GPT-2: {json.dumps(other)}")
-    return with_n_tokens({ours: config[theirs] for ours, theirs in names.items()})
+    return shape
 
 
-def with_n_tokens(shape: dict) -> dict:
-    """The shape with the number of ids that are tokens; 50304 is GPT-2's 50257, padded."""
-    return shape | {"n_tokens": shape.get("n_tokens") or {50304: 50257}.get(shape["vocab_size"], shape["vocab_size"])}
-
-
-def is_size(name: str, size) -> bool:
-    """Whether a model can have that size; what a file claims is looked at before memory is taken for it."""
-    return type(size) is int and 0 < size <= (2**12 if name == "n_layer" else 2**20)
+def sizes_of(config: dict, source: str) -> dict:
+    """The shape that a configuration tells. What a file claims is looked at before memory is taken for it."""
+    largest = {"block_size": 2**20, "vocab_size": 2**20, "n_layer": 2**12, "n_head": 2**20, "n_embd": 2**20}
+    bad = [name for name, most in largest.items() if not (type(config.get(name)) is int and 0 < config[name] <= most)]
+    tokens = config.get("n_tokens", 0)
+    if not bad and not (type(tokens) is int and 0 <= tokens <= config["vocab_size"]):
+        bad = ["n_tokens"]
+    if bad:
+        raise UserError(f"{source} has no sensible number for {', '.join(bad)}")
+    shape = {name: config[name] for name in largest}
+    return shape | {"n_tokens": tokens or {50304: 50257}.get(shape["vocab_size"], shape["vocab_size"])}  # 50304: padded
 
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"can't read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"can't read {path} as a JSON object: {error}") from error
 
 
 def parts(name_or_dir: str, index: Path) -> list[Path]:
     """The files that an index names, each once."""
     weight_map = read_json(index).get("weight_map")
     files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    inside = [file for file in files if file == os.path.basename(file)]  # no file of elsewhere
-    paths = {file: find(name_or_dir, file) if file in inside else None for file in files}
+    paths = {file: find(name_or_dir, file) if file == os.path.basename(file) else None for file in files}
     missing = [file for file, path in paths.items() if path is None]
     if missing or not files:
         raise UserError(f"{index} names files that are not there: {', '.join(missing) or 'none at all'}")
@@ -172,8 +172,8 @@ class Opaque:
 def read_pickle(path: str | Path):
     """What torch.save wrote, on the CPU, memory-mapped. Raises UserError unless the file is whole.
 
-    `torch.load` does not check the CRC32 of each tensor, so a flipped bit would pass: we do. Objects other than tensors,
-    numbers and strings (a config class, numpy's scalars, RNG states) become Opaque; nothing in the file is executed.
+    `torch.load` does not check the CRC32 of each tensor, so a flipped bit would pass: we do. Objects that are not
+    tensors, numbers or strings (a config class, numpy's scalars) become Opaque; nothing in the file is executed.
     """
     try:
         globals_, zipped = [], zipfile.is_zipfile(path)
@@ -258,16 +258,6 @@ def fit(state: dict, shape: dict, source: str) -> dict:
     if head is not None and not torch.equal(head, wte):  # nan would not equal itself
         raise UserError(f"the weights in {source} don't fit: lm_head.weight differs from wte.weight, which GPT-2 ties")
     return state | {"lm_head.weight": state["transformer.wte.weight"]}
-
-
-def crop(shape: dict, state: dict, block_size: int | None, source: str) -> tuple[dict, dict]:
-    """The same model for shorter texts: the first `block_size` positions."""
-    if block_size is None:
-        return shape, state
-    if not 0 < block_size <= shape["block_size"]:
-        raise UserError(f"block_size {block_size} is not within 1 .. {shape['block_size']}, the positions of {source}")
-    wpe = state["transformer.wpe.weight"][:block_size].clone()
-    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def tokenizer_name(n_tokens: int) -> str | None:
 
 
 def encode_prompt(tokenizer, prompt: str) -> tuple[list[int], str]:
-    """Ids of a prompt, and its text. A leading `<|endoftext|>` begins a document, as does a prompt of no text at all."""
+    """Ids of a prompt, and its text. A leading `<|endoftext|>` begins a document, and so does an empty prompt."""
     text = prompt.removeprefix(END)
     return [tokenizer.eot] * (text != prompt or not text) + tokenizer.encode(text), text
 

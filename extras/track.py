@@ -2,8 +2,8 @@
 The values of a run, sent to TensorBoard, Weights & Biases or MLflow as well, if you ask for it and have it installed.
 
 A resumed run goes on as the same run there: its id is kept in LOG_DIR/track.json. Offline modes are the trackers' own:
-WANDB_MODE=offline, MLFLOW_TRACKING_URI=sqlite:///mlflow.db; so are names: WANDB_PROJECT, WANDB_NAME,
-MLFLOW_EXPERIMENT_NAME, MLFLOW_RUN_NAME, by default gpt2 and the directory's name. TensorBoard's files are in LOG_DIR/tensorboard.
+WANDB_MODE=offline, MLFLOW_TRACKING_URI=sqlite:///mlflow.db. Names are gpt2 and the directory's, unless WANDB_PROJECT,
+WANDB_NAME, MLFLOW_EXPERIMENT_NAME or MLFLOW_RUN_NAME says otherwise. TensorBoard's files are in LOG_DIR/tensorboard.
 """
 
 import importlib
