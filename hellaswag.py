@@ -1,13 +1,12 @@
 """
 HellaSwag (Zellers et al. 2019): which of four endings does a model find likeliest? And other sets of its kind.
 
-    python hellaswag.py -m gpt2 -d cuda                    # a hub name, or a directory that transformers can load
+    python hellaswag.py -m gpt2 -d cuda                    # a hub name, a GPT-2 directory
+    python hellaswag.py -m log                             # a run's newest checkpoint, or a checkpoint file
     python hellaswag.py -m gpt2 --style lm-eval            # the convention of lm-evaluation-harness
     python hellaswag.py -m gpt2 --limit 500 --reference    # the plain method, for anyone who doubts the fast one
     python hellaswag.py -m gpt2 --out a.jsonl              # what it answered to every example
     python hellaswag.py --compare a.jsonl b.jsonl          # are two models different? (McNemar)
-
-A checkpoint is first exported: `python sample.py --model log --export exported`.
 
 The usual way forwards the context four times, once in front of each ending, and takes the logits of every position.
 Here an example is one tree row; positions restart behind the context, and a mask hides the endings from each other, so
@@ -37,6 +36,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -54,29 +54,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from tqdm import tqdm
 
+from extras.checkpoints import load_any
 from extras.cli import UserError, run
 from extras.files import atomic_file
-from extras.tokenizer import load_tokenizer
+from extras.pretrained import to_transformers
+from extras.tokenizer import load_tokenizer, printable, tokenizer_name
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 EXAMPLES = 10_042
 CACHE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 LONGEST_CONTEXT = 1024  # tokens; a longer one is taken for a mistake in the file, unless the model has a longer block
+BAR = {"desc": "scoring", "file": sys.stderr, "dynamic_ncols": True}
+LARGEST_FILE, LONGEST_LINE = 2**28, 2**20  # bytes after decompression; HellaSwag's validation set has 12 MB
 
 
 @dataclass
 class Config:
     """All settings; each is a flag of the same name."""
 
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "gpt2"  # a hub name, or a directory transformers can load
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "gpt2"  # a hub name, a run directory, a checkpoint
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["float32", "bfloat16"] = "float32"  # what matrices are multiplied in
     task: Literal["hellaswag", "piqa", "arc", "lambada"] = "hellaswag"  # the questions
     data: str = ""  # a .jsonl or .jsonl.gz file; by default HellaSwag's validation set, downloaded once
-    limit: int = 0  # score this many examples, drawn with --seed; 0 = all
-    seed: int = 0  # of the draw that --limit makes
+    limit: int = 0  # score this many examples, always the same ones; 0 = all
     style: Literal["karpathy", "lm-eval"] = "karpathy"  # whose convention to follow
     reference: bool = False  # the plain method: every ending behind its own context, every logit
     show: int = 3  # print this many examples with their losses
@@ -88,8 +92,13 @@ def main(config: Config) -> None:
     if config.compare:
         print(compare(config.compare))
         return
+    out = Path(config.out)
+    if config.out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+        raise UserError(f"can't write --out {config.out}: it needs a directory that is there and may be written to")
+    if config.show < 0:
+        raise UserError(f"--show is {config.show}; it must be at least 0")
     device = find_device(config.device)
-    examples = load_examples(config.data, config.limit, config.seed, config.task)
+    examples = load_examples(config.data, config.limit, config.task)
     model, tokenizer = load_model(config.model, device)
     rows = render(examples, tokenizer, model.config.n_positions, config.style)
     features, head = callables(model, tokenizer.n_vocab)
@@ -100,11 +109,10 @@ def main(config: Config) -> None:
     method = score_plainly if config.reference else score
     scores = method(features, head, rows, device, autocast=autocast, progress=True)
     for example, row, found in list(zip(examples, rows, scores))[: config.show]:
-        print(shown(example, row, found))
+        print(printable(shown(example, row, found)))
+    print(report(summarize(tally(rows, scores)), config.task, config.style), flush=True)
     if config.out:
-        records = [record_of(config, row, found) for row, found in zip(rows, scores)]
-        write_records(config.out, records)
-    print(report(summarize(tally(rows, scores)), config.task, config.style))
+        write_records(config, rows, scores)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,14 +123,16 @@ class Unavailable(UserError):
     """The examples are neither here nor to be had, or don't fit the model: training can go on without."""
 
 
-def load_examples(path: str = "", limit: int = 0, seed: int = 0, task: str = "hellaswag") -> list[dict]:
+def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> list[dict]:
     """The examples of a .jsonl or .jsonl.gz file, every one checked: ctx, endings, label (an index), line, where, and
     what lm-eval makes of them, query and choices (empty if the file lacks HellaSwag's activity_label).
 
     Without a path, HellaSwag's validation set, downloaded on first use: let one process call this, and hand the list to
-    the others. limit draws that many, the same for the same seed, in the file's order. Raises Unavailable if the set
-    is not here and can't be downloaded, UserError with file and line for an example that is not right.
+    the others. limit draws that many, always the same ones, in the file's order. Raises Unavailable if the set is not
+    here and can't be downloaded, UserError with file and line for an example that is not right.
     """
+    if limit < 0:
+        raise UserError(f"a limit of {limit} examples makes no sense; 0 scores all of them")
     if not path and task != "hellaswag":
         raise UserError(f"only HellaSwag is downloaded; --task {task} needs --data FILE")
     file = Path(path) if path else cached_validation_set()
@@ -135,19 +145,21 @@ def load_examples(path: str = "", limit: int = 0, seed: int = 0, task: str = "he
             examples.append({"where": where, "line": line, **READERS[task](record)})
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
+        except (TypeError, AttributeError, LookupError) as error:
+            raise UserError(f"{where}: a value of {task}'s records is missing or of another type: {error}") from error
     if not examples:
         raise UserError(f"{file} has no examples")
     if not path and len(examples) != EXAMPLES:
         raise UserError(f"{file} has {len(examples)} examples, not {EXAMPLES}; delete it to download it again")
     if 0 < limit < len(examples):
-        examples = [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
+        examples = [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
     return examples
 
 
 def rows_or_none(path: str, limit: int, seed: int, tokenizer, block_size: int) -> list["Row"] | None:
-    """For training, which can go on without: the rows, or None and a line that says why."""
+    """For training, which can go on without: the rows, or None and a line that says why. The seed changes nothing."""
     try:
-        return render(load_examples(path, limit, seed), tokenizer, block_size)
+        return render(load_examples(path, limit), tokenizer, block_size)
     except Unavailable as error:
         print(f"training without HellaSwag: {error}", flush=True)
 
@@ -174,16 +186,21 @@ def cached_validation_set() -> Path:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
-    """(line number, value) of every line that isn't blank."""
-    line = 0
+    """(line number, value) of every line that isn't blank. The file may come from anywhere: what is read is bounded."""
+    line = size = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for line, text in enumerate(file, start=1):
+            for line, text in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
+                size += len(text)
+                if len(text) > LONGEST_LINE or size > LARGEST_FILE:
+                    raise UserError(f"{path} line {line}: over {LONGEST_LINE} bytes a line or {LARGEST_FILE} in all")
                 if text.strip():
                     yield line, json.loads(text)
     except FileNotFoundError as error:
         raise UserError(f"no file {path}") from error
-    except ValueError as error:  # JSON's and UTF-8's errors are ValueErrors
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"{path} line {line}: not JSON: {error}") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"can't read {path} after line {line}: {error}") from error
@@ -193,17 +210,16 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def read_hellaswag(record: dict) -> dict:
-    ctx, endings = text_of(record, "ctx"), record.get("endings")
-    if not isinstance(endings, list) or len(endings) != 4:
+    ctx, endings = text_of(record, "ctx"), checked(record.get("endings"))
+    if len(endings) != 4:
         raise ValueError(f"'endings' must be a list of 4 texts, not {json.dumps(endings)[:60]}")
-    query, choices = "", []
+    example = question(ctx, endings, record.get("label")) | {"query": ""}
     if "activity_label" in record:  # a file may have ctx_a and ctx_b only joined: all of that counts as ctx_a
-        activity, a, b = (
-            text_of({"ctx_a": ctx, "ctx_b": "", **record}, f) for f in ("activity_label", "ctx_a", "ctx_b")
-        )
-        query = without_brackets(f"{activity}: {a} {b.capitalize()}")
-        choices = [without_brackets(ending) for ending in checked(endings)]
-    return question(ctx, endings, record.get("label"), query, choices)
+        parts = {"ctx_a": ctx, "ctx_b": "", **record}
+        activity, a, b = (text_of(parts, name) for name in ("activity_label", "ctx_a", "ctx_b"))
+        example["query"] = without_brackets(f"{activity}: {a} {b.capitalize()}")
+        example["choices"] = [without_brackets(ending) for ending in endings]
+    return example
 
 
 def read_piqa(record: dict) -> dict:
@@ -212,13 +228,14 @@ def read_piqa(record: dict) -> dict:
 
 
 def read_arc(record: dict) -> dict:
-    asked, choices, key = record.get("question"), record.get("choices"), record.get("answerKey")
-    if isinstance(asked, dict):  # the authors' form; the hub's has the stem alone, and choices as two lists
-        asked, choices = asked.get("stem"), asked.get("choices")
-        choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
-    if not isinstance(choices, dict) or not choices.get("text") or key not in choices.get("label", ()):
-        raise ValueError(f"'choices' must have texts and labels, and answerKey {key!r} be one of the labels")
-    return question(f"Question: {asked}\nAnswer:", choices["text"], choices["label"].index(key))
+    choices, key = record.get("choices"), record.get("answerKey")
+    if isinstance(record.get("question"), dict):  # the authors' form; the hub's has the stem, and choices as two lists
+        record = {"question": record["question"].get("stem"), "choices": record["question"].get("choices")}
+        choices = {name: [choice[name] for choice in record["choices"]] for name in ("text", "label")}
+    texts, labels = choices["text"], choices["label"]
+    if not isinstance(labels, list) or key not in labels or not 2 <= len(labels) == len(checked(texts)):
+        raise ValueError(f"'choices' must have as many texts as labels, and answerKey {key!r} be one of the labels")
+    return question(f"Question: {text_of(record, 'question')}\nAnswer:", texts, labels.index(key))
 
 
 def read_lambada(record: dict) -> dict:
@@ -229,19 +246,20 @@ def read_lambada(record: dict) -> dict:
 READERS = {"hellaswag": read_hellaswag, "piqa": read_piqa, "arc": read_arc, "lambada": read_lambada}
 
 
-def question(ctx, endings, label, query=None, choices=None) -> dict:
-    """One checked example, with one prompt for both styles unless told. Raises ValueError with what is wrong."""
+def question(ctx: str, endings: list, label) -> dict:
+    """One checked example, with one prompt for both styles. Raises ValueError with what is wrong."""
     if not ctx.strip():
         raise ValueError("the context is empty")
     if isinstance(label, str) and label.isdecimal():  # as the hub has it
         label = int(label)
-    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(checked(endings)):
+    if type(label) is not int or not 0 <= label < len(checked(endings)):
         raise ValueError(f"'label' must be one of 0 to {len(endings) - 1}, not {json.dumps(label)}")
-    query, choices = (ctx, endings) if query is None else (query, choices)
-    return {"ctx": ctx, "endings": endings, "label": label, "query": query, "choices": choices}
+    return {"ctx": ctx, "endings": endings, "label": label, "query": ctx, "choices": endings}
 
 
-def checked(endings: list) -> list[str]:
+def checked(endings) -> list[str]:
+    if not isinstance(endings, list):
+        raise ValueError(f"the endings must be a list of texts, not {json.dumps(endings)[:60]}")
     for i, ending in enumerate(endings):
         if not isinstance(ending, str) or not ending.strip():
             raise ValueError(f"ending {i} is empty: {json.dumps(ending)[:60]}")
@@ -294,18 +312,15 @@ def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpa
         if min(lengths) == 0:
             raise UserError(f"{example['where']}: ending {lengths.index(0)} is empty in {style} style")
         if max(sizes) > block_size:
-            raise Unavailable(
-                f"{example['where']}: an ending of {max(sizes)} tokens is over the block size {block_size}"
-            )
+            longer = f"an ending of {max(sizes)} tokens is over the block size {block_size}"
+            raise Unavailable(f"{example['where']}: {longer}")
         # n tokens of context and an ending of m are n + m - 1 fed tokens
         kept = [min(len(context), block_size + 1 - size) for size in sizes]
         paths = [np.array(context[len(context) - n :] + e, np.int32) for n, e in zip(kept, endings)]
         columns = np.array([endings.index(ending) for ending in endings])
         trees = grow_trees(paths, np.array(sizes), columns, block_size)
-        dropped = len(context) - min(kept)
-        rows.append(
-            Row(example["line"], example["label"], paths, np.array(sizes), np.array(lengths), columns, *trees, dropped)
-        )
+        about, dropped = (example["line"], example["label"]), len(context) - min(kept)
+        rows.append(Row(*about, paths, np.array(sizes), np.array(lengths), columns, *trees, dropped))
     return rows
 
 
@@ -382,7 +397,7 @@ def score(features, head, rows, device, rank=0, world_size=1, should_stop=None, 
     max_tokens, max_logits = (1024, 128) if device.type == "cpu" else (16384, 2048)  # on a CPU, what a cache can hold
     batches, found = plan_batches(rows, max_tokens), []
     with autocast():  # once around it all: it keeps the weights that it has cast until it ends
-        for first in with_progress(range(0, len(batches), world_size), progress):
+        for first in tqdm(range(0, len(batches), world_size), **BAR, disable=not progress):
             if should_stop is not None and should_stop():
                 return None
             for batch in batches[first : first + world_size][rank : rank + 1]:
@@ -449,7 +464,7 @@ def batch_nats(features, head, batch, sources, targets, max_logits) -> tuple[tor
 def score_plainly(features, head, rows, device, autocast=nullcontext, progress=False) -> list[Score]:
     """The reference: an example a forward, each ending behind its own context, all logits, and their cross-entropy."""
     scores = []
-    for row in with_progress(rows, progress):
+    for row in tqdm(rows, **BAR, disable=not progress):
         K, T = len(row.paths), max(map(len, row.paths))
         tokens, scored = torch.zeros(K, T, dtype=torch.int64), torch.zeros(K, T, dtype=torch.bool)
         for i, (path, size) in enumerate(zip(row.paths, row.n_scored)):
@@ -462,14 +477,6 @@ def score_plainly(features, head, rows, device, autocast=nullcontext, progress=F
         greedy = (logits.argmax(2) == tokens[:, 1:]) | ~scored
         scores.append(Score((losses * scored).sum(1).cpu().double().numpy(), greedy.all(1).cpu().numpy()))
     return scores
-
-
-def with_progress(items, progress: bool):
-    if not progress:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc="scoring", file=sys.stderr, dynamic_ncols=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -496,14 +503,11 @@ def tally(rows: list[Row], scores: list[Score | None]) -> torch.Tensor:
 def summarize(counts: torch.Tensor) -> dict[str, float]:
     """acc, acc_norm, their standard errors, n, and the mean nats of the right ending, from counts summed over ranks."""
     n, correct, correct_norm, nats = counts.tolist()
-
-    def error(p):
-        return math.sqrt(p * (1 - p) / max(n - 1, 1))  # of the mean of n draws, from their sample variance; as lm-eval
-
-    acc, norm = correct / n, correct_norm / n
-    return {
-        "acc": acc, "acc_norm": norm, "stderr": error(acc), "stderr_norm": error(norm), "n": int(n), "nats": nats / n,
-    }  # fmt: skip
+    result = {"n": int(n), "nats": nats / n, "acc": correct / n, "acc_norm": correct_norm / n}
+    for name, error in (("acc", "stderr"), ("acc_norm", "stderr_norm")):
+        p = result[name]
+        result[error] = math.sqrt(p * (1 - p) / max(n - 1, 1))  # as lm-eval: from the sample variance
+    return result
 
 
 def report(result: dict, task: str, style: str) -> str:
@@ -525,33 +529,28 @@ def shown(example: dict, row: Row, found: Score) -> str:
     return "\n".join(lines)
 
 
-def record_of(config: Config, row: Row, found: Score) -> dict:
-    """A line of the --out file."""
-    pred, pred_norm = answers(row, found)
-    return {
-        "task": config.task, "style": config.style, "model": config.model, "line": row.line, "label": row.label,
-        "pred": pred, "pred_norm": pred_norm, "nats": found.nats.tolist(), "lengths": row.lengths.tolist(),
-    }  # fmt: skip
-
-
-def write_records(path: str, records: list[dict]) -> None:
+def write_records(config: Config, rows: list[Row], scores: list[Score]) -> None:
+    """The --out file, a line per example."""
+    about = {"task": config.task, "style": config.style, "model": config.model}
     try:
-        with atomic_file(path) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        with atomic_file(config.out) as file:
+            for row, found in zip(rows, scores):
+                pred, pred_norm = answers(row, found)
+                record = {"line": row.line, "label": row.label, "pred": pred, "pred_norm": pred_norm}
+                record |= {"nats": found.nats.tolist(), "lengths": row.lengths.tolist()}
+                file.write(json.dumps(about | record).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"can't write {path}: {error}") from error
+        raise UserError(f"can't write {config.out}: {error}") from error
 
 
 def compare(paths: list[str]) -> str:
     """Two files of --out, example by example: McNemar's exact test of whether one model is right more often."""
     if len(paths) != 2:
         raise UserError(f"--compare takes two files that --out wrote, not {len(paths)}")
-    a, b = (list(read_jsonl(Path(path))) for path in paths)
+    a, b = ([record for _, record in read_jsonl(Path(path))] for path in paths)
     try:
-        keys = [[(r["task"], r["style"], r["line"], r["label"]) for _, r in records] for records in (a, b)]
-        right = {
-            name: [[r[name] == r["label"] for _, r in records] for records in (a, b)] for name in ("pred", "pred_norm")
-        }
+        keys = [[(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in (a, b)]
+        right = {name: [[r[name] == r["label"] for r in x] for x in (a, b)] for name in ("pred", "pred_norm")}
     except (KeyError, TypeError) as error:
         raise UserError(f"{paths[0]} or {paths[1]} was not written by --out: no {error}") from error
     if keys[0] != keys[1] or not a:
@@ -587,30 +586,14 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"--device {name} can't be used: {reason}; try auto, cuda, mps or cpu") from error
 
 
-def load_model(name_or_dir: str, device: torch.device):
-    """A GPT-2 of transformers in float32, ready to score, and the tokenizer that its vocabulary calls for."""
-    from transformers import AutoConfig, GPT2LMHeadModel
-
-    if Path(name_or_dir).is_file():
-        raise UserError(
-            f"{name_or_dir} is a file; export a checkpoint first: python sample.py --model {name_or_dir} --export DIR"
-        )
-    try:
-        settings = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
-        model, info = GPT2LMHeadModel.from_pretrained(name_or_dir, **settings)
-        kind = AutoConfig.from_pretrained(name_or_dir).model_type
-    except Exception as error:  # OSError, safetensors', pickle's: each library has its own
-        raise UserError(f"can't load {name_or_dir} as a GPT-2 (a hub name needs a network once): {error}") from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        lacking = sorted(info["missing_keys"])[:3] + list(info["mismatched_keys"])[:3]
-        raise UserError(f"the weights in {name_or_dir} don't fit a GPT-2: {lacking}")
-    size = model.config.vocab_size
-    if kind != "gpt2" or not (size == 257 or 50257 <= size < 51000):
-        raise UserError(
-            f"{name_or_dir}: a {kind} with {size} tokens; only GPT-2s are scored, of 50257 tokens or 257 bytes"
-        )
-    tokenizer = load_tokenizer("bytes" if size == 257 else "gpt2")
-    return model.eval().to(device), tokenizer
+def load_model(source: str, device: torch.device):
+    """The model of a hub name, run directory, checkpoint or GPT-2 directory as transformers', ready to score, and its
+    tokenizer."""
+    shape, state = load_any(source)
+    name = tokenizer_name(shape["n_tokens"])
+    if name is None:
+        raise UserError(f"{source} has {shape['n_tokens']} tokens; only GPT-2's 50257 and bytes' 257 can be scored")
+    return to_transformers(shape, state).to(device), load_tokenizer(name)
 
 
 def callables(model, n_vocab: int) -> tuple[Callable, Callable]:
@@ -619,10 +602,7 @@ def callables(model, n_vocab: int) -> tuple[Callable, Callable]:
     def features(tokens, positions=None, mask=None):
         return model.transformer(tokens, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
 
-    def head(x):
-        return model.lm_head(x)[..., :n_vocab]
-
-    return features, head
+    return features, lambda x: model.lm_head(x)[..., :n_vocab]
 
 
 if __name__ == "__main__":

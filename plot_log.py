@@ -1,5 +1,5 @@
 """
-Draw runs: log files in, a picture and a table out.
+Plot runs: log files in, a picture and a table out.
 
     python plot_log.py log/                                    # writes log/curves.png
     python plot_log.py log/a log/b log/c --out compare.svg     # several runs over one another
@@ -13,15 +13,15 @@ are read as they are. Nothing but files is read: neither the trainer nor a GPU i
 Contents: Config · Logs · Summary · Picture · Panels · Inside a checkpoint · Commands
 """
 
-import io
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -40,14 +40,15 @@ class Config:
     out: str = ""  # where to, .png, .svg or .pdf; curves.png beside the first log if not given
     x: Literal["steps", "tokens", "hours"] = "steps"  # horizontal axis; hours are of training, without evaluations
     watch: bool = False  # redraw whenever a log has grown, until every run is done or Ctrl-C
-    model: str = ""  # draw a checkpoint instead (a directory: its newest one): position embeddings and attention
+    model: str = ""  # draw a model instead, of whatever sample.py reads: position embeddings and attention
     prompt: str = "The cat that the dogs chased was tired because it had been running all day"
     """text whose attention is drawn"""
 
 
-FORMATS = ("png", "svg", "pdf")
+FORMATS = (".png", ".svg", ".pdf")
 WATCH_SECONDS = 3
 HELLASWAG_EXAMPLES = 10_042
+LARGEST = 1e30  # of a value: a larger one is treated as infinite, for matplotlib's arithmetic would overflow
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,14 +57,14 @@ HELLASWAG_EXAMPLES = 10_042
 
 @dataclass
 class Run:
-    """What one log file says. streams[name] is (steps, values), steps ascending; a value that is not finite is NaN."""
+    """What one log file says. streams[name] is (steps, values), steps ascending; a value that can't be drawn is NaN."""
 
     name: str
     path: Path
     streams: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     comments: dict[str, dict] = field(default_factory=dict)  # the last of each kind: config, model, data, done, ...
     restarts: list[int] = field(default_factory=list)
-    unreadable: int = 0  # lines that are neither
+    unreadable: int = 0  # lines that are neither values nor comments
 
     def __getitem__(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of a stream, NaNs included; empty arrays if the log has none of it."""
@@ -77,9 +78,14 @@ class Run:
     def config(self) -> dict:
         return self.comments.get("config", {})
 
+    def number(self, setting: str) -> float:
+        """A setting that is a positive number; 0 if the log doesn't have it or has something else."""
+        value = self.config.get(setting)
+        return value if type(value) in (int, float) and 0 < value < 1e15 else 0
+
     @property
     def tokens_per_step(self) -> int:
-        return int(self.config.get("total_batch_size") or TOKENS_PER_STEP)
+        return int(self.number("total_batch_size")) or TOKENS_PER_STEP
 
     @property
     def last_step(self) -> int:
@@ -87,74 +93,58 @@ class Run:
 
 
 def find_logs(run_dirs: list[str]) -> list[tuple[str, Path]]:
-    """(name, log file) of each run directory or log file. Names are told apart by as much of the path as it takes."""
+    """(name, log file) of each run directory or log file, named by as much of the path as tells them apart."""
     paths = [Path(run_dir) for run_dir in run_dirs]
-    paths = [path if path.is_file() or path.suffix in (".txt", ".log") else path / "log.txt" for path in paths]
-    resolved = [path.resolve() for path in paths]
-    full = [path.parent.parts if path.name == "log.txt" else path.with_suffix("").parts for path in resolved]
+    paths = [path if os.path.isfile(path) or path.suffix in (".txt", ".log") else path / "log.txt" for path in paths]
+    full = [(path.parent if path.name == "log.txt" else path.with_suffix("")).absolute().parts for path in paths]
     depth = 1
     while depth < max(map(len, full), default=1) and len({parts[-depth:] for parts in full}) < len(set(full)):
         depth += 1
     return [("/".join(parts[-depth:]), path) for parts, path in zip(full, paths)]
 
 
-def check_exists(path: Path) -> None:
-    """Raise UserError, with the run directories nearby, if there is no such log."""
-    if path.is_file():
-        return
-    nearby = sorted(str(log.parent) for log in path.parent.glob("*/log.txt")) if path.parent.is_dir() else []
-    hint = f"; there is one in {', '.join(nearby[:5])}" if nearby else "; give the --log_dir of a run, or a log file"
-    raise UserError(f"no log file {str(path)!r}{hint}")
-
-
 def read_log(path: Path, name: str) -> Run:
-    """Read a log that may be live, resumed, torn by a crash, or build-nanogpt's. Lines that make no sense are counted.
+    """Read a log that may be live, resumed, torn by a crash, edited, or build-nanogpt's. Other lines are counted.
 
     The last value of a step wins. `# restart {"step": n}` takes back what stood after step n, to be done again.
     """
-    result = Run(name, path)
-    values: dict[str, dict[int, float]] = {}
+    if not os.path.isfile(path):
+        nearby = sorted(str(log.parent) for log in path.parent.glob("*/log.txt")) if os.path.isdir(path.parent) else []
+        hint = f"there is one in {', '.join(nearby[:5])}" if nearby else "give the --log_dir of a run, or a log file"
+        raise UserError(f"no log file {str(path)!r}; {hint}")
+    run, values = Run(name, path), {}  # values: stream -> step -> value
     # A last line without its newline is still being written: "3.2" may become "3.2516", so it doesn't count.
     try:
-        whole, _, _ = path.read_bytes().decode("utf-8-sig", errors="replace").rpartition("\n")
+        text, _, _ = path.read_bytes().decode("utf-8-sig", errors="replace").rpartition("\n")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}; give another log") from error
-    for line in whole.split("\n"):
+    for line in text.split("\n"):
         data, hash_sign, comment = line.partition("#")
         if hash_sign:
             kind, payload = parse_comment(comment)
-            if kind == "restart":
-                step = int(payload.get("step", 0))
-                result.restarts.append(step)
-                result.comments.pop("done", None)
+            if kind == "restart" and type(step := payload.get("step")) is int and 0 <= step < 10**12:
+                run.restarts.append(step)
+                run.comments.pop("done", None)
                 values = {stream: {s: v for s, v in of.items() if s <= step} for stream, of in values.items()}
+            elif kind == "restart":
+                run.unreadable += 1
             elif kind:
-                result.comments[kind] = payload
-            data = ""  # what a crash cut short has no newline either, and the comment of the restart follows on it
-        parsed = parse_line(data)
-        if parsed:
-            step, stream, value = parsed
-            values.setdefault(stream, {})[step] = value
+                run.comments[kind] = payload
+            data = ""  # a line that a crash cut short has no newline, so the comment of the restart follows on it
+        if match := LINE.fullmatch(data):
+            value = float(match[3])
+            values.setdefault(match[2], {})[int(match[1])] = value if abs(value) <= LARGEST else math.nan
         elif data.strip():
-            result.unreadable += 1
+            run.unreadable += 1
     for stream, of in values.items():
         if of:
             steps = np.array(sorted(of))
-            result.streams[stream] = steps, np.array([of[step] for step in steps.tolist()])
-    return result
+            run.streams[stream] = steps, np.array([of[step] for step in steps.tolist()])
+    return run
 
 
-LINE = re.compile(r"\s*([0-9]{1,12})\s+([A-Za-z_]\w*)\s+(\S+)\s*")
-
-
-def parse_line(line: str) -> tuple[int, str, float] | None:
-    """`step stream value`, or None. inf becomes NaN: neither can be drawn."""
-    match = LINE.fullmatch(line)
-    try:
-        value = float(match[3]) if match else None
-    except ValueError:
-        return None
-    return match and (int(match[1]), match[2], value if math.isfinite(value) else math.nan)
+NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+|inf|nan)"
+LINE = re.compile(rf"\s*(\d{{1,12}})\s+([A-Za-z_]\w*)\s+({NUMBER})\s*", re.ASCII)  # step stream value
 
 
 def parse_comment(text: str) -> tuple[str, dict]:
@@ -162,7 +152,7 @@ def parse_comment(text: str) -> tuple[str, dict]:
     kind, _, payload = text.strip().partition(" ")
     try:
         value = json.loads(payload)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "", {}
     return (kind, value) if isinstance(value, dict) else ("", {})
 
@@ -172,7 +162,7 @@ def positions(of: Run, steps: np.ndarray, axis: str) -> np.ndarray:
     if axis == "steps":
         return steps
     if axis == "tokens":
-        return steps * of.tokens_per_step
+        return steps * float(of.tokens_per_step)
     timed, ms = of.finite("ms")
     hours = np.cumsum(np.diff(timed, prepend=-1) * ms) / 3.6e6  # a step without its own time took as long as the next
     return np.interp(steps, [0, *(timed + 1)], [0, *hours]) * (60 if axis == "minutes" else 1)
@@ -188,21 +178,19 @@ def smooth(values: np.ndarray) -> np.ndarray:
     At the start the window is kept symmetrical, so that the steep fall there is not smeared; at the end it reaches back
     only, so that the last point is a mean too.
     """
-    count, half, i = len(values), half_window(values), np.arange(len(values))
-    back = np.minimum(half, i)
-    lo, hi = i - back, np.minimum(i + back, count - 1) + 1
-    known = np.isfinite(values)
-    sums = np.concatenate([[0], np.cumsum(np.where(known, values, 0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    inside = counts[hi] - counts[lo]
-    return np.where(known, (sums[hi] - sums[lo]) / np.maximum(inside, 1), math.nan)
+    i, known = np.arange(len(values)), np.isfinite(values)
+    back = np.minimum(half_window(values), i)
+    lo, hi = i - back, np.minimum(i + back, len(values) - 1) + 1
+    sums, counts = (np.append(0, np.cumsum(x)) for x in (np.where(known, values, 0), known))
+    return np.where(known, (sums[hi] - sums[lo]) / np.maximum(counts[hi] - counts[lo], 1), math.nan)
 
 
 def rolling_median(values: np.ndarray) -> np.ndarray:
     """As `smooth`, for streams whose spikes say nothing of their level; at 1,000 places, joined; (n,) -> (n,)."""
-    half, i = half_window(values), np.arange(len(values))
+    half = half_window(values)
     places = np.unique(np.linspace(0, max(len(values) - 1, 0), min(len(values), 1_000)).astype(int))
-    return np.interp(i, places, [np.median(values[max(0, at - half) : at + half + 1]) for at in places])
+    medians = [np.median(values[max(0, at - half) : at + half + 1]) for at in places]
+    return np.interp(np.arange(len(values)), places, medians)
 
 
 def half_window(values: np.ndarray) -> int:
@@ -211,11 +199,11 @@ def half_window(values: np.ndarray) -> int:
 
 def standard_errors(of: Run) -> np.ndarray:
     """Of each finite HellaSwag accuracy: as the log says, else that of a share of all examples, or of --hella_limit."""
-    examples = of.config.get("hella_limit") or HELLASWAG_EXAMPLES
     steps, accuracy = of.finite("hella")
     logged = dict(zip(*map(np.ndarray.tolist, of.finite("hella_se"))))
-    binomial = np.sqrt(np.clip(accuracy * (1 - accuracy), 0, None) / examples)
-    return np.array([logged.get(step, se) for step, se in zip(steps.tolist(), binomial)])
+    p = np.clip(accuracy, 0, 1)
+    binomial = np.sqrt(p * (1 - p) / (of.number("hella_limit") or HELLASWAG_EXAMPLES))
+    return np.abs([logged.get(step, se) for step, se in zip(steps.tolist(), binomial)])
 
 
 def tokens_per_second(of: Run, ms: np.ndarray) -> np.ndarray:
@@ -223,11 +211,14 @@ def tokens_per_second(of: Run, ms: np.ndarray) -> np.ndarray:
 
 
 def source_name(of: Run) -> str:
-    """Of the text: a data set, or "file " and the first of the user's own files; "" if the log doesn't say."""
+    """Of the text: a data set, or the first of the user's own files and how many more; "" if the log doesn't say."""
     source = of.comments.get("data", {}).get("source") or ""
     if not isinstance(source, dict):
         return str(source)
-    return str(source.get("dataset") or "".join(f"file {name}" for name, *_ in source.get("files", [])[:1]))
+    files = source.get("files") if isinstance(source.get("files"), list) else []
+    names = [str(file[0] if isinstance(file, list) and file else file) for file in files]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return str(source.get("dataset") or (f"file {names[0]}{more}" if names else ""))
 
 
 def on_fineweb_edu(of: Run) -> bool:
@@ -251,57 +242,52 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-COLUMNS = ("run", "step", "tokens", "train", "val", "best val", "bpb", "HellaSwag", "tokens/s", "time")
-
-
 def summary(of: Run) -> dict[str, str]:
-    """One row of the table: where the run is, as text; a column it has nothing for is "-"."""
-    row = dict.fromkeys(COLUMNS, "-")
-    row["run"] = of.name
-    row["step"] = f"{of.last_step:,}" + (f" of {of.config['max_steps']:,}" if of.config.get("max_steps") else "")
-    row["tokens"] = short(of.last_step * of.tokens_per_step)
-    steps, train = of.finite("train")
-    if len(train):
-        row["train"] = f"{smooth(train)[-1]:.4f}"
-    steps, val = of.finite("val")
-    if len(val):
-        row["val"] = f"{val[-1]:.4f}"
-        row["best val"] = f"{val.min():.4f} at {steps[val.argmin()]:,}"
-    if len(of.finite("bpb")[1]):
-        row["bpb"] = f"{of.finite('bpb')[1][-1]:.4f}"
-    if len(of.finite("hella")[1]):
-        row["HellaSwag"] = f"{of.finite('hella')[1][-1]:.4f} +- {standard_errors(of)[-1]:.4f}"
-    steps, ms = of.finite("ms")
-    if len(ms):
-        row["tokens/s"] = short(tokens_per_second(of, np.median(ms)))
+    """One row of the table, column -> text; a column it has nothing for is "-"."""
+    steps = f" of {of.number('max_steps'):,}" if of.number("max_steps") else ""
+    row = {"run": of.name, "step": f"{of.last_step:,}{steps}", "tokens": short(of.last_step * of.tokens_per_step)}
+    row |= dict.fromkeys(("train", "val", "best val", "bpb", "HellaSwag", "tokens/s", "time"), "-")
+    last = {stream: of.finite(stream)[1][-1] for stream in of.streams if len(of.finite(stream)[1])}
+    if "train" in last:
+        row["train"] = f"{smooth(of.finite('train')[1])[-1]:.4f}"
+    if "val" in last:
+        steps, val = of.finite("val")
+        row |= {"val": f"{last['val']:.4f}", "best val": f"{val.min():.4f} at {steps[val.argmin()]:,}"}
+    if "bpb" in last:
+        row["bpb"] = f"{last['bpb']:.4f}"
+    if "hella" in last:
+        row["HellaSwag"] = f"{last['hella']:.4f} +- {standard_errors(of)[-1]:.4f}"
+    if "ms" in last:
+        steps, ms = of.finite("ms")
         minutes = positions(of, steps[-1:] + 1, "minutes")[0]
+        row["tokens/s"] = short(tokens_per_second(of, np.median(ms)))
         row["time"] = f"{minutes / 60:.1f} h" if minutes >= 120 else f"{minutes:.1f} min"
     return row
 
 
 def remarks(of: Run) -> list[str]:
     """What the table doesn't say: assumptions, restarts, and what could not be drawn."""
-    said = []
-    if "total_batch_size" not in of.config:
-        said.append(f"no # config line, so {TOKENS_PER_STEP:,} tokens a step are assumed")
+    found = []
+    if not of.number("total_batch_size"):
+        found.append(f"its config line gives no batch size, so {TOKENS_PER_STEP:,} tokens a step are assumed")
     if of.restarts:
-        said.append(f"resumed at step {', '.join(f'{step:,}' for step in of.restarts)}")
+        found.append(f"resumed at step {', '.join(f'{step:,}' for step in of.restarts)}")
     for stream, (steps, values) in of.streams.items():
         bad = ~np.isfinite(values)
         if bad.any():
-            said.append(f"{stream} is NaN or infinite at {bad.sum():,} steps, first at {steps[bad.argmax()]:,}")
+            where = f"{bad.sum():,} steps, first at {steps[bad.argmax()]:,}"
+            found.append(f"{stream} is NaN, infinite or over 1e30 at {where}")
     if of.unreadable:
-        said.append(f"{of.unreadable:,} unreadable lines left out")
-    return [f"{of.name}: {remark}" for remark in said]
+        found.append(f"{of.unreadable:,} unreadable lines left out")
+    return [f"{of.name}: {remark}" for remark in found]
 
 
 def table(runs: list[Run]) -> str:
     """A row a run, the columns that any has something for, then the remarks."""
     rows = [summary(of) for of in runs]
-    columns = [column for column in rows[0] if any(row[column] != "-" for row in rows)]
-    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
-    lines = ["  ".join(text.ljust(widths[c]) if c == "run" else text.rjust(widths[c]) for c, text in row)
-             for row in [[(c, c) for c in columns], *([(c, row[c]) for c in columns] for row in rows)]]
+    columns = [[name, *(row[name] for row in rows)] for name in rows[0] if any(row[name] != "-" for row in rows)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in zip(*columns)]
     return "\n".join([*lines, *(remark for of in runs for remark in remarks(of))])
 
 
@@ -324,8 +310,7 @@ STYLE = {
 }
 
 
-@dataclass
-class Look:
+class Look(NamedTuple):
     """How a run is drawn. `name` is "" where there is only one: the lines are then called by what they show."""
 
     name: str
@@ -335,16 +320,13 @@ class Look:
 
 
 def looks(runs: list[Run]) -> list[Look]:
-    """A color a run, and evaluations in another if there is only one run; dashes tell more than seven apart.
-
-    matplotlib leaves names that begin with "_" out of a legend; a blank before it helps.
-    """
+    """A color a run, and evaluations in another if there is only one run; dashes tell more than seven apart."""
     if len(runs) == 1:
         return [Look("", COLORS[0], COLORS[1], "-")]
-    styles, seven = ("-", "--", ":", "-."), len(COLORS)
-    names = [middle_out(f" {of.name}" if of.name.startswith("_") else of.name, 40) for of in runs]
-    return [Look(name, COLORS[i % seven], COLORS[i % seven], styles[i // seven % len(styles)])
-            for i, name in enumerate(names)]
+    names = [shortened(of.name, 40) for of in runs]
+    names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides names like _run
+    dashes = ("-", "--", ":", "-.")
+    return [Look(name, COLORS[i % 7], COLORS[i % 7], dashes[i // 7 % 4]) for i, name in enumerate(names)]
 
 
 def draw_runs(runs: list[Run], axis: str):
@@ -369,10 +351,10 @@ def draw_runs(runs: list[Run], axis: str):
         right = span(runs, axis) or 1
         for ax, count in zip(axes, [across for across in rows for _ in range(across)]):
             ax.set_xlim(-0.005 * right, 1.005 * right)
-            dress_x(ax, axis, ticks={1: 8, 2: 5, 3: 4}[count])
+            format_x(ax, axis, ticks={1: 8, 2: 5, 3: 4}[count])
         for ax in axes[-rows[-1] :]:
             ax.set_xlabel(axis if axis in ("steps", "tokens") else f"{axis} of training")
-        header = head(figure, runs, axes)
+        header = add_header(figure, runs, axes)
         height = header + 3.1 + 1.85 * (len(rows) - 1)
         figure.set_size_inches(WIDTH, height)
         figure.get_layout_engine().set(rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02)
@@ -383,21 +365,20 @@ def span(runs: list[Run], axis: str) -> float:
     return float(max(positions(of, np.array([of.last_step]), axis)[0] for of in runs))
 
 
-def dress_x(ax, axis: str, ticks: int) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def format_x(ax, axis: str, ticks: int) -> None:
+    from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=axis == "steps"))
-    ax.xaxis.set_major_formatter(FuncFormatter({
-        "steps": lambda x, _: f"{x:,.0f}", "tokens": lambda x, _: short(x)}.get(axis, lambda x, _: f"{x:g}")))
+    ax.xaxis.set_major_formatter({"steps": lambda x, _: f"{x:,.0f}", "tokens": lambda x, _: short(x)}.get(
+        axis, lambda x, _: f"{x:g}"))
 
 
-def head(figure, runs: list[Run], axes) -> float:
+def add_header(figure, runs: list[Run], axes) -> float:
     """Title, the line under it and the one legend, which has as many columns as fit; returns their height in inches."""
     from_top = write_title(figure, runs[0].name if len(runs) == 1 else f"{len(runs)} runs", describe(runs))
     handles, names = {}, {look.name for look in looks(runs)}
     for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels()):
-            handles.setdefault(label, handle)
+        handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())} | handles
     handles = dict(sorted(handles.items(), key=lambda item: item[0] not in names))  # the runs before all else
     for columns in range(len(handles), 0, -1):
         legend = figure.legend(handles.values(), handles, ncols=columns, loc="upper left", columnspacing=1.6,
@@ -407,17 +388,15 @@ def head(figure, runs: list[Run], axes) -> float:
         if columns == 1 or extent.width / DPI <= WIDTH - 0.3:
             return 0.68 + extent.height / DPI + 0.14
         legend.remove()
-    return 0.68
 
 
 def write_title(figure, title: str, subtitle: str):
-    """Two lines at the top; returns the transform from (right, up) of the top left corner in inches, which keeps the
-    header in its place when the figure's height changes."""
+    """Two lines at the top; returns the transform from inches right and up of the top left corner."""
     from matplotlib.transforms import ScaledTranslation
 
     from_top = figure.dpi_scale_trans + ScaledTranslation(0, 1, figure.transFigure)
     place = {"transform": from_top, "in_layout": False}
-    figure.text(0.15, -0.32, middle_out(title, 60), fontsize=13, fontweight="bold", **place)
+    figure.text(0.15, -0.32, shortened(title, 60), fontsize=13, fontweight="bold", **place)
     figure.text(0.15, -0.54, subtitle, color=GREY, **place)
     return from_top
 
@@ -426,41 +405,29 @@ def describe(runs: list[Run]) -> str:
     """The line under the title: what all runs share of model, data and batch; and how far a single one is."""
     facts = []
     for of in runs:
-        model = {**of.config, **of.comments.get("model", {})}
-        whole = all(model.get(key) for key in ("n_layer", "n_head", "n_embd"))
-        assumed = "" if "total_batch_size" in of.config else " (assumed)"
-        facts.append([
-            f"{model['n_layer']} layers, {model['n_head']} heads, {model['n_embd']} channels" if whole else "",
-            middle_out(source_name(of), 38),
-            f"{of.tokens_per_step:,} tokens a step{assumed}",
-            f"step {summary(of)['step']}" if len(runs) == 1 else "",
-        ])
-    shared = [of_all[0] for of_all in zip(*facts) if of_all[0] and len(set(of_all)) == 1]
+        model = {"n_layer": 0, "n_head": 0, "n_embd": 0, **of.config, **of.comments.get("model", {})}
+        sizes = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**model)
+        assumed = "" if of.number("total_batch_size") else " (assumed)"
+        step = f"step {summary(of)['step']}" if len(runs) == 1 else ""
+        facts.append(["" if sizes.startswith("0 ") else shortened(sizes, 60), shortened(source_name(of), 38),
+                      f"{of.tokens_per_step:,} tokens a step{assumed}", step])  # fmt: skip
+    shared = [values[0] for values in zip(*facts) if values[0] and len(set(values)) == 1]
     return "   ·   ".join(shared) or "models, data and batches differ"
 
 
-def middle_out(text: str, length: int) -> str:
+def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
 
 
 def save(figure, path: Path) -> None:
-    """Write the picture whole or not at all: a viewer that follows it never sees half of one.
-
-    A PNG gets 128 colors, those of rare marks among them, and less than a third of the bytes.
-    """
+    """Write the picture whole or not at all: a viewer that follows it never sees half of one."""
     import matplotlib
-    from PIL import Image
 
     kind = path.suffix[1:].lower()
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same log gives the same bytes
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file, matplotlib.rc_context(STYLE):
-            if kind == "png":
-                figure.savefig(buffer := io.BytesIO(), format="png")
-                image = Image.open(buffer).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE)
-                image.save(file, format="png", optimize=True)
-            else:  # no date in it: the same log gives the same bytes
-                figure.savefig(file, format=kind, metadata={"Date" if kind == "svg" else "CreationDate": None})
+            figure.savefig(file, format=kind, metadata=metadata)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror}; choose another --out") from error
 
@@ -497,8 +464,8 @@ def draw_loss(ax, styled, axis: str) -> None:
         draw_reference(ax, axis, max(of.last_step for of in runs))
     if comparable and high > GPT2_LOSS:
         low = min(low, GPT2_LOSS)
-        name_line(ax, GPT2_LOSS, f"GPT-2 124M\n{GPT2_LOSS}")
-    margin = 0.06 * (high - low) or 0.1
+        reference_line(ax, GPT2_LOSS, f"GPT-2 124M\n{GPT2_LOSS}")
+    margin = max(0.06 * (high - low), 1e-3 * abs(high)) or 0.1
     ax.set_ylim(low - margin, high + margin)
     if top > high + margin:
         ax.set_title(f"from {top:.2f} at the start, above the frame", loc="right", fontsize=8.5, color=GREY,
@@ -537,7 +504,7 @@ def draw_reference(ax, axis: str, last_step: int) -> None:
     ax.plot(points * scale, reference_loss(points), color=INK, linestyle="none", marker="D", markersize=2.6, zorder=3)
 
 
-def name_line(ax, y: float, text: str, va: str = "center") -> None:
+def reference_line(ax, y: float, text: str, va: str = "center") -> None:
     """A horizontal line to compare with, and its name in the margin, where no curve is."""
     ax.axhline(y, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.2)), zorder=1.5)
     ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va=va,
@@ -563,238 +530,158 @@ def draw_hella(ax, styled, axis: str) -> None:
         ax.errorbar(positions(of, steps, axis), accuracy, yerr=standard_errors(of), color=look.marks, markersize=2.6,
                     linestyle=look.dashes, linewidth=1.2, elinewidth=0.7, capsize=1.6, capthick=0.7, marker="o")
     if all(map(on_fineweb_edu, runs)):
-        name_line(ax, GPT2_HELLASWAG, f"GPT-2 124M\n{GPT2_HELLASWAG}")
-        name_line(ax, GPT3_HELLASWAG, f"GPT-3 124M\n{GPT3_HELLASWAG}", va="bottom")
+        reference_line(ax, GPT2_HELLASWAG, f"GPT-2 124M\n{GPT2_HELLASWAG}")
+        reference_line(ax, GPT3_HELLASWAG, f"GPT-3 124M\n{GPT3_HELLASWAG}", va="bottom")
     if max(of.finite("hella")[1].max(initial=0) for of in runs) < 0.4:  # above, it's far away, and its name in the way
-        name_line(ax, 0.25, "chance 0.25")
+        reference_line(ax, 0.25, "chance 0.25")
 
 
 def draw_lr(ax, styled, axis: str) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     ax.set_title("Learning rate")
     for of, look in styled:
         steps, rate = of.finite("lr")
         ax.plot(positions(of, steps, axis), rate, color=look.color, linestyle=look.dashes, linewidth=1.5,
                 marker="o" if len(rate) < 3 else None, markersize=3)
     ax.set_ylim(bottom=0)
-    spell = lambda y, _: f"{y:.1e}".replace(".0e", "e").replace("e-0", "e-") if y else "0"  # noqa: E731
-    ax.yaxis.set_major_formatter(FuncFormatter(spell))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:.1e}".replace(".0e", "e").replace("e-0", "e-") if y else "0")
 
 
 def draw_norm(ax, styled, axis: str) -> None:
     """Gradient norm before clipping; the first steps' spikes are let out of the frame."""
     ax.set_title("Gradient norm")
-    tops = []
-    for of, look in styled:
-        steps, norm = of.finite("norm")
-        if len(norm):
-            draw_trace(ax, look, positions(of, steps, axis), norm, rolling_median(norm))
-            tops.append(np.quantile(norm, 0.99))
-    clips = {of.config.get("grad_clip") for of, _ in styled} - {None, 0}
-    high = max(tops)
-    if len(clips) == 1 and 0 < min(clips) < 3 * high:
-        clip = clips.pop()
-        high = max(high, clip)
-        name_line(ax, clip, f"clipped\nto {clip:g}")
+    high = draw_spiky(ax, styled, axis, "norm", lambda of, norm: norm)
+    clips = {of.number("grad_clip") for of, _ in styled} - {0}
+    if len(clips) == 1 and min(clips) < 3 * high:
+        high = max(high, *clips)
+        reference_line(ax, min(clips), f"clipped\nto {min(clips):g}")
     ax.set_ylim(0, 1.12 * high or 1)
 
 
 def draw_throughput(ax, styled, axis: str) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     ax.set_title("Tokens per second")
+    ax.set_ylim(0, 1.15 * draw_spiky(ax, styled, axis, "ms", tokens_per_second) or 1)
+    ax.yaxis.set_major_formatter(lambda y, _: short(y))
+
+
+def draw_spiky(ax, styled, axis: str, stream: str, convert: Callable) -> float:
+    """A stream with a rolling median over it; returns the 99th percentile, so that spikes don't set the frame."""
     tops = []
     for of, look in styled:
-        steps, ms = of.finite("ms")
-        if len(ms):
-            raw = tokens_per_second(of, ms)
-            draw_trace(ax, look, positions(of, steps, axis), raw, rolling_median(raw))
-            tops.append(np.quantile(raw, 0.99))
-    ax.set_ylim(0, 1.15 * max(tops))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+        steps, values = of.finite(stream)
+        if len(values):
+            values = convert(of, values)
+            draw_trace(ax, look, positions(of, steps, axis), values, rolling_median(values))
+            tops.append(np.quantile(values, 0.99))
+    return float(max(tops))
 
 
 PANELS: dict[str, Callable] = {"hella": draw_hella, "lr": draw_lr, "norm": draw_norm, "ms": draw_throughput}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Inside a checkpoint: L layers, nh heads, T positions, C channels
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The file itself, or a run directory's newest checkpoint. Raises UserError if there is none."""
-    found = sorted(path.glob("ckpt_*.pt"))[-1:] if path.is_dir() else [path] * path.is_file()
-    if not found:
-        raise UserError(f"no checkpoint at {path}; give a ckpt_*.pt, or a run directory that has one")
-    return found[0]
-
-
-def load_checkpoint(path: Path) -> dict:
-    """The checkpoint, memory-mapped, nothing in it executed. Raises UserError if it is foreign or cut short."""
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        missing = {"model", "model_config", "step"} - state.keys()
-    except Exception as error:  # torch, pickle and zipfile each have their own for a file that is not what it should be
-        reason = str(error).strip().split("\n")[0][:100]
-        raise UserError(f"{path} is not a whole checkpoint ({type(error).__name__}: {reason}); give another") from error
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of train_gpt2.py: it has no {', '.join(sorted(missing))}")
-    return state
-
-
-def position_similarity(weights: dict) -> np.ndarray:
-    """Cosine of every two position embeddings, (T, T)."""
-    wpe = weights["transformer.wpe.weight"].float()
-    unit = wpe / wpe.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return (unit @ unit.T).numpy()
-
-
-def attention_maps(weights: dict, n_head: int, ids: list[int]) -> np.ndarray:
-    """Attention probabilities of a prompt, (L, nh, T, T): row = the position that looks, column = where.
-
-    A forward pass written out on GPT-2's weights in float32, since fused attention never shows these numbers.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    w = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-
-    def norm(x, name):
-        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"].float(), w[f"{name}.bias"].float(), 1e-5)
-
-    def linear(x, name):
-        return F.linear(x, w[f"{name}.weight"].float(), w[f"{name}.bias"].float())
-
-    T, maps = len(ids), []
-    x = w["wpe.weight"][:T].float() + w["wte.weight"][ids].float()  # (T, C)
-    future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    for i in range(sum(name.endswith(".attn.c_attn.weight") for name in w)):
-        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn")
-        q, k, v = qkv.view(T, 3, n_head, -1).permute(1, 2, 0, 3)  # (nh, T, hs) each
-        scores = (q @ k.transpose(1, 2)) / math.sqrt(q.shape[-1])
-        attention = scores.masked_fill(future, -math.inf).softmax(-1)  # (nh, T, T)
-        maps.append(attention)
-        x = x + linear((attention @ v).transpose(0, 1).reshape(T, -1), f"h.{i}.attn.c_proj")
-        hidden = F.gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"), approximate="tanh")
-        x = x + linear(hidden, f"h.{i}.mlp.c_proj")
-    return torch.stack(maps).numpy()
-
-
-def tokenize_prompt(prompt: str, vocab_size: int, block_size: int) -> tuple[list[int], list[str]]:
-    """Ids and their spelling, cut to what the model can see. A vocabulary too small for GPT-2's is that of bytes."""
-    from extras.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer("gpt2" if vocab_size >= 50257 else "bytes")
-    ids = tokenizer.encode(prompt)[: min(block_size, MAX_PROMPT)]
-    if not ids:
-        raise UserError("--prompt is empty: there is nothing to attend to")
-    return ids, [tokenizer.decode([i]).replace("\n", "\\n") for i in ids]
-
+# Inside a checkpoint: L layers, nh heads, T positions
 
 MAX_PROMPT = 32  # tokens: more can't be labelled legibly
 MAX_LAYERS = 12  # more are thinned out evenly
 
 
-def draw_model(state: dict, title: str, prompt: str):
-    """A Figure of a checkpoint: position embeddings' similarity, attention on average, and that of every head."""
+def attention_maps(shape: dict, state: dict, ids: list[int]) -> np.ndarray:
+    """Attention probabilities of a prompt, (L, nh, T, T): row = the position that looks, column = where."""
+    import torch
+
+    from extras.pretrained import to_transformers
+
+    model = to_transformers(shape, state)
+    model.set_attn_implementation("eager")  # fused attention never shows these numbers
+    with torch.no_grad():
+        return torch.cat(model(torch.tensor([ids]), output_attentions=True).attentions).numpy()
+
+
+def tokenize_prompt(prompt: str, n_tokens: int, block_size: int) -> tuple[list[int], list[str]]:
+    """Ids and their spelling, cut to what the model can see."""
+    from extras.tokenizer import encode_prompt, load_tokenizer, printable, tokenizer_name
+
+    name = tokenizer_name(n_tokens)
+    if name is None:
+        raise UserError(f"the model has {n_tokens} tokens, and it is not known which; a prompt needs GPT-2's or bytes")
+    tokenizer = load_tokenizer(name)
+    ids = encode_prompt(tokenizer, prompt)[0][: min(block_size, MAX_PROMPT)]
+    return ids, [printable(tokenizer.decode([i])).replace("\n", "\\n") for i in ids]
+
+
+def draw_model(shape: dict, state: dict, title: str, prompt: str):
+    """A Figure of a model: position embeddings' similarity, attention on average, and that of every head."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    weights, model_config = state["model"], state["model_config"]
-    ids, words = tokenize_prompt(prompt, model_config["vocab_size"], model_config["block_size"])
-    maps = attention_maps(weights, model_config["n_head"], ids)
+    ids, words = tokenize_prompt(prompt, shape["n_tokens"], shape["block_size"])
+    maps = attention_maps(shape, state, ids)
     layers = np.unique(np.linspace(0, len(maps) - 1, min(len(maps), MAX_LAYERS)).round().astype(int))
     cell = min(0.9, (WIDTH - 1.6) / maps.shape[1])
     height = 0.9 + 4.3 + 0.75 + max(cell * len(layers), 0.6)
+    wpe = state["transformer.wpe.weight"].detach().float().numpy()
+    unit = wpe / np.maximum(np.linalg.norm(wpe, axis=-1, keepdims=True), 1e-12)
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.66 / height), w_pad=0.1, h_pad=0.08)
-        size = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**model_config)
-        write_title(figure, title, f"{size}   ·   step {state['step']:,}")
+        write_title(figure, title, "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**shape))
         grid = figure.add_gridspec(2, 2, height_ratios=[4.3, 0.35 + max(cell * len(layers), 0.6)])
-        draw_similarity(figure, figure.add_subplot(grid[0, 0]), position_similarity(weights))
-        draw_attention(figure, figure.add_subplot(grid[0, 1]), maps.mean((0, 1)), words)
-        draw_heads(figure.add_subplot(grid[1, :]), maps, layers)
+        ax = figure.add_subplot(grid[0, 0])  # an untrained model shows one bright line, a trained one bands around it
+        heatmap(ax, "Position embeddings, cosine similarity", unit @ unit.T, "position", "position", bar=True)
+        ax = figure.add_subplot(grid[0, 1])
+        seen = np.where(np.tri(len(ids), dtype=bool), maps, math.nan)  # the future is left white
+        heatmap(ax, "Attention, mean of all layers and heads", seen.mean((0, 1)), "key", "query", bar=True, gamma=0.5)
+        size = min(8.5, 150 / len(words))
+        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=size)
+        ax.set_yticks(range(len(words)), words, fontsize=size)
+        draw_heads(figure.add_subplot(grid[1, :]), seen[layers], layers)
     return figure
 
 
-def draw_similarity(figure, ax, similarity: np.ndarray) -> None:
-    """(T, T) cosines; an untrained model shows one bright line, a trained one smooth bands around it."""
-    ax.set_title("Position embeddings, cosine similarity")
-    shown = "nearest" if len(similarity) <= 512 else "auto"  # small ones crisp, large ones averaged
-    low = min(0, float(similarity.min()))
-    image = ax.imshow(similarity, cmap="cividis", vmin=low, vmax=1, interpolation=shown)
-    ax.set_xlabel("position")
-    ax.set_ylabel("position")
-    figure.colorbar(image, ax=ax, orientation="horizontal", shrink=0.7, aspect=40, pad=0.02).outline.set_visible(False)
-
-
-def draw_attention(figure, ax, attention: np.ndarray, words: list[str]) -> None:
-    """(T, T) probabilities, labelled with the prompt; what lies in the future is left white."""
+def heatmap(ax, title: str, values: np.ndarray, xlabel: str, ylabel: str, bar=False, gamma=1.0) -> None:
     from matplotlib.colors import PowerNorm
 
-    ax.set_title("Attention, mean of all layers and heads")
-    seen = np.where(np.tri(len(words), dtype=bool), attention, math.nan)
-    image = ax.imshow(seen, cmap="cividis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    size = min(8.5, 150 / len(words))
-    ax.set_xticks(range(len(words)), words, rotation=90, fontsize=size)
-    ax.set_yticks(range(len(words)), words, fontsize=size)
-    ax.set_xlabel("key")
-    ax.set_ylabel("query")
-    figure.colorbar(image, ax=ax, orientation="horizontal", shrink=0.7, aspect=40, pad=0.02).outline.set_visible(False)
+    ax.set_title(title)
+    low, shown = min(0, float(np.nanmin(values))), "nearest" if len(values) <= 512 else "auto"
+    image = ax.imshow(values, cmap="cividis", norm=PowerNorm(gamma, low, 1), interpolation=shown)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if bar:
+        place = {"orientation": "horizontal", "shrink": 0.7, "aspect": 40, "pad": 0.02}
+        ax.get_figure().colorbar(image, ax=ax, **place).outline.set_visible(False)
 
 
 def draw_heads(ax, maps: np.ndarray, layers: np.ndarray) -> None:
     """A small map for each head, a row a layer, as one image with blank seams; (L, nh, T, T)."""
-    from matplotlib.colors import PowerNorm
-
-    chosen = maps[layers]
-    rows, heads, T, _ = chosen.shape
+    rows, heads, T, _ = maps.shape
     seam = max(1, T // 10)
-    seen = np.where(np.tri(T, dtype=bool), chosen, math.nan)
-    mosaic = np.pad(seen, [(0, 0), (0, 0), (0, seam), (0, seam)], constant_values=math.nan)
+    mosaic = np.pad(maps, [(0, 0), (0, 0), (0, seam), (0, seam)], constant_values=math.nan)
     mosaic = mosaic.transpose(0, 2, 1, 3).reshape(rows * (T + seam), heads * (T + seam))
-    ax.set_title("Attention of each head")
-    ax.imshow(mosaic, cmap="cividis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    centre = (T - 1) / 2
-    ax.set_xticks(centre + np.arange(heads) * (T + seam), range(heads))
-    ax.set_yticks(centre + np.arange(rows) * (T + seam), layers)
-    ax.set_xlabel("head")
-    ax.set_ylabel("layer")
+    heatmap(ax, "Attention of each head", mosaic, "head", "layer", gamma=0.5)
+    ax.set_xticks((T - 1) / 2 + np.arange(heads) * (T + seam), range(heads))
+    ax.set_yticks((T - 1) / 2 + np.arange(rows) * (T + seam), layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
-def load_runs(logs: list[tuple[str, Path]], axis: str) -> list[Run]:
-    """The runs that have something to draw. Raises UserError if none has, or if `axis` asks for what a log lacks."""
-    for _, path in logs:
-        check_exists(path)
+def draw_curves(logs: list[tuple[str, Path]], axis: str, out: Path) -> list[Run]:
+    """Read the logs, print the table, write the picture of those that have something to draw."""
     runs = [read_log(path, name) for name, path in logs]
     drawable = [of for of in runs if len(of.finite("train")[0]) or len(of.finite("val")[0])]
     if not drawable:
         counts = [f"{of.path} ({sum(len(steps) for steps, _ in of.streams.values()):,} values)" for of in runs]
         raise UserError(f"nothing to draw in {', '.join(counts)}: no finite value of train or val; "
                         "a log has lines of `step stream value`, such as `0 train 10.95`")
-    for of in drawable:
-        if axis == "hours" and not len(of.finite("ms")[0]):
-            raise UserError(f"{of.path} has no `ms` lines to tell hours by; use --x steps or --x tokens")
     for of in runs:
         if of not in drawable:
             print(f"{of.name}: nothing to draw in {of.path}")
+        elif axis == "hours" and not len(of.finite("ms")[0]):
+            raise UserError(f"{of.path} has no `ms` lines to tell hours by; use --x steps or --x tokens")
+    print(table(drawable), flush=True)
+    save(draw_runs(drawable, axis), out)
+    print(f"wrote {out}", flush=True)
     return drawable
-
-
-def draw_curves(logs: list[tuple[str, Path]], axis: str, out: Path) -> list[Run]:
-    """Read the logs, write the picture, print the table."""
-    runs = load_runs(logs, axis)
-    save(draw_runs(runs, axis), out)
-    print(table(runs), f"wrote {out}", sep="\n", flush=True)
-    return runs
 
 
 def watch(logs: list[tuple[str, Path]], axis: str, out: Path, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -813,22 +700,30 @@ def watch(logs: list[tuple[str, Path]], axis: str, out: Path, sleep: Callable[[f
         sleep(WATCH_SECONDS)
 
 
-def check_format(out: Path) -> Path:
-    if out.suffix[1:].lower() not in FORMATS:
-        raise UserError(f"--out {str(out)!r} must end in {', '.join('.' + kind for kind in FORMATS)}")
-    return out
+def check_out(out: Path) -> None:
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {str(out)!r} must end in {', '.join(FORMATS)}")
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise UserError(f"can't write {out}: name a file in a directory that is there and may be written to with --out")
 
 
 def main(config: Config) -> None:
-    if config.model:
-        path = find_checkpoint(Path(config.model))
-        out = check_format(Path(config.out) if config.out else path.with_suffix(".png"))
-        save(draw_model(load_checkpoint(path), f"{path.resolve().parent.name}/{path.name}", config.prompt), out)
-        print(f"wrote {out}")
+    logs, source, out = find_logs(config.run_dirs), config.model, Path(config.out)
+    if not source:
+        if not config.out and not config.watch:
+            read_log(logs[0][1], "")  # that there is no log is said before that nothing can be written there
+        out = out if config.out else logs[0][1].parent / "curves.png"
+        check_out(out)
+        (watch if config.watch else draw_curves)(logs, config.x, out)
         return
-    logs = find_logs(config.run_dirs)
-    out = check_format(Path(config.out) if config.out else logs[0][1].parent / "curves.png")
-    (watch if config.watch else draw_curves)(logs, config.x, out)
+    from extras.checkpoints import find_checkpoint, load_any
+
+    path = find_checkpoint(source) or Path(source if os.path.exists(source) else os.path.basename(source), "model")
+    path = path if path.parent.is_dir() else path.parent  # of a hub name, the picture is put here
+    out = out if config.out else path.with_suffix(".png")
+    check_out(out)
+    save(draw_model(*load_any(source), "/".join(path.absolute().parts[-2:]), config.prompt), out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

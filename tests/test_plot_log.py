@@ -4,15 +4,19 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
+import warnings
 import xml.etree.ElementTree
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import plot_log
-from extras import cli, reference
+from extras import checkpoints, cli, reference
 
 FINEWEB = "HuggingFaceFW/fineweb-edu:sample-10BT"
 RECIPE = {
@@ -118,11 +122,54 @@ def test_a_torn_or_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     assert "6 unreadable lines" in plot_log.table([run])
 
 
+def test_what_is_no_record_is_left_out_and_counted(tmp_path):
+    lines = [b"0 train 9", b"", b"   ", b"\0" * 300 + b"1 train 8", b"power cut here, restarted at 9 o'clock"]
+    lines += [b"2 tra3 train 7", b"# caf\xe9 {}", b"caf\xe9", b"4 train 1_0", "٣ train 5".encode()]
+    lines += [b'# restart {"step": null}', b"# note " + b"[" * 99_999]
+    lines += [b"5 train 6", b"\0" * 512, b"6 train 5.5\r", b""]
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"\n".join(lines))
+    run = plot_log.read_log(path, "r")
+    assert values_of(run, "train") == {0: 9, 5: 6, 6: 5.5} and run.unreadable == 8 and run.restarts == []
+    assert "8 unreadable lines left out" in plot_log.table([run]) and path.read_bytes() == b"\n".join(lines)
+
+
+@pytest.mark.parametrize("value", [None, "x", [1], {"a": 1}, -1, 1e300, True, math.nan])
+def test_settings_of_another_type_are_no_settings(tmp_path, value):
+    names = ["total_batch_size", "max_steps", "hella_limit", "grad_clip", "n_layer", "n_head", "n_embd", "model"]
+    data = {"source": {"dataset": None, "files": value}, "tokenizer": value}
+    comments = {"config": dict.fromkeys(names, value), "data": data, "model": {"n_layer": value}}
+    text = "".join(f"# {kind} {json.dumps(comment)}\n" for kind, comment in comments.items())
+    path = write_log(tmp_path / "log.txt", text + BUILD_NANOGPT + "0 norm 1\n0 ms 3\n")
+    run = plot_log.read_log(path, "r")
+    plot_log.draw_runs([run], "tokens").draw_without_rendering()
+    assert "a step are assumed" in plot_log.table([run]) and run.tokens_per_step == 524288
+
+
+STREAMS = ["train", "val", "hella", "hella_se", "lr", "norm", "ms", "bpb"]
+VALUES = st.tuples(st.sampled_from(STREAMS), st.integers(0, 10**12 - 1), st.floats(width=64))
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(["steps", "tokens", "hours"]), st.lists(VALUES, min_size=1, max_size=12))
+def test_absurd_numbers_are_drawn_or_named(axis, values):
+    with tempfile.TemporaryDirectory() as folder:
+        text = "0 train 9\n" + "".join(f"{step} {stream} {value}\n" for stream, step, value in values)
+        run = plot_log.read_log(write_log(Path(folder) / "log.txt", text), "r")
+        assert run.unreadable == 0
+        if axis != "hours" or len(run.finite("ms")[0]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                plot_log.draw_runs([run], axis).draw_without_rendering()
+        assert all(np.abs(run.finite(stream)[1]).max(initial=0) <= 1e30 for stream in run.streams)
+        assert plot_log.table([run])
+
+
 def test_what_is_not_finite_is_counted_marked_and_left_out(tmp_path):
     text = "".join(f"{step} train {value}\n" for step, value in enumerate([9, 8, "nan", "inf", "-inf", 6, 5.5]))
     run = plot_log.read_log(write_log(tmp_path / "log.txt", text + "6 val nan\n"), "r")
     assert run.finite("train")[0].tolist() == [0, 1, 5, 6]
-    assert "train is NaN or infinite at 3 steps, first at 2" in plot_log.table([run])
+    assert "train is NaN, infinite or over 1e30 at 3 steps, first at 2" in plot_log.table([run])
     figure = plot_log.draw_runs([run], "steps")
     (marks,) = [line for line in figure.axes[0].lines if line.get_label() == "NaN or infinite"]
     assert marks.get_xdata().tolist() == [2, 3, 4]
@@ -231,7 +278,7 @@ def named(figure) -> set[str]:
         ({"n_layer": 24}, FINEWEB, True, True),  # what the model is says `# model`, not the flag
         ({"init_from": "gpt2"}, FINEWEB, True, False),
         ({}, {"dataset": FINEWEB, "revision": "1", "files": [["000_00000.parquet", 3]]}, True, True),
-        ({}, {"input": ["*"], "revision": None, "files": [["fineweb-edu.parquet", 3]]}, False, False),
+        ({}, {"input": ["*"], "revision": None, "files": [["fineweb-edu.parquet", 3]] * 65}, False, False),
         ({}, None, False, False),
     ],
 )
@@ -239,7 +286,7 @@ def test_what_others_reached_is_drawn_only_where_it_compares(tmp_path, config, s
     path = make_log(tmp_path, 80, {"max_steps": 19073, **config}, source)
     run = plot_log.read_log(path, "r")
     names = named(plot_log.draw_runs([run], "steps"))
-    assert plot_log.source_name(run) in (FINEWEB, "python-docs", "file fineweb-edu.parquet", "")
+    assert plot_log.source_name(run) in (FINEWEB, "python-docs", "file fineweb-edu.parquet and 64 more", "")
     assert {"GPT-2 124M 3.2924" in names, "GPT-2 124M 0.2955" in names, "GPT-3 124M 0.337" in names} == {lines}
     assert any("reference" in name for name in names) == curve
     assert "chance 0.25" in names and "NaN or infinite" not in names and "resumed" not in names
@@ -356,11 +403,12 @@ def test_the_picture_is_a_png_or_svg_written_whole(tmp_path, capsys, monkeypatch
     from PIL import Image
 
     make_log(tmp_path / "run", 80)
+    (tmp_path / "new").mkdir()
     command(tmp_path / "run")
     picture = Image.open(tmp_path / "run" / "curves.png")
     assert picture.size[0] == 1800 and "wrote" in capsys.readouterr().out
-    colors = {color for _, color in picture.convert("RGB").getcolors()}
-    assert {(255, 255, 255), (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colors, "few colors, but those of the lines"
+    colors = {color for _, color in picture.convert("RGB").getcolors(2**20)}
+    assert {(255, 255, 255), (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colors
     for copy in ("a.svg", "b.svg"):
         command(tmp_path / "run" / "log.txt", "--x", "tokens", "--out", tmp_path / "new" / copy)
     svg = (tmp_path / "new" / "a.svg").read_bytes()
@@ -368,6 +416,8 @@ def test_the_picture_is_a_png_or_svg_written_whole(tmp_path, capsys, monkeypatch
     assert svg == (tmp_path / "new" / "b.svg").read_bytes(), "the same log, the same bytes"
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "No space left" in failure(capsys, tmp_path / "run", "--out", tmp_path / "new" / "a.svg")
+    for out in (tmp_path / "nodir" / "a.svg", tmp_path / "new"):
+        assert "--out" in failure(capsys, tmp_path / "run", "--out", out) and not (tmp_path / "nodir").exists()
     assert (tmp_path / "new" / "a.svg").read_bytes() == svg and len(list((tmp_path / "new").iterdir())) == 2
 
 
@@ -380,8 +430,9 @@ def test_mistakes_cost_one_line(tmp_path, capsys):
     assert "must end in .png" in failure(capsys, tmp_path / "log" / "demo", "--out", tmp_path / "curves.jpg")
     bare = write_log(tmp_path / "bare.txt", BUILD_NANOGPT)
     assert "--x steps" in failure(capsys, bare, "--x", "hours")
-    assert "no checkpoint" in failure(capsys, "--model", tmp_path / "ckpt.pt")
-    assert "not a whole checkpoint" in failure(capsys, "--model", bare)
+    assert "ckpt.pt is not there" in failure(capsys, "--model", tmp_path / "ckpt.pt")
+    assert "is damaged, or holds no weights" in (line := failure(capsys, "--model", bare)) and "\x1b" not in line
+    assert "no log file" in failure(capsys, "x" * 300) and "no log file" in failure(capsys, tmp_path / "x" / "a.txt")
     assert not list(tmp_path.rglob("*.png"))
     command(empty, bare)  # one that has not begun doesn't keep the others from being drawn
     assert "nothing to draw in" in capsys.readouterr().out and (tmp_path / "curves.png").is_file()
@@ -433,39 +484,72 @@ def tiny_gpt2(n_layer=3, n_head=4, n_embd=32, vocab_size=50304, block_size=48):
     return model, {"model": weights, "model_config": {**size, "block_size": block_size}, "step": 7, "config": {}}
 
 
-def test_attention_is_that_of_transformers():
-    import torch
-
-    model, state = tiny_gpt2()
+def test_attention_is_softmax_of_queries_and_keys():
+    """Written out for the first two layers, in float64."""
+    _, state = tiny_gpt2()
+    shape = {**state["model_config"], "n_tokens": 50257}
     ids = [464, 3797, 50256, 11, 464, 7]
-    with torch.no_grad():
-        expected = torch.stack(model(torch.tensor([ids]), output_attentions=True).attentions)[:, 0]
-    attention = plot_log.attention_maps(state["model"], 4, ids)
-    assert attention.shape == (3, 4, 6, 6) and np.abs(attention - expected.numpy()).max() < 1e-4
-    halves = {name: tensor.bfloat16() for name, tensor in state["model"].items()}
-    assert plot_log.attention_maps(halves, 4, ids).dtype == np.float32
+    w = {name.removeprefix("transformer."): tensor.double().numpy() for name, tensor in state["model"].items()}
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    found, x = plot_log.attention_maps(shape, state["model"], ids), w["wte.weight"][ids] + w["wpe.weight"][:6]
+    assert found.shape == (3, 4, 6, 6) and found.dtype == np.float32
+    for i in range(2):
+        qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").reshape(6, 3, 4, 8)
+        scores = np.einsum("qhd,khd->hqk", qkv[:, 0], qkv[:, 1]) / math.sqrt(8)
+        attention = np.exp(scores - scores.max(-1, keepdims=True)) * np.tri(6)
+        attention /= attention.sum(-1, keepdims=True)
+        np.testing.assert_allclose(found[i], attention, atol=1e-4)
+        x = x + linear(np.einsum("hqk,khd->qhd", attention, qkv[:, 2]).reshape(6, 32), f"h.{i}.attn.c_proj")
+        h = linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")
+        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        x = x + linear(h, f"h.{i}.mlp.c_proj")
 
 
 def test_a_checkpoint_is_drawn(tmp_path, capsys):
     import torch
 
     _, state = tiny_gpt2()
-    for step in (3, 7):
+    for step in (999_999, 1_000_000):
         torch.save({**state, "step": step}, tmp_path / f"ckpt_{step:06d}.pt")
     command("--model", tmp_path)
-    assert (tmp_path / "ckpt_000007.png").stat().st_size > 10_000, "the newest of a run directory"
+    assert (tmp_path / "ckpt_1000000.png").stat().st_size > 10_000, "the newest of a run directory"
+    shape, _ = checkpoints.load_any(str(tmp_path))
+    damaged = bytearray((tmp_path / "ckpt_1000000.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "ckpt_1000000.pt").write_bytes(damaged)
+    assert "fails its checksum" in failure(capsys, "--model", tmp_path), "as sample.py refuses it"
     wpe = state["model"]["transformer.wpe.weight"].double().numpy()
     cosines = wpe @ wpe.T / np.outer(np.linalg.norm(wpe, axis=1), np.linalg.norm(wpe, axis=1))
-    figure = plot_log.draw_model(state, "title", "Why does it cost $5 or $6, and what is $5?\n" * 9)
+    figure = plot_log.draw_model(shape, state["model"], "title", "Why does it cost $5 or $6, and what is $5?\n" * 9)
     similarity, attention, heads = [ax.images[0].get_array() for ax in figure.axes if ax.images]
     np.testing.assert_allclose(similarity, cosines, atol=1e-5)
     assert attention.shape == (32, 32) and attention.mask[0, 1] and not attention.mask[1, 0], "the future is left white"
     assert heads.shape == (3 * 35, 4 * 35)
     assert_tidy(figure, "model")
-    assert "--prompt is empty" in failure(capsys, "--model", tmp_path, "--prompt", "")
+
+
+def test_whatever_sample_reads_is_drawn(tmp_path, monkeypatch):
+    import torch
+
+    model, state = tiny_gpt2()
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("exported")
+    command("--model", "exported", "--prompt", "")
+    (tmp_path / "nano").mkdir()
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in state["model"].items()}
+    torch.save({"model": compiled, "model_args": state["model_config"]}, "nano/ckpt.pt")
+    command("--model", "nano/", "--out", "a.png")
+    assert (tmp_path / "exported" / "model.png").is_file() and (tmp_path / "a.png").is_file()
 
 
 def test_the_prompt_of_a_byte_level_model_is_bytes():
-    ids, words = plot_log.tokenize_prompt("a\nb", 320, 48)
+    ids, words = plot_log.tokenize_prompt("a\nb", 257, 48)
     assert ids == [97, 10, 98] and words == ["a", "\\n", "b"]
     assert plot_log.tokenize_prompt("a b c d", 50304, 2)[1] == ["a", " b"]

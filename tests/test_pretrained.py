@@ -1,20 +1,28 @@
 """Weights in and out: transformers' directories of every form, other trainers' checkpoints, and what does not fit."""
 
+import argparse
+import importlib
 import json
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
+import zipfile
+from collections import defaultdict, deque
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_model import SHAPES, reference
 from tiny import USER_ERRORS
 
-from extras import checkpoints, pretrained
-from extras.checkpoints import load_any
+from extras import pretrained
+from extras.checkpoints import find_checkpoint, load_any
 from extras.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
@@ -244,7 +252,7 @@ def test_weights_that_may_not_be_read_are_named(folder, tmp_path, monkeypatch, n
     def absent(path, *_, **__):
         raise FileNotFoundError(f"No such file or directory: {path}")
 
-    monkeypatch.setattr("safetensors.safe_open", absent)
+    monkeypatch.setattr("safetensors.torch.load_file", absent)
     monkeypatch.setattr(torch, "load", denied)
     monkeypatch.setattr(pretrained, "open", denied, raising=False)
     with pytest.raises(USER_ERRORS, match=rf"{name} can't be read: Permission denied$"):
@@ -257,7 +265,7 @@ def test_what_the_system_says_while_weights_are_read_is_told(folder, tmp_path, m
     def broken(*_, **__):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("safetensors.safe_open", broken)
+    monkeypatch.setattr("safetensors.torch.load_file", broken)
     with pytest.raises(USER_ERRORS, match=r"model.safetensors can't be read: Input/output error$"):
         GPT.from_pretrained(str(tmp_path))
 
@@ -289,8 +297,6 @@ def test_a_checkpoint_of_build_nanogpt_is_read(tmp_path, monkeypatch):
     loaded = GPT.of(*load_any(str(path)))
     assert loaded.config == model.config and loaded.config.n_tokens == 50257
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
-    with pytest.raises(USER_ERRORS, match="GPTConfig"):  # it was allowed for that one file
-        checkpoints.read(path)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -310,9 +316,127 @@ def test_a_checkpoint_that_would_execute_something_is_refused(tmp_path):
     bomb = Bomb()
     bomb.path = tmp_path / "exploded"
     torch.save({"model": {}, "config": bomb}, tmp_path / "a.pt")
-    with pytest.raises(USER_ERRORS, match="not a whole checkpoint"):
+    with pytest.raises(USER_ERRORS, match=r"wants \w+.mkdir to be called, and nothing in a file is"):
         GPT.from_checkpoint(tmp_path / "a.pt")
     assert not bomb.path.exists()
+
+
+class Harmless:
+    """An object of a class that is not there when the checkpoint is read."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+Harmless.__module__, Harmless.__qualname__ = "some.module", "Settings"
+
+
+def save_foreign(file, monkeypatch, **content):
+    with monkeypatch.context() as patch:
+        module = type(sys)("some.module")
+        module.Settings = Harmless
+        patch.setitem(sys.modules, "some", type(sys)("some"))
+        patch.setitem(sys.modules, "some.module", module)
+        torch.save(content, file)
+
+
+def test_harmless_objects_beside_the_weights_do_no_harm(tmp_path, monkeypatch):
+    model = GPT(GPTConfig(32, 65, 2, 2, 16))
+    sizes = {name: size for name, size in vars(model.config).items() if name != "n_tokens"}
+    rng = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    extras = {"best": np.float64(3.1), "losses": np.arange(3.0), "rng": rng, "path": Path("a"), "when": date.today()}
+    extras |= {"args": argparse.Namespace(lr=np.float32(1)), "counts": defaultdict(int), "line": deque(), "kind": Bomb}
+    extras |= {"complex": 1j, "range": range(3), "device": torch.device("cpu"), "set": {1}, "bytes": b"a"}
+    save_foreign(tmp_path / "a.pt", monkeypatch, model=model.state_dict(), config=Harmless(**sizes), **extras)
+    loaded = GPT.from_checkpoint(tmp_path / "a.pt")
+    assert loaded.config == model.config and torch.equal(loaded(IDS % 65)[0], model(IDS % 65)[0])
+
+
+@pytest.mark.parametrize("call", ["subprocess.call", "builtins.eval", "shutil.rmtree", "train_gpt2.main"])
+def test_nothing_that_a_checkpoint_names_is_called(tmp_path, monkeypatch, call):
+    module, name = call.split(".")
+    called, function = [], getattr(importlib.import_module(module), name)
+    monkeypatch.setattr(f"{call}", lambda *_: called.append(call)) if module != "builtins" else None
+    target = tmp_path / "exploded"
+
+    class Caller:
+        def __reduce__(self):
+            return Named, (f"open({str(target)!r}, 'w')",)
+
+    Named = type("Named", (), {})
+    Named.__module__, Named.__qualname__ = module, name
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{call}", Named)
+        torch.save({"model": GPT(GPTConfig(32, 65, 1, 1, 8)).state_dict(), "x": Caller()}, tmp_path / "a.pt")
+    assert function is not Named
+    with pytest.raises(USER_ERRORS):  # it has no sizes; what matters is that it went as far
+        GPT.from_checkpoint(tmp_path / "a.pt")
+    assert not called and not target.exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_taken_off_in_any_order(folder, tmp_path, prefix):
+    model = GPT(GPTConfig(32, 65, 2, 2, 16))
+    state = {prefix + name.replace("h.0.", "h.0._orig_mod."): tensor for name, tensor in model.state_dict().items()}
+    torch.save({"model": state, "model_args": vars(model.config)}, tmp_path / "ckpt.pt")
+    assert torch.equal(GPT.of(*load_any(str(tmp_path)))(IDS % 65)[0], model(IDS % 65)[0])
+    copied(folder, tmp_path)  # the same in a directory of transformers
+    tensors = {prefix + name: tensor for name, tensor in tensors_of(folder).items()}
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "ckpt.pt").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    expected = GPT.from_pretrained(str(folder))
+    assert torch.equal(GPT.from_pretrained(str(tmp_path))(IDS)[0], expected(IDS)[0])
+
+
+@pytest.mark.parametrize("name", ["gelu_fast", "gelu_pytorch_tanh", "gelu_accurate", "gelu_python_tanh"])
+def test_other_names_of_the_same_activation_are_understood(theirs, folder, tmp_path, name):
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-9, 9, 1000)
+    torch.testing.assert_close(ACT2FN[name](x), ACT2FN["gelu_new"](x), atol=1e-6, rtol=0)
+    ours = GPT.from_pretrained(str(copied(folder, tmp_path, activation_function=name)))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS)[0], theirs(IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_the_newest_checkpoint_of_a_directory_is_read_by_number(tmp_path):
+    def newest(*names):
+        folder = tmp_path / f"of {names[0]}"
+        folder.mkdir()
+        for name in (*names, "model_x.pt", "ckpt_7.pt.tmp", "log.txt"):
+            (folder / name).touch()
+        return find_checkpoint(f"{folder}/").name
+
+    assert newest("ckpt_999999.pt", "ckpt_1000000.pt", "ckpt_000005.pt") == "ckpt_1000000.pt"
+    assert newest("model_05000.pt", "model_19072.pt", "model_100000.pt") == "model_100000.pt"
+    assert newest("ckpt.pt") == "ckpt.pt" and find_checkpoint("gpt2") is None
+
+
+@pytest.mark.parametrize("how", ["flipped", "compressed", "cut short"])
+def test_a_damaged_file_is_refused_whoever_wrote_it(folder, tmp_path, how):
+    copied(folder, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(tensors_of(folder), path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= how == "flipped"
+    path.write_bytes(data[: -100 if how == "cut short" else None])
+    if how == "compressed":  # a zip bomb would be
+        with zipfile.ZipFile(path) as archive:
+            entries = [(name, archive.read(name)) for name in archive.namelist()]
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for entry in entries:
+                archive.writestr(*entry)
+    for read in (lambda: GPT.from_pretrained(str(tmp_path)), lambda: checkpoint_of(path)):
+        with pytest.raises(USER_ERRORS, match="is damaged, or holds no weights") as raised:
+            read()
+        assert "\x1b" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def checkpoint_of(path):
+    path.replace(path.with_suffix(".pt"))
+    return GPT.from_checkpoint(path.with_suffix(".pt"))
 
 
 def test_a_file_of_weights_is_no_checkpoint(folder):
@@ -372,7 +496,7 @@ def test_a_strange_checkpoint_is_one_line(tmp_path, weights, sizes, words):
 
 def test_a_configuration_of_tensors_is_refused(tmp_path):
     torch.save({"model": {}, "model_config": torch.zeros(2)}, tmp_path / "a.pt")  # which is neither true nor false
-    with pytest.raises(USER_ERRORS, match="does not tell block_size"):
+    with pytest.raises(USER_ERRORS, match="no sensible number for block_size"):
         GPT.from_checkpoint(tmp_path / "a.pt")
 
 

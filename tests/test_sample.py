@@ -11,7 +11,7 @@ from tiny import ROOT, USER_ERRORS
 
 import sample
 from extras.cli import parse, run
-from extras.tokenizer import load_tokenizer
+from extras.tokenizer import load_tokenizer, printable
 from train_gpt2 import GPT, GPTConfig
 
 LINE = "-" * 80
@@ -41,7 +41,7 @@ def test_samples_are_those_of_the_newest_checkpoint(run_dir, capsys):
     model, tokenizer = GPT.from_checkpoint(run_dir / "ckpt_000010.pt"), load_tokenizer("bytes")
     ids = model.generate(torch.tensor([list(b"abc")]), 20, temperature=0, stop=256)[0].tolist()
     ids = ids[: ids.index(256)] if 256 in ids else ids
-    assert capsys.readouterr().out == f"{tokenizer.decode(ids)}\n{LINE}\n"
+    assert capsys.readouterr().out == f"{printable(tokenizer.decode(ids))}\n{LINE}\n"
 
 
 def test_several_prompts_of_a_file_are_each_as_alone(run_dir, tmp_path, capsys):
@@ -107,9 +107,56 @@ def test_a_character_of_many_tokens_is_streamed_whole(run_dir, monkeypatch):
     drawn = [*text.encode(), 0xF0, 0x9F, 256]  # the end comes in the middle of a character
     monkeypatch.setattr(sample, "stream", lambda *_, **__: (torch.tensor([[i]]) for i in drawn))
     model, config = GPT.from_checkpoint(run_dir / "ckpt_000005.pt"), sample.Config(prompt="p")
-    pieces = list(sample.spoken(model, load_tokenizer("bytes"), ["p"], config))
+    pieces = list(sample.stream_samples(model, load_tokenizer("bytes"), ["p"], config))
     assert "".join(pieces) == f"p{text}\N{REPLACEMENT CHARACTER}\n{LINE}\n"
     assert pieces[1:4] == ["n", "a", ""] and "🦙" in pieces
+
+
+@pytest.mark.parametrize("options", [[], ["--stream"]])
+def test_an_empty_prompt_and_end_of_text_begin_a_document(run_dir, capsys, options):
+    options = [*options, "--temperature", "0", "--max_new_tokens", "9"]
+    model, tokenizer = GPT.from_checkpoint(run_dir / "ckpt_000010.pt"), load_tokenizer("bytes")
+    for prompt, begin in (("", ""), ("<|endoftext|>", ""), ("<|endoftext|>ab", "ab")):
+        call(run_dir, "--prompt", prompt, *options)
+        new = model.generate(torch.tensor([[256, *begin.encode()]]), 9, temperature=0, stop=256)[0, 1:].tolist()
+        expected = printable(tokenizer.decode(new[: new.index(256)] if 256 in new else new))
+        assert capsys.readouterr().out == f"{expected}\n{LINE}\n"
+    call(run_dir, "--prompt", "a<|endoftext|>", *options)
+    assert capsys.readouterr().out.startswith("a<|endoftext|>"), "elsewhere it is ordinary text"
+
+
+@pytest.mark.parametrize("options", [[], ["--stream"]])
+def test_control_characters_are_escaped(run_dir, capsys, monkeypatch, options):
+    drawn = [torch.tensor([[i]]) for i in b"\x00a\x13\x1b[2J\tb\r\n" + "\x9bé".encode()]
+    monkeypatch.setattr("extras.generation.stream", lambda *_, **__: iter(drawn))
+    monkeypatch.setattr("sample.stream", lambda *_, **__: iter(drawn))
+    call(run_dir, "--prompt", "p\x07", *options)
+    assert capsys.readouterr().out == f"p\\x07\\x00a\\x13\\x1b[2J\tb\\x0d\n\\x9bé\n{LINE}\n"
+
+
+def test_a_run_without_a_checkpoint_is_said_to_be_one(tmp_path):
+    (tmp_path / "log.txt").write_text("0 train 10.9\n")
+    for source in (tmp_path, f"{tmp_path}/"):
+        with pytest.raises(USER_ERRORS, match="is a run without a checkpoint; it saves one every --save_every steps"):
+            call(source, "--prompt", "a")
+
+
+def test_a_vocabulary_with_added_tokens_is_sampled_and_exported(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = GPT(GPTConfig(32, 50260, 1, 1, 8))
+    with torch.no_grad():
+        model.transformer.wte.weight[50258] = 1
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)  # whatever came before, 50258 is the likeliest
+    torch.save({"model": model.state_dict(), "model_args": vars(model.config)}, tmp_path / "ckpt.pt")
+    call(tmp_path, "--prompt", "a", "--temperature", "0", "--max_new_tokens", "2")
+    assert capsys.readouterr().out == f"a<|50258|><|50258|>\n{LINE}\n"
+    call(tmp_path, "--export", str(tmp_path / "exported"))
+    theirs, tokenizer = (kind.from_pretrained(tmp_path / "exported") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert theirs.config.vocab_size == 50260 and theirs.config.eos_token_id == tokenizer.eos_token_id == 50256
+    ids = torch.tensor([tokenizer("Hello world").input_ids])
+    torch.testing.assert_close(theirs(ids).logits, model(ids)[0])
 
 
 def test_samples_end_at_end_of_text(run_dir, capsys, monkeypatch):
@@ -146,11 +193,10 @@ def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys)
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--prompt", ""], "--prompt is empty"),
         (["--prompt", "a", "--prompt_file", "b"], "give one of them"),
         (["--prompt_file", "nowhere.txt"], "can't read --prompt_file nowhere.txt"),
-        (["--prompt_file", "EMPTY"], "it is empty"),
-        (["--prompt_file", "HOLE"], "its prompt 2 is empty"),
+        (["--prompt_file", "EMPTY"], "prompt 1 of 1 is empty"),
+        (["--prompt_file", "HOLE"], "prompt 2 of 3 is empty"),
         (["--prompt", "a", "--top_p", "0"], "--top_p is 0"),
         (["--prompt", "a", "--top_p", "nan"], "--top_p is nan"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature is -1"),

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny import tiny_config, token_set
@@ -45,6 +47,19 @@ def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
 def test_a_run_keeps_its_id(tmp_path):
     ids = iter("abc")
     assert [track.kept_id(tmp_path, name, lambda: next(ids)) for name in ("wandb", "mlflow", "wandb")] == [*"aba"]
+
+
+@pytest.mark.parametrize("name, project", [(None, None), ("mine", "ours")])
+def test_wandb_is_given_the_names_of_the_environment_or_the_directorys(tmp_path, monkeypatch, name, project):
+    started = {}
+    run = SimpleNamespace(define_metric=lambda *_, **__: None)
+    fake = SimpleNamespace(init=lambda **settings: started.update(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for variable, value in (("WANDB_NAME", name), ("WANDB_PROJECT", project)):
+        monkeypatch.setenv(variable, value) if value else monkeypatch.delenv(variable, raising=False)
+    (tmp_path / "run1").mkdir()
+    track.open_tracker("wandb", f"{tmp_path}/run1/", {}, 0)
+    assert (started["name"], started["project"]) == (name or "run1", project or "gpt2")
 
 
 def test_tensorboard(resumed):
