@@ -156,8 +156,8 @@ def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> li
     return examples
 
 
-def rows_or_none(path: str, limit: int, seed: int, tokenizer, block_size: int) -> list["Row"] | None:
-    """For training, which can go on without: the rows, or None and a line that says why. The seed changes nothing."""
+def rows_or_none(path: str, limit: int, tokenizer, block_size: int) -> list["Row"] | None:
+    """For training, which can go on without: the rows, or None and a line that says why."""
     try:
         return render(load_examples(path, limit), tokenizer, block_size)
     except Unavailable as error:

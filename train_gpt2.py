@@ -112,7 +112,7 @@ class Config:
     val_tokens: int = 20 * 2**19  # tokens of the val split to validate on: always the same, the first
     hella_every: int = 1000  # steps between HellaSwag evaluations (0 = never)
     hella_data: str = ""  # a local hellaswag_val.jsonl(.gz); empty = the cached file, or download it
-    hella_limit: int = 0  # a seeded subset of so many examples (0 = all 10,042)
+    hella_limit: int = 0  # a fixed subset of so many examples (0 = all 10,042)
     sample_every: int = 1000  # steps between samples (0 = never)
     sample_prompt: str = "Hello, I'm a language model,"  # how the samples begin
     log_every: int = 10  # steps between lines on the screen; log.txt has every step
@@ -214,8 +214,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:  # (2, B, nh, S, hs): the first `start` positions are there, these T come behind them
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
-        # is_causal puts the triangle in the top left corner: right for whole sequences; a single token may look at all
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        # is_causal puts the triangle in the top left corner: right for whole sequences; a later token sees them all
+        is_causal = True if mask is None and start == 0 else False  # noqa: SIM210 - a bool also where T is symbolic
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -702,6 +703,7 @@ def score_hellaswag(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
 def draw_samples(run: "Run", stop: "StopSignal", n: int = 4, length: int = 24) -> dict:
     """Print continuations of the prompt, `length` tokens, of the 50 likeliest: the same seed each time."""
     if run.ranks.rank == 0:
+        from extras.tokenizer import printable
         prompt = run.tokenizer.encode(run.config.sample_prompt) or [run.tokenizer.eot]
         idx = torch.tensor([prompt[-run.config.seq_len :]] * n, device=run.device)
         generator = torch.Generator(run.device).manual_seed(run.config.seed)
@@ -713,7 +715,7 @@ def draw_samples(run: "Run", stop: "StopSignal", n: int = 4, length: int = 24) -
                 raise
             return run.ranks.print0("no samples: the probabilities are not numbers") or {}
         for row in ids.tolist():
-            run.ranks.print0("  > " + run.tokenizer.decode(row).replace("\n", "\\n"))
+            run.ranks.print0("  > " + printable(run.tokenizer.decode(row)).replace("\n", "\\n"))
     return {}
 
 
@@ -731,7 +733,7 @@ def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
         from extras.tokenizer import load_tokenizer
         tokenizer = load_tokenizer(name)
         from hellaswag import rows_or_none
-        load = partial(rows_or_none, config.hella_data, config.hella_limit, config.seed, tokenizer, config.seq_len)
+        load = partial(rows_or_none, config.hella_data, config.hella_limit, tokenizer, config.seq_len)
     except ModuleNotFoundError as error:
         if config.hella_every or config.sample_every:
             ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {missing(error)}")

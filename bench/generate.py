@@ -57,8 +57,9 @@ def main(config: Config) -> None:
 
 def same_in_transformers(model: GPT):
     """The same weights in transformers' class; no end-of-text, so that all draw as many tokens."""
-    from pretrained import transpose_conv1d
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from extras.pretrained import transpose_conv1d
 
     c, weight = model.config, model.lm_head.weight
     shape = {"n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}

@@ -38,7 +38,7 @@ class Config:
     n_layer: int = 12  # of the model; with n_head and n_embd as in GPT-2 124M
     n_head: int = 12  # of the model
     n_embd: int = 768  # of the model
-    style: Literal[hellaswag.STYLES] = "karpathy"  # whose convention to follow
+    style: Literal["karpathy", "lm-eval"] = "karpathy"  # whose convention to follow
 
 
 def main(config: Config) -> None:
@@ -88,8 +88,9 @@ def main(config: Config) -> None:
 
 def transformers_parts(model: GPT):
     """Features and head of transformers' GPT-2 with the same weights."""
-    from pretrained import transpose_conv1d
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from extras.pretrained import transpose_conv1d
 
     c = model.config
     theirs = GPT2LMHeadModel(GPT2Config(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd))

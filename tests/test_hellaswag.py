@@ -294,9 +294,7 @@ def test_a_limit_draws_the_same_examples_everywhere(records, tmp_path):
     path = write_jsonl(tmp_path / "val.jsonl", records)
     drawn = [example["line"] for example in hellaswag.load_examples(path, 10)]
     assert drawn == sorted(set(drawn)) and len(drawn) == 10 and drawn != [*range(1, 11)]
-    for seed in (0, 1, 1337):  # of the training run
-        rows = hellaswag.rows_or_none(path, 10, seed, load_tokenizer("gpt2"), 128)
-        assert [row.line for row in rows] == drawn
+    assert [row.line for row in hellaswag.rows_or_none(path, 10, load_tokenizer("gpt2"), 128)] == drawn
     assert len(hellaswag.load_examples(path, 1000)) == len(records)
     with pytest.raises(UserError, match="limit of -5"):
         hellaswag.load_examples(path, -5)

@@ -152,3 +152,14 @@ def test_onednn_linear_layers_are_nn_linears_with_and_without_gradients():
         torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
         torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
     assert torch.equal(layer(x), expected) and layer(x).requires_grad
+
+
+def test_a_model_can_be_exported_and_traced_for_any_length():
+    model = GPT(GPTConfig(block_size=64, vocab_size=50, n_layer=1, n_head=2, n_embd=16)).eval().requires_grad_(False)
+    T = torch.export.Dim("T", min=2, max=64)
+    exported = torch.export.export(model, (torch.zeros(1, 8, dtype=torch.int64),), dynamic_shapes=({1: T},)).module()
+    traced = torch.jit.trace(lambda idx: model(idx)[0], torch.zeros(1, 8, dtype=torch.int64))
+    for length in (2, 7, 64):
+        idx = torch.randint(50, (1, length))
+        torch.testing.assert_close(exported(idx)[0], model(idx)[0])
+        torch.testing.assert_close(traced(idx), model(idx)[0])
