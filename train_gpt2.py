@@ -155,8 +155,9 @@ def check(config: Config) -> None:
     if config.recipe not in RECIPES or config.model not in SIZES:
         raise UserError(f"--recipe {config.recipe} --model {config.model}: choose of {[*RECIPES]} and {[*SIZES]}")
     for name, value in asdict(config).items():
-        positive = name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every")
+        positive = name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every", "timeout_minutes")
         most = math.inf if isinstance(value, float) else 2**63  # what a tensor or a generator can hold
+        most = 10_000 if name == "timeout_minutes" else most  # a week
         if isinstance(value, (int, float)) and not (0 < value < most if positive else 0 <= value < most):
             least = "more than 0" if positive else "0 or more"
             raise UserError(f"--{name} is {value}; it must be {least}, and less than {most}")
@@ -701,7 +702,7 @@ def score_hellaswag(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
 
 
 def draw_samples(run: "Run", stop: "StopSignal", n: int = 4, length: int = 24) -> dict:
-    """Print continuations of the prompt, `length` tokens, of the 50 likeliest: the same seed each time."""
+    """Print n continuations of `length` tokens, sampled from the 50 likeliest with the same seed each time."""
     if run.ranks.rank == 0:
         from extras.tokenizer import printable
         prompt = run.tokenizer.encode(run.config.sample_prompt) or [run.tokenizer.eot]
@@ -731,7 +732,8 @@ def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
     tokenizer = load = None
     try:
         from extras.tokenizer import load_tokenizer
-        tokenizer = load_tokenizer(name)
+        with all_or_none():
+            tokenizer = load_tokenizer(name)
         from hellaswag import rows_or_none
         load = partial(rows_or_none, config.hella_data, config.hella_limit, tokenizer, config.seq_len)
     except ModuleNotFoundError as error:
@@ -740,9 +742,11 @@ def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
     tokenizer = None if any_rank(tokenizer is None, ranks) else tokenizer
     if not config.hella_every or any_rank(load is None, ranks):
         return tokenizer, None
-    rows = load() if ranks.rank == 0 else None  # it may have to download a file
-    if any_rank(rows is not None, ranks) and ranks.rank:
-        rows = load()
+    with all_or_none():
+        rows = load() if ranks.rank == 0 else None  # it may have to download a file
+    if any_rank(rows is not None, ranks):
+        with all_or_none():
+            rows = load() if ranks.rank else rows
     return tokenizer, None if any_rank(rows is None, ranks) else rows
 
 
@@ -1054,6 +1058,8 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
             damaged.append(str(error))
             print0(f"WARNING: {error}")
     if saved is None:
+        if config.resume_from:
+            raise UserError(f"--resume {config.resume_from}: {damaged[0]}")
         if damaged and not config.force:
             raise UserError(f"{log_dir}: no checkpoint of this run can be read ({damaged[0]}); --force starts anew")
         if log.exists():
@@ -1078,7 +1084,7 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
 def died_before_first_checkpoint(log: Path, save_every: int) -> bool:
     """Whether a log without checkpoints is that of a run of ours which had none to lose; it begins again at step 0.
 
-    Training goes on while the first is written, but at the latest when the second is due that has ended.
+    Training goes on while the first is written, but that has ended by the time the second is due.
     """
     last_step, text = max(read_log(log).get("train", {}), default=0), log.read_text(encoding="utf-8", errors="replace")
     return not text or (text.startswith("# config {") and (last_step <= 2 * save_every or not save_every))
@@ -1353,9 +1359,10 @@ def set_up(config: Config, ranks: Ranks) -> Run:
             from extras.fit import fit_micro_batch
             run.micro_batch = fit_micro_batch(run, any_rank)
     if ranks.world_size > 1:  # DDP sorts its buckets after one backward pass; a resumed run must sum in the same order
-        with torch.random.fork_rng(), run.autocast():
-            idx = torch.zeros(1, config.seq_len, dtype=torch.int64, device=ranks.device)
-            model(idx.expand(run.micro_batch, -1).int(), idx.expand(run.micro_batch, -1))[1].backward()
+        model.require_backward_grad_sync = True  # trying the micro-batch turned it off
+        with run.autocast():
+            idx = torch.zeros(run.micro_batch, config.seq_len, dtype=torch.int32, device=ranks.device)
+            model(idx, idx.long())[1].backward()
         optimizer.zero_grad(set_to_none=True)
     return run
 
@@ -1402,7 +1409,7 @@ class Meter:
             self.log.track.end(finished)
 
     def restart_clock(self) -> None:
-        """After what is not training, on whichever rank it was."""
+        """After an evaluation or a save; the ranks wait for each other here."""
         self.stop.agreed()
         self.clock = time.perf_counter()
 
@@ -1493,14 +1500,18 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
         saver = Saver(config.log_dir, config.keep_checkpoints, log, rank0)
         if rank0:
             saver.require_room(run.raw_model)
+    # evaluated before this checkpoint was saved; all ranks must agree on it, or some would wait for the others
+    already = [name for name in run.evaluations if step and step in log.values.get(name, {})]
+    require_same(f"evaluations of step {step} in log.txt", tuple(already), run.ranks)
     meter = Meter(run, log, stop)
     meter.log_start()
     with contextlib.closing(log), contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
             for name, every in run.evaluations.items():
-                already = step == run.start > 0 and step in log.values.get(name, {})  # before this checkpoint was saved
-                if every and (last or step % every == 0) and not already and not stopping:
+                if step == run.start and name in already:
+                    continue
+                if every and (last or step % every == 0) and not stopping:
                     stopping = meter.read() or not meter.evaluate(step, name)
             if step > run.start and (last or stopping or (config.save_every and step % config.save_every == 0)):
                 stopping |= meter.read()
@@ -1525,8 +1536,9 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
 def main(config: Config) -> dict[str, float]:
     """Train as `config` says, and return the last value of each stream of the log."""
     config = resolve(config)
-    if config.resume_from and config.log_dir == Config.log_dir:
-        config = replace(config, log_dir=os.path.dirname(config.resume_from) or ".")
+    if config.resume_from:
+        here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
+        config = replace(config, resume=True, log_dir=here)
     with joined_ranks(config.device, partial(check, config)) as ranks, StopSignal(ranks) as stop:
         try:
             return train(set_up(config, ranks), stop)
@@ -1556,7 +1568,8 @@ def parse(argv: list[str] | None = None) -> Config:
 def run_command_line(argv: list[str] | None = None) -> None:
     """Parse and train. A UserError or want of memory becomes one line on stderr, and exit status 2."""
     for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # a console that can't show a character must not end a run
+        if hasattr(output, "reconfigure"):  # a console that can't show a character must not end a run
+            output.reconfigure(errors="replace")
     try:
         main(parse(argv))
     except KeyboardInterrupt:

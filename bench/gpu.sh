@@ -1,5 +1,5 @@
-#!/bin/sh
-# Everything to be measured on one GPU, in an order that a 30-minute lease can hold. Each part ends within nine minutes on
+#!/bin/bash
+# Everything to be measured on one GPU, in an order that 30 minutes of a rented card can hold. Each part ends within nine minutes on
 # an H100 or H200 and writes its own file into $OUT (bench/out); one that fails does not stop the next.
 #
 #   bench/gpu.sh check        1  attention's gradients; losses against the CPU's; resume; where the time of a step goes
@@ -16,7 +16,7 @@
 # More flags go to the part's bench/*.py, behind ours. $PYTHON is the Python to use. Wants data/python-docs (makes it if it
 # isn't there); `evaluations` wants $HELLA, a local hellaswag_val.jsonl(.gz); `evaluations` and `curves` read the shards in
 # $DATA, which fineweb.py makes from $TEXT where they are missing.
-set -eu
+set -eu -o pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/out}
@@ -30,9 +30,15 @@ SMALL=${SMALL:-}  # set by rehearse
 if [ -n "$SMALL" ]; then
     step="--device cpu --n_layer 1 --seq_len 64 --micro_batch 2 --accumulate 2 --rounds 1 --steps 1 --warmup 1"
     one="--device cpu --n_layer 1 --seq_len 64"
+    device=cpu steps=2 B=2
+    run="--total_batch_size 128 --max_steps 4 --val_tokens 256 --warmup_steps 1"
+    sizes="gpt2-medium:2 gpt2-large:2 gpt2-xl:2"
 else
     step="--device cuda --micro_batch 64 --accumulate 8 --rounds 5 --steps 2 --at_once 0"
     one="--device cuda"
+    device=cuda steps=20 B=64
+    run="--total_batch_size 131072 --max_steps 800 --val_every 50 --val_tokens 1048576 --sample_every 400 --warmup_steps 60"
+    sizes="gpt2-medium:32 gpt2-large:32 gpt2-xl:16"
 fi
 step="$PYTHON bench/train_step.py $step"
 
@@ -42,9 +48,9 @@ fi
 
 case $what in
 check)
-    $PYTHON bench/cuda_check.py --device "${SMALL:+cpu}${SMALL:-cuda}" --steps "${SMALL:+2}${SMALL:-20}" "$@" 2>&1 |
+    $PYTHON bench/cuda_check.py --device $device --steps $steps "$@" 2>&1 |
         tee "$OUT/check.md"
-    $PYTHON bench/profile.py $one --compile --micro_batch "${SMALL:-64}" "$@" 2>&1 | tee "$OUT/profile.md"
+    $PYTHON bench/profile.py $one --compile --micro_batch $B "$@" 2>&1 | tee "$OUT/profile.md"
     ;;
 peers)
     $step --peer peers/build-nanogpt peers/nanoGPT --variants build-nanogpt ours,compile build-nanogpt,compile \
@@ -52,8 +58,8 @@ peers)
     ;;
 levers)
     $step --accumulate 4 --variants ours,compile ours,compile,sdpa=cudnn ours,compile,sdpa=flash \
-        ours,compile,loss_logsumexp ours,compile,loss_halves ours,compile,coordinate_descent \
-        ours,compile,no_bf16_residual ours,compile,recompute ours,compile,recipe=fast "$@" 2>&1 | tee "$OUT/levers.md"
+        ours,compile,plain_loss ours,compile,no_fast_math ours,compile,autotune_pointwise \
+        ours,compile,sigmoid_gelu ours,compile,no_bf16_residual ours,compile,recompute ours,compile,recipe=fast "$@" 2>&1 | tee "$OUT/levers.md"
     ;;
 memory)
     $PYTHON bench/memory.py $one ${SMALL:+--micro_batches 1 2} "$@" 2>&1 | tee "$OUT/memory.md"
@@ -70,16 +76,14 @@ curves)
         $PYTHON fineweb.py --input $TEXT --out "$DATA" --val_size 2000000 2>&1 | tail -n 3
     fi
     for recipe in gpt2 fast; do  # 105M tokens each
-        $PYTHON train_gpt2.py --recipe $recipe --data_dir "$DATA" --log_dir "$OUT/$recipe" $one --warmup_steps 60 \
-            ${SMALL:---total_batch_size 131072 --max_steps 800 --val_every 50 --val_tokens 1048576 --sample_every 400} \
-            ${SMALL:+--total_batch_size 128 --max_steps 4 --val_tokens 256 --warmup_steps 1} \
+        $PYTHON train_gpt2.py --recipe $recipe --data_dir "$DATA" --log_dir "$OUT/$recipe" $one $run \
             --hella_every 0 --save_every 0 "$@" 2>&1 | tee "$OUT/$recipe.txt"
     done
     $PYTHON plot_log.py "$OUT/gpt2" "$OUT/fast" --out "$OUT/curves.png"
     ;;
 sizes)
-    for size in "gpt2-medium 32" "gpt2-large 32" "gpt2-xl 16"; do
-        $step --model "${size% *}" ${SMALL:---micro_batch "${size#* }"} --accumulate 4 --rounds 2 --steps 1 \
+    for size in $sizes; do
+        $step --model "${size%:*}" --micro_batch "${size#*:}" --accumulate 4 --rounds 2 --steps 1 \
             --variants ours,compile "$@" 2>&1 | tee -a "$OUT/sizes.md"
     done
     ;;
@@ -90,11 +94,11 @@ ddp)
     ;;
 all)
     for part in check peers levers memory evaluations curves sizes; do
-        sh bench/gpu.sh $part || echo "bench/gpu.sh $part: exit status $?"
+        bash bench/gpu.sh $part || echo "bench/gpu.sh $part: exit status $?"
     done
     ;;
 rehearse)
-    SMALL=2 OUT=$OUT/rehearsal sh bench/gpu.sh all
+    SMALL=yes OUT=$OUT/rehearsal bash bench/gpu.sh all
     ;;
 *) echo "bench/gpu.sh: $what is none of the parts; see its first lines" >&2 && exit 2 ;;
 esac

@@ -61,14 +61,18 @@ def blame(error: Exception, directory: str) -> str:
     """Who stopped answering, since when and at what; "" if nobody did. Also writes this rank's Python stack there."""
     if not (dist.is_initialized() and re.search("[Tt]imed out|[Tt]imeout|closed by peer|reset by peer", str(error))):
         return ""
+    os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, f"stack_rank{dist.get_rank()}.txt"), "w") as file:
         faulthandler.dump_traceback(file)
         traceback.print_exception(error, file=file)
-    store, seen = dist.distributed_c10d._get_default_store(), []
-    for rank in range(dist.get_world_size()):
-        if rank != dist.get_rank() and store.check([f"at{rank}"]):
-            step, what, when = store.get(f"at{rank}").decode().split("\n")
-            ago = time.time() - float(when)
-            seen.append((float(when), f"rank {rank}, last heard of {ago:.0f} s ago: {what} {step}"))
-    silent = min(seen, default=(0, "a rank that never began"))[1]  # whoever was heard of last is only waiting, too
+    try:
+        store, seen = dist.distributed_c10d._get_default_store(), []
+        for rank in range(dist.get_world_size()):
+            if rank != dist.get_rank() and store.check([f"at{rank}"]):
+                step, what, when = store.get(f"at{rank}").decode().split("\n")
+                ago = time.time() - float(when)
+                seen.append((float(when), f"rank {rank}, last heard of {ago:.0f} s ago: {what} {step}"))
+        silent = min(seen, default=(0, "one that never began"))[1]  # whoever was heard of last is only waiting, too
+    except RuntimeError:
+        silent = "rank 0, or its node"  # the store was there
     return f"the ranks wait for one that does not answer: {silent}; what this one did is in {file.name}"

@@ -48,7 +48,8 @@ def fit_micro_batch(run, any_rank) -> int:
             if not re.search(NO_MEMORY, failed):
                 raise
         if not any_rank(bool(failed), run.ranks):
-            run.ranks.print0(f"ready    micro-batch {B} compiled and tried in {time.perf_counter() - began:.1f} s")
+            what = "compiled and tried" if run.compiled else "tried"
+            run.ranks.print0(f"ready    micro-batch {B} {what} in {time.perf_counter() - began:.1f} s")
             return B
         if B == 1 or run.config.micro_batch:
             better = "leave --micro_batch at 0" if B > 1 else "lower --seq_len or --model, or turn on --recompute"

@@ -102,3 +102,9 @@ def test_without_hellaswag_on_one_node_both_train_without(data, tmp_path):
     ends = run_nodes(configs, (ROOT, home))
     assert [status for status, _, _ in ends] == [0, 0], ends
     assert "step: 2" in ends[0][1] and "hella" not in ends[0][1]
+
+
+def test_a_hellaswag_file_that_one_node_lacks_ends_both(data, tmp_path):
+    lacking = {"hella_data": str(tmp_path / "nowhere.jsonl")}
+    ends = run_nodes(on_one_node(lacking, 0, data, tmp_path, hella_every=1))
+    assert [status for status, _, _ in ends] == [2, 2] and all("nowhere.jsonl" in err for _, _, err in ends)

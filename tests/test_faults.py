@@ -139,6 +139,37 @@ def test_many_ranks_resumed_end_as_if_undisturbed(data, tmp_path, ranks):
     assert same_weights(tmp_path / "straight" / "ckpt_000010.pt", tmp_path / "resumed" / "ckpt_000010.pt")
 
 
+BUCKETS = """
+import sys
+from functools import partial
+sys.path.insert(0, sys.argv.pop(1))
+import torch, train_gpt2
+graphs = []
+def counting(graph, inputs, **_):
+    graphs.append(1)
+    return graph.forward
+torch.compile = partial(torch.compile, backend=counting)
+train = train_gpt2.train
+def watched(run, stop):
+    assert run.model.require_backward_grad_sync, "the pass that sorts DDP's buckets was not shared"
+    print("graphs", len(graphs), flush=True)
+    return train(run, stop)
+train_gpt2.train = watched
+train_gpt2.run_command_line()
+"""
+
+
+def test_compiled_ranks_sort_their_buckets_before_the_first_step_and_compile_once(data, tmp_path):
+    config = tiny_config(data, tmp_path / "log", micro_batch=4, compile=True, max_steps=2, val_every=0)
+    (tmp_path / "buckets.py").write_text(BUCKETS)
+    line = command(config, 2)
+    at = line.index(str(ROOT / "train_gpt2.py"))
+    line[at : at + 1] = [str(tmp_path / "buckets.py"), str(ROOT)]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("graphs 1") == 2
+
+
 def test_a_stop_inside_an_evaluation_breaks_it_off(data, tmp_path, monkeypatch):
     straight = tiny_config(data, tmp_path / "straight", max_steps=6, save_every=0, val_every=3)
     main(straight)
