@@ -29,14 +29,17 @@ def begin(run) -> str:
         f"{shape.n_tokens} ids padded to {shape.vocab_size}, sequences up to {shape.block_size}",
         f"data     {config.data_dir}: {tokens:,} train tokens ({run.loader['tokenizer']}), "
         f"{tokens / batch:,.0f} steps an epoch",
-        f"step     {batch:,} tokens: {run.micro_batch} sequences x {config.seq_len} tokens x {W} ranks x "
-        f"{accumulation} micro-batches",
+        f"step     {batch:,} tokens: micro-batch {run.micro_batch} x {config.seq_len} tokens x ranks {W} x "
+        f"accumulation {accumulation}",
         f"run      {steps:,} steps, {steps * batch:,} tokens, {steps * batch / tokens:.2f} epochs, "
         f"{steps * batch * flops:.1e} FLOP",
     ]
     if run.start:
         done = "; all is done, a larger --max_steps goes on" if run.start >= steps else ""
         lines.append(f"resumed  at step {run.start}{done}")
+    if steps * batch > 100 * tokens:
+        epochs = steps * batch / tokens
+        lines.append(f"note     {epochs:,.0f} epochs: the model will learn these {tokens:,} tokens by heart")
     if config.warmup_steps >= steps:
         lines.append(f"note     --warmup_steps {config.warmup_steps:,} is not over when the run is")
     return "\n".join(lines)

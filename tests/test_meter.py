@@ -22,7 +22,7 @@ def test_the_screen(tmp_path, capsys, monkeypatch):
     assert re.search(r"cpu \(\d+ of \d+ threads, [\d.]+ GiB\), eager, float32", head["device"])
     assert "38,784 parameters: 2 layers, 2 heads, width 32" in head["model"]
     assert "5,472 train tokens (bytes), 21 steps an epoch" in head["data"]
-    assert "256 tokens: 8 sequences x 32 tokens x 1 ranks x 1 micro-batches" in head["step"]
+    assert "256 tokens: micro-batch 8 x 32 tokens x ranks 1 x accumulation 1" in head["step"]
     flops = 2560 * hardware.flops_per_token(SimpleNamespace(n_layer=2, n_embd=32, vocab_size=384), 32)
     assert f"10 steps, 2,560 tokens, 0.47 epochs, {flops:.1e} FLOP" in head["run"]
     assert [line[:10] for line in lines if line.startswith("EVAL")] == ["EVAL     0", "EVAL     5", "EVAL    10"]
@@ -62,3 +62,10 @@ CARDS = {
 def test_no_card_is_taken_for_another(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert hardware.peak_flops(torch.device("cuda")) == CARDS[name] * 1e12
+
+
+def test_a_run_of_a_thousand_epochs_is_noted(tmp_path, capsys):
+    data = token_set(tmp_path / "data", (700, 300))
+    main(tiny_config(data, tmp_path / "log", max_steps=150, val_every=0, n_layer=1))
+    note = r"^note +1\d\d epochs: the model will learn these \d+ tokens by heart$"
+    assert re.search(note, capsys.readouterr().out, re.M)
