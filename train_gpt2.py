@@ -509,7 +509,7 @@ class SampleStream:
         if not len(self):
             raise UserError(
                 f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only "
-                f"{max(len(s.tokens) for s in shards)}; lower it, or raise fineweb.py's --val_size if val is so short"
+                f"{max(len(s.tokens) for s in shards)}; lower it, or prepare more text (for val, a larger --val_size)"
             )
         self.has_masks = any(shard.mask is not None for shard in shards)
         self.shard_order = lru_cache(maxsize=2)(self._shard_order)
@@ -935,7 +935,7 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
 
 def largest_divisor(n: int, most: float) -> int:
     """Of n, no larger than `most`, but at least 1."""
-    return max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= most))
+    return max((d for d in range(1, n + 1) if n % d == 0 and d <= most), default=1)
 
 
 def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:
@@ -1056,10 +1056,10 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
             saved = read_checkpoint(paths[len(damaged)])
         except UserError as error:
             damaged.append(str(error))
+            if config.resume_from:
+                raise UserError(f"--resume: {error}; {log_dir} has the checkpoints of steps {steps}") from error
             print0(f"WARNING: {error}")
     if saved is None:
-        if config.resume_from:
-            raise UserError(f"--resume {config.resume_from}: {damaged[0]}")
         if damaged and not config.force:
             raise UserError(f"{log_dir}: no checkpoint of this run can be read ({damaged[0]}); --force starts anew")
         if log.exists():
@@ -1070,7 +1070,8 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     before, now = saved["config"] | saved["loader"], asdict(config) | loader
     changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
     if shape := "; ".join(changed[key] for key in changed if key in SHAPE):
-        raise UserError(f"{log_dir} can't go on with weights of another shape: {shape}; choose another --log_dir")
+        same = "give the flags it was made with, or another --log_dir"
+        raise UserError(f"{log_dir} can't go on with weights of another shape: {shape} (0 = from --model); {same}")
     others = "; ".join(changed[key] for key in changed if key in FIXED)
     if others and not config.force:
         raise UserError(f"{log_dir} can't go on as the same run: {others}; --force does it all the same")

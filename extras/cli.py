@@ -27,6 +27,8 @@ def check_names(argv: Sequence[str]) -> None:
     """UserError for a flag that another trainer has, with ours."""
     for word in argv:
         name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name == "dropout":
+            raise UserError("there is no --dropout here; it is two lines in the model: README, Changing the model")
         if word.startswith("--") and name in ELSEWHERE:
             raise UserError(f"there is no --{name} here; it is called --{ELSEWHERE[name]}")
 

@@ -114,6 +114,7 @@ def test_an_old_torch_is_named(monkeypatch):
 @pytest.mark.parametrize(
     "command, line",
     [
+        (["train_gpt2.py", "--dropout", "0.1"], "there is no --dropout here"),
         (["train_gpt2.py", "--timeout_minutes", "0"], "--timeout_minutes is 0.0; it must be more than 0"),
         (["train_gpt2.py", "--learning-rate", "1"], "there is no --learning_rate here; it is called --max_lr"),
         (["train_gpt2.py"], "no train shards in 'edu_fineweb10B'; run fineweb.py first"),

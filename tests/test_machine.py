@@ -169,3 +169,13 @@ def test_mps_wants_a_newer_torch(monkeypatch):
     assert train_gpt2.find_device("cpu").type == "cpu"
     monkeypatch.setattr(torch, "__version__", "2.13.0")
     assert train_gpt2.find_device("mps").type == "mps"
+
+
+def test_fewer_sequences_than_ranks_is_one_line():
+    config, shape = train_gpt2.Config(total_batch_size=32, seq_len=32), train_gpt2.GPTConfig(32, 384, 1, 1, 32)
+    for micro_batch in (0, 1):
+        with pytest.raises(UserError, match=r"--seq_len 32 \* 2 ranks = 64; try --total_batch_size 64"):
+            ranks = train_gpt2.Ranks(0, 2, torch.device("cpu"))
+            train_gpt2.pick_micro_batch(
+                train_gpt2.replace(config, micro_batch=micro_batch), shape, ranks, False, torch.float32
+            )

@@ -370,7 +370,8 @@ def test_a_run_goes_on_from_the_checkpoint_it_is_given(saved, tmp_path, capsys):
     train_gpt2.main(replace(long, resume=True, resume_from=middle, max_steps=5, save_every=0))
     said = capsys.readouterr().out
     assert "resuming at step 4; later checkpoints stay until this run overtakes them: [6]" in said
-    with pytest.raises(UserError, match=r"--resume .*ckpt_00002.pt: .*No such file"):  # a slip is no new beginning
+    slip = r"--resume: .*ckpt_00002.pt .*No such file.*has the checkpoints of steps \[6, 5, 4, 2\]"
+    with pytest.raises(UserError, match=slip):  # and no new beginning
         train_gpt2.main(replace(long, resume_from=str(tmp_path / "log" / "ckpt_00002.pt"), force=True))
     assert saved_steps(tmp_path / "log") == [6, 5, 4, 2] and "\nstep     4 |" in said and "\nstep     3 |" not in said
 
