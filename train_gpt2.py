@@ -935,7 +935,7 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
 
 def largest_divisor(n: int, most: float) -> int:
     """Of n, no larger than `most`, but at least 1."""
-    return max((d for d in range(1, n + 1) if n % d == 0 and d <= most), default=1)
+    return next((d for d in range(int(min(n, most)), 1, -1) if n % d == 0), 1)
 
 
 def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:
@@ -1554,7 +1554,7 @@ def main(config: Config) -> dict[str, float]:
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config."""
     import tyro
-    about, argv = __doc__.partition("\nContents:")[0], sys.argv[1:] if argv is None else argv
+    about, argv = (__doc__ or "").partition("\nContents:")[0], sys.argv[1:] if argv is None else argv
     with contextlib.suppress(ModuleNotFoundError):
         from extras.cli import check_names
         check_names(argv)

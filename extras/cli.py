@@ -37,7 +37,7 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     """The command line as an instance of `config_class`: a flag for each field, its comment or docstring the help."""
     import tyro
 
-    about = description.partition("\nContents:")[0]  # what follows is for those who read the source
+    about = (description or "").partition("\nContents:")[0]  # what follows is for those who read the source
     markers = (tyro.conf.DisallowNone,)  # so that an optional bool is --flag and --no-flag
     return tyro.cli(config_class, args=argv, description=about, use_underscores=True, config=markers)
 

@@ -141,3 +141,10 @@ def test_an_environment_that_makes_no_sense_costs_one_line(settings, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **settings})
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert next(iter(settings)) in result.stderr and "let torchrun set them" in result.stderr
+
+
+def test_without_docstrings_and_asserts_the_scripts_still_answer():
+    for script in ("train_gpt2.py", "fineweb.py", "sample.py", "plot_log.py", "hellaswag.py"):
+        line = [sys.executable, "-OO", str(ROOT / script), "--quark"]
+        result = subprocess.run(line, capture_output=True, text=True)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr

@@ -179,3 +179,11 @@ def test_fewer_sequences_than_ranks_is_one_line():
             train_gpt2.pick_micro_batch(
                 train_gpt2.replace(config, micro_batch=micro_batch), shape, ranks, False, torch.float32
             )
+
+
+def test_the_largest_divisor_is_found_at_once():
+    plain = lambda n, most: max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= most))  # noqa: E731
+    for n in range(1, 40):
+        for most in (0, 1, 2.5, 7, 64):
+            assert train_gpt2.largest_divisor(n, most) == plain(n, most)
+    assert train_gpt2.largest_divisor(2**50 // 3, 64) == 31 and train_gpt2.largest_divisor(0, 64) == 1
