@@ -1304,20 +1304,35 @@ def make_model(config: Config, n_tokens: int) -> GPT:
     return model
 
 
+def open_streams(config: Config, manifest: dict) -> tuple[SampleStream, SampleStream | None]:
+    """The samples of the train split, and those of the val split if there is validation."""
+    n_tokens, T = manifest["tokenizer"]["vocab_size"], config.seq_len
+    train = SampleStream(open_shards(config.data_dir, "train", manifest), T, n_tokens, config.order, config.seed)
+    if not config.val_every:
+        return train, None
+    return train, SampleStream(open_shards(config.data_dir, "val", manifest), T, n_tokens)
+
+
+def sort_buckets(run: Run) -> None:
+    """One backward pass of zeros: DDP sorts its buckets after the first; a resumed run must sum in the same order."""
+    run.model.require_backward_grad_sync = True  # trying the micro-batch turned it off
+    with run.autocast():
+        idx = torch.zeros(run.micro_batch, run.config.seq_len, dtype=torch.int32, device=run.device)
+        run.model(idx, idx.long())[1].backward()
+    run.optimizer.zero_grad(set_to_none=True)
+
+
 def set_up(config: Config, ranks: Ranks) -> Run:
     """Open the data, make or load the model, and what trains it. Nothing is written."""
     config, dtype = resolve(config), pick_dtype(config.dtype, ranks.device)
     with all_or_none():  # no rank waits for another in here
         manifest = read_manifest(config.data_dir)
         name, n_tokens = manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
-        shards = open_shards(config.data_dir, "train", manifest)
-        train = SampleStream(shards, config.seq_len, n_tokens, config.order, config.seed)
-        val_shards = open_shards(config.data_dir, "val", manifest) if config.val_every else None
-        val = SampleStream(val_shards, config.seq_len, n_tokens) if val_shards else None
+        train, val = open_streams(config, manifest)
         if config.epochs:
             steps = math.ceil(config.epochs * len(train) * config.seq_len / config.total_batch_size)
             config = replace(config, max_steps=steps)
-        loader = {"tokenizer": name, "data": fingerprint(shards, manifest)}
+        loader = {"tokenizer": name, "data": fingerprint(train.shards, manifest)}
 
         saved = checkpoint_to_resume(config, loader, ranks.print0)
         start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
@@ -1359,12 +1374,8 @@ def set_up(config: Config, ranks: Ranks) -> Run:
         with contextlib.suppress(ModuleNotFoundError):  # without it the estimate stands
             from extras.fit import fit_micro_batch
             run.micro_batch = fit_micro_batch(run, any_rank)
-    if ranks.world_size > 1:  # DDP sorts its buckets after one backward pass; a resumed run must sum in the same order
-        model.require_backward_grad_sync = True  # trying the micro-batch turned it off
-        with run.autocast():
-            idx = torch.zeros(run.micro_batch, config.seq_len, dtype=torch.int32, device=ranks.device)
-            model(idx, idx.long())[1].backward()
-        optimizer.zero_grad(set_to_none=True)
+    if ranks.world_size > 1:
+        sort_buckets(run)
     return run
 
 

@@ -152,7 +152,7 @@ torch.compile = partial(torch.compile, backend=counting)
 train = train_gpt2.train
 def watched(run, stop):
     assert run.model.require_backward_grad_sync, "the pass that sorts DDP's buckets was not shared"
-    print("graphs", len(graphs), flush=True)
+    assert len(graphs) == 1, f"{len(graphs)} graphs"
     return train(run, stop)
 train_gpt2.train = watched
 train_gpt2.run_command_line()
@@ -167,7 +167,6 @@ def test_compiled_ranks_sort_their_buckets_before_the_first_step_and_compile_onc
     line[at : at + 1] = [str(tmp_path / "buckets.py"), str(ROOT)]
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("graphs 1") == 2
 
 
 def test_a_stop_inside_an_evaluation_breaks_it_off(data, tmp_path, monkeypatch):
