@@ -27,8 +27,9 @@ import torch
 from extras.checkpoints import load_any
 from extras.cli import UserError, run
 from extras.generation import pad_left, stream, use_onednn
+from extras.hardware import find_device, keep_freed_memory
 from extras.tokenizer import encode_prompt, load_tokenizer, printable, tokenizer_name
-from train_gpt2 import GPT, find_device, keep_freed_memory
+from train_gpt2 import GPT
 
 SAMPLES_BYTES = 2**31  # memory for the keys, values and logits of one batch of samples
 LINE = "-" * 80

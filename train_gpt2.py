@@ -11,21 +11,20 @@ Without a flag this is GPT-2 124M on FineWeb-Edu: 19,073 steps of 524,288 tokens
 Contents: Config · Model · Data · Optimization · Evaluation · Ranks and devices · Run directory · Training.
 Shapes:   B batch, T time, C channels, nh heads, hs head size, V vocabulary (padded), n tokens that exist, L layers.
 
-This file runs alone, with torch, numpy and tyro. Importing it does nothing. What it takes from hellaswag.py and extras/
-is imported where a setting asks for it: HellaSwag, samples, --init_from, --recipe fast, --track.
+This file runs alone, with torch, numpy and tyro. Importing it does nothing. HellaSwag, samples, --init_from,
+--recipe fast and --track need hellaswag.py and extras/ beside it; `extra` is for what only explains or shows more.
 """
 
 import contextlib
-import ctypes
 import gc
 import hashlib
+import importlib
 import io
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -78,7 +77,7 @@ MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which th
 class Config:
     """All settings; each is a flag of the same name. 0 and auto mean: find out. None means: as --recipe says."""
 
-    data_dir: str = "edu_fineweb10B"  # token shards, as fineweb.py writes them
+    data_dir: str = "edu_fineweb10B"  # token shards, as fineweb.py writes them, or .bin files of llm.c
     log_dir: str = "log"  # log.txt and checkpoints go here; one run, one directory
     resume: bool = False  # continue from the newest checkpoint in log_dir, or start if there is none yet
     resume_from: str = ""  # continue from this checkpoint, not the newest; --resume PATH says the same
@@ -104,7 +103,6 @@ class Config:
     min_lr: float | None = None  # learning rate at the end (gpt2: 6e-05, fast: 0)
     muon_lr: float | None = None  # Muon's, for the matrices of the blocks; 0 = AdamW for all (gpt2: 0, fast: 0.0036)
     muon_momentum: float = 0.95  # Nesterov momentum of Muon
-    zero_init: bool = False  # start with zero residual projections, so that every block is the identity
     weight_decay: float = 0.1  # for matrices and embeddings; biases and LayerNorms have none
     grad_clip: float = 1.0  # largest norm of the gradient (0 = no clipping)
 
@@ -122,7 +120,7 @@ class Config:
     keep_checkpoints: int = 2  # how many of the newest to keep (0 = all); the best validation's is kept, too
     force: bool = False  # resume even though the data, the model or the batch changed
 
-    device: str = "auto"  # cuda, mps, cpu, or one device such as cuda:1
+    device: str = "auto"  # cuda, mps, xpu, cpu, or one device such as cuda:1
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of autocast
     compile: bool | None = None  # torch.compile the training step (default: on CUDA, if there is Triton)
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: slower, far less memory
@@ -138,44 +136,25 @@ class LocalError(UserError):
     """A UserError that perhaps only this rank meets, so this rank reports it; else the first rank of a node does."""
 
 
-def missing(error: ModuleNotFoundError) -> str:
-    """What to say of a file or a package that a setting asks for and that is not here."""
-    top, file = error.name.split(".")[0], error.name.replace(".", "/") + ("/" if error.name == "extras" else ".py")
-    return f"{file} is not beside train_gpt2.py" if top in ("extras", "hellaswag") else f"pip install {top}"
+class Nothing:
+    """In place of a module of extras/ where there is none: each of its functions does nothing."""
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *arguments, **options: None
+
+
+def extra(module: str):
+    """extras.MODULE, which explains an error better, or shows and checks more; `Nothing` where this file runs alone."""
+    try:
+        return importlib.import_module(f"extras.{module}")
+    except ModuleNotFoundError:
+        return Nothing()
 
 
 def resolve(config: Config) -> Config:
     """The config with the recipe's values where a setting is None. Derived when a run starts, not before."""
     recipe = RECIPES.get(config.recipe, {})
     return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})
-
-
-def check(config: Config) -> None:
-    """Raise UserError for a value that can't be right, before anything is opened or written."""
-    if config.recipe not in RECIPES or config.model not in SIZES:
-        raise UserError(f"--recipe {config.recipe} --model {config.model}: choose of {[*RECIPES]} and {[*SIZES]}")
-    for name, value in asdict(config).items():
-        positive = name in ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every", "timeout_minutes")
-        most = math.inf if isinstance(value, float) else 2**63  # what a tensor or a generator can hold
-        most = 10_000 if name == "timeout_minutes" else most  # a week
-        if isinstance(value, (int, float)) and not (0 < value < most if positive else 0 <= value < most):
-            least = "more than 0" if positive else "0 or more"
-            raise UserError(f"--{name} is {value}; it must be {least}, and less than {most}")
-        if isinstance(value, str) and not value.isprintable():  # a name that is not UTF-8: a checkpoint can't hold it
-            raise UserError(f"--{name} {value!a} has characters that can't be printed; give it another name")
-    if config.min_lr > config.max_lr:
-        raise UserError(f"--min_lr {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower it (a tenth is usual)")
-    if config.muon_momentum >= 1:
-        raise UserError(f"--muon_momentum is {config.muon_momentum}; it must be below 1, or no matrix ever moves")
-    if config.total_batch_size % config.seq_len:
-        near = max(1, round(config.total_batch_size / config.seq_len)) * config.seq_len
-        multiple = f"a multiple of --seq_len {config.seq_len}; try {near}"
-        raise UserError(f"--total_batch_size {config.total_batch_size} is not {multiple}")
-    if config.epochs and config.max_steps != Config.max_steps:
-        raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
-    if config.track != "none":
-        from extras.track import require_tracker
-        require_tracker(config.track)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -445,42 +424,52 @@ def read_manifest(data_dir: str) -> dict:
     return manifest
 
 
-def open_shards(data_dir: str, split: str, manifest: dict) -> list[Shard]:
+def open_array(path: Path, dtype: str = "uint16") -> np.ndarray:
+    """The 1-D array in a .npy file, or the tokens in a .bin of llm.c or modded-nanogpt, memory-mapped.
+
+    A .bin begins with 256 int32: 20240520, version 1, the number of tokens, and zeros.
+    """
+    try:
+        if path.suffix == ".bin":
+            header, array = np.fromfile(path, "<i4", 256), np.memmap(path, "<u2", "r", 1024)
+            if header[:3].tolist() != [20240520, 1, len(array)]:
+                raise ValueError(f"header {header[:3]}, not [20240520 1 {len(array)}]")
+        else:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not a whole {path.suffix} file ({error}); run fineweb.py --verify") from error
+    if array.ndim != 1 or array.dtype != dtype:
+        raise UserError(f"{path} holds {array.dtype}{list(array.shape)}, not {dtype}[n]; run fineweb.py again")
+    return array
+
+
+def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     """Memory-map the shards of a split, in order. UserError for none, or for one that is not what it should be."""
-    paths = {path.name: path for path in sorted(Path(data_dir).glob(f"*_{split}_*.npy")) if ".mask" not in path.name}
+    folder, n_tokens, shards = Path(data_dir), manifest["tokenizer"]["vocab_size"], []
+    paths = {path.name: path for path in sorted(folder.glob(f"*_{split}[_.]*")) if path.suffix in (".npy", ".bin")}
+    paths = {name: path for name, path in paths.items() if ".mask" not in name}
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"] if shard["split"] == split}
     if missing := sorted(set(listed) - set(paths)):
         raise UserError(f"{data_dir} lacks {', '.join(missing[:3])} of manifest.json; run fineweb.py --verify")
     if strays := sorted(set(paths) - set(listed or paths)):
         raise UserError(f"{paths[strays[0]]} is not in manifest.json: it belongs to another set; move it away")
     if not paths:
-        others = [path.name for path in sorted(Path(data_dir).glob("*.bin"))]
-        there = f" ({', '.join(others[:3])} of nanoGPT or llm.c: see the README)" if others else ""
+        others = ", ".join(path.name for path in sorted(folder.glob("*.bin"))[:3])
+        there = f" ({others}: for nanoGPT's see the README)" if others else ""
         better = "with a --val_size, or train with --val_every 0" if split == "val" else "first"
         raise UserError(f"no {split} shards in {data_dir!r}{there}; run fineweb.py {better}, or change --data_dir")
-    return [open_shard(path, listed.get(name), manifest) for name, path in paths.items()]
-
-
-def open_shard(path: Path, listed_tokens: int | None, manifest: dict) -> Shard:
-    def load(path, dtype):
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not a whole .npy file ({error}); run fineweb.py --verify") from error
-        if array.ndim != 1 or array.dtype != dtype:
-            raise UserError(f"{path} holds {array.dtype}{list(array.shape)}, not {dtype}[n]; run fineweb.py again")
-        return array
-
-    tokens, mask_path = load(path, "uint16"), path.with_suffix(".mask.npy")
-    mask = load(mask_path, "uint8") if mask_path.exists() else None
-    for what, length in (("manifest.json", listed_tokens), (mask_path, None if mask is None else len(mask))):
-        if length not in (None, len(tokens)):
-            raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
-    largest, n_tokens = int(tokens[: 2**20].max(initial=0)), manifest["tokenizer"]["vocab_size"]
-    if largest >= n_tokens or (len(tokens) > 2**14 and not listed_tokens and largest < 1000):  # a header; characters
-        others = f"not those of {manifest['tokenizer']['name']}, 0 to {n_tokens - 1}"
-        raise UserError(f"{path} begins with ids up to {largest}: {others}; a manifest.json can name another tokenizer")
-    return Shard(str(path), tokens, mask)
+    for name, path in paths.items():
+        tokens, mask_path = open_array(path), path.with_suffix(".mask.npy")
+        mask = open_array(mask_path, "uint8") if mask_path.exists() else None
+        for what, length in (("manifest.json", listed.get(name)), (mask_path, None if mask is None else len(mask))):
+            if length not in (None, len(tokens)):
+                raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
+        largest = int(tokens[: 2**20].max(initial=0))
+        if largest >= n_tokens or (len(tokens) > 2**14 and not listed and largest < 1000):  # a header; characters
+            ids = f"ids up to {largest}: not those of {manifest['tokenizer']['name']}, 0 to {n_tokens - 1}"
+            raise UserError(f"{path} begins with {ids}; a manifest.json can name another tokenizer")
+        shards.append(Shard(str(path), tokens, mask))
+    return shards
 
 
 def fingerprint(shards: list[Shard], manifest: dict) -> str:
@@ -688,66 +677,11 @@ def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
     return values
 
 
-def score_hellaswag(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
-    """Accuracy by mean loss per token, and its standard error."""
-    import hellaswag
-    counts = hellaswag.evaluate(
-        run.raw_model.features, run.raw_model.head, run.hella_rows, run.device, run.ranks.rank, run.ranks.world_size,
-        should_stop=stop.agreed, autocast=run.autocast,
-    )  # fmt: skip
-    if counts is None:
-        return None
-    scores = hellaswag.summarize(all_reduce(counts, run.ranks))
-    return {"hella": scores["acc_norm"], "hella_se": scores["stderr_norm"]}
-
-
-def draw_samples(run: "Run", stop: "StopSignal", n: int = 4, length: int = 24) -> dict:
-    """Print n continuations of `length` tokens, sampled from the 50 likeliest with the same seed each time."""
-    if run.ranks.rank == 0:
-        from extras.tokenizer import printable
-        prompt = run.tokenizer.encode(run.config.sample_prompt) or [run.tokenizer.eot]
-        idx = torch.tensor([prompt[-run.config.seq_len :]] * n, device=run.device)
-        generator = torch.Generator(run.device).manual_seed(run.config.seed)
-        try:
-            with run.autocast():
-                ids = run.raw_model.generate(idx, length, top_k=50, generator=generator)
-        except RuntimeError as error:
-            if "nan" not in str(error):
-                raise
-            return run.ranks.print0("no samples: the probabilities are not numbers") or {}
-        for row in ids.tolist():
-            run.ranks.print0("  > " + printable(run.tokenizer.decode(row)).replace("\n", "\\n"))
-    return {}
-
-
 EVALUATIONS = {  # name -> the setting that says how often, and the function; a new evaluation is a line here
     "val": ("val_every", validate),
-    "hella": ("hella_every", score_hellaswag),
-    "samples": ("sample_every", draw_samples),
+    "hella": ("hella_every", lambda run, stop: extra("evaluations").score_hellaswag(run, stop, all_reduce)),
+    "samples": ("sample_every", lambda run, stop: extra("evaluations").draw_samples(run)),
 }
-
-
-def load_text_evaluations(config: Config, name: str, ranks: "Ranks") -> tuple:
-    """Tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
-    tokenizer = load = None
-    try:
-        from extras.tokenizer import load_tokenizer
-        with all_or_none():
-            tokenizer = load_tokenizer(name)
-        from hellaswag import rows_or_none
-        load = partial(rows_or_none, config.hella_data, config.hella_limit, tokenizer, config.seq_len)
-    except ModuleNotFoundError as error:
-        if config.hella_every or config.sample_every:
-            ranks.print0(f"training without {'HellaSwag' if tokenizer else 'samples and HellaSwag'}: {missing(error)}")
-    tokenizer = None if any_rank(tokenizer is None, ranks) else tokenizer
-    if not config.hella_every or any_rank(load is None, ranks):
-        return tokenizer, None
-    with all_or_none():
-        rows = load() if ranks.rank == 0 else None  # it may have to download a file
-    if any_rank(rows is not None, ranks):
-        with all_or_none():
-            rows = load() if ranks.rank else rows
-    return tokenizer, None if any_rank(rows is None, ranks) else rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -770,100 +704,53 @@ class Ranks:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError if it is none, or not one of this machine's."""
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < (2, 11):  # 2.10 compiled gives NaNs on A100
-        raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    try:
-        device = torch.device(next(kind for kind in counts if counts[kind]) if name == "auto" else name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is no device; use auto, cuda, mps, cpu or cuda:N") from error
-    with contextlib.suppress(ModuleNotFoundError):
-        from extras.hardware import explain_cuda
-        explain_cuda(name, device)  # an NVIDIA card that is here, but of no use to this torch
-    if (device.index or 0) >= counts.get(device.type, 0):
-        raise UserError(f"--device {name}: there is none here; CUDA devices: {counts['cuda']}, MPS: {counts['mps']}")
-    if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
-        raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
-    return device
-
-
-def claim_device(kind: str, local_rank: int, W: int, local_W: int) -> torch.device:
-    """This rank's device, of `kind`: auto, cuda, mps, cpu, cuda:N."""
-    device = find_device(kind)
+def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
+    """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = extra("hardware").find_device(name) or (here if name == "auto" else torch.device(name))
     if W > 1 and (device.type == "mps" or device.index is not None):
         raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
-    if device.type == "cuda":
-        if (cards := torch.cuda.device_count()) < local_W:
-            raise UserError(f"{local_W} ranks on this node, but {cards} CUDA devices; lower --nproc_per_node")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    elif device.type == "cpu":
-        keep_freed_memory()
+    if device.type == "cpu":
+        extra("hardware").keep_freed_memory()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
+    elif device.type != "mps":
+        if (count := torch.accelerator.device_count()) < local_W:
+            raise UserError(f"{local_W} ranks on this node, but {count} devices; lower --nproc_per_node")
+        device = torch.device(device.type, local_rank if device.index is None else device.index)
+        torch.accelerator.set_device_index(device.index)
+        torch.set_float32_matmul_precision("high")
     return device
 
 
-def join_ranks(kind: str, check: Callable = lambda: None) -> Ranks:
-    """Read what torchrun set, run `check`, choose the device and form the process group."""
+def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
+    """Read what torchrun set, run `check`, claim a device and form the process group."""
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     found = [os.environ.get(name, default) for name, default in names.items()]
     rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
     if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
         raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: if torchrun is killed, its ranks must not live on
-        if os.getppid() == 1 and "torch" not in Path("/proc/1/cmdline").read_text():  # it was, before this line
-            os._exit(137)
+    extra("agree").end_with_torchrun()
     if W == 1:
         check()
-        return Ranks(rank, W, claim_device(kind, local_rank, W, local_W))
+        return Ranks(rank, W, claim_device(device, local_rank, W, local_W))
     limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
     store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
-        from extras.elastic import name_this_start
-        store = dist.PrefixStore(name_this_start(store, rank, W, limit.total_seconds()), store)
+    store = extra("elastic").store_of_this_start(store, rank, W, limit.total_seconds()) or store
     with all_or_none(store, rank, W):
         check()
-        device = claim_device(kind, local_rank, W, local_W)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+        mine = claim_device(device, local_rank, W, local_W)
+    backend = dist.get_default_backend_for_device(mine)
     dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
-    dist.all_reduce(torch.zeros(1, device=device if backend == "nccl" else "cpu"))  # NCCL connects here
+    dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else mine))  # NCCL connects here
     set_timeout(30)
-    return Ranks(rank, W, device)
-
-
-def all_or_none(*store_rank_size) -> contextlib.AbstractContextManager:
-    """Around what one rank may fail at alone: then all fail, at once. Without extras/ the others wait for a timeout."""
-    with contextlib.suppress(ModuleNotFoundError):
-        from extras.agree import all_or_none
-        return all_or_none(*store_rank_size)
-    return contextlib.nullcontext()
-
-
-def require_same(what: str, value: object, ranks: Ranks) -> None:
-    """UserError on every rank unless all of them have the same value."""
-    everyones = [value] * ranks.world_size
-    if ranks.world_size > 1:
-        dist.all_gather_object(everyones, value)
-    if len(set(everyones)) > 1:
-        raise UserError(f"all nodes need the same {what}; rank by rank they have {', '.join(map(str, everyones))}")
-
-
-def set_timeout(minutes: float) -> None:
-    """From now on a rank that hangs ends the run after `minutes`."""
-    if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
+    return Ranks(rank, W, mine)
 
 
 @contextlib.contextmanager
-def joined_ranks(kind: str, check: Callable = lambda: None) -> Iterator[Ranks]:
+def joined_ranks(device: str, check: Callable = lambda: None) -> Iterator[Ranks]:
     """`join_ranks`, and leave them at the end."""
-    ranks, failed = join_ranks(kind, check), True
+    ranks, failed = join_ranks(device, check), True
     try:
         yield ranks
         failed = False
@@ -875,23 +762,22 @@ def joined_ranks(kind: str, check: Callable = lambda: None) -> Iterator[Ranks]:
             time.sleep(0.5)
 
 
-def call_libc(function: str, *arguments: int) -> None:
-    """Call a function of the C library, where it has one of that name: prctl on Linux, mallopt in glibc."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        getattr(ctypes.CDLL(None), function)(*arguments)
+def all_or_none(*store_rank_size) -> contextlib.AbstractContextManager:
+    """Around what one rank may fail at alone: then all fail, at once. Without extras/ the others wait for a timeout."""
+    return extra("agree").all_or_none(*store_rank_size) or contextlib.nullcontext()
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that are freed: each step asks for the same, and a new page costs a fault."""
-    for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # M_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD
-        call_libc("mallopt", parameter, value)
+def set_timeout(minutes: float) -> None:
+    """From now on a rank that hangs ends the run after `minutes`."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
 
 
 def all_reduce(tensor: torch.Tensor, ranks: Ranks, op: str = "SUM") -> torch.Tensor:
     """The SUM or MIN over ranks, of a tensor on the CPU or on the device; on one rank, the tensor itself."""
     if ranks.world_size == 1:
         return tensor
-    there = tensor.to(ranks.device if dist.get_backend() == "nccl" else "cpu")
+    there = tensor.to("cpu" if dist.get_backend() == "gloo" else ranks.device)
     dist.all_reduce(there, op=getattr(dist.ReduceOp, op))
     return there.to(tensor.device)
 
@@ -908,23 +794,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
+    return torch.bfloat16 if device.type == "xpu" or (device.type == "cpu" and fast) else torch.float32
 
 
 def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     """What --compile asked for; else whether this is CUDA with a Triton that works, which takes a C compiler."""
     if asked is False or ranks.device.type != "cuda":
         return bool(asked)
-    from torch.utils._triton import has_triton
-
-    problem = "" if has_triton() else "there is no Triton for this card or system"
-    if not problem:
-        try:
-            import triton
-
-            triton.runtime.driver.active.get_current_target()  # the first use builds what launches kernels
-        except Exception as error:
-            problem = f"Triton needs gcc and Python's headers to build its launcher ({str(error)[:80]})"
+    problem = extra("hardware").triton_problem()
     if off := any_rank(bool(problem), ranks):
         problem = problem or "Triton does not work on another node"
         if asked:
@@ -947,22 +824,14 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: b
         divisor = largest_divisor(total // T // W, B)
         better = f"--total_batch_size {near}" if total % (T * W) else f"--micro_batch {divisor}"
         raise UserError(f"--total_batch_size {total} is not a multiple {of}; try {better}, or other ranks")
-    if ranks.device.type == "mps" and config.compile:
-        raise UserError("--compile on MPS sums the head's gradient wrongly on M1 and M2; leave it out")
-    if ranks.device.type == "mps" and B * T > 2**14:  # as many terms are in a weight's gradient
-        raise UserError(f"--micro_batch {B} * --seq_len {T} is over 16,384: MPS sums that wrongly; lower it")
+    if ranks.device.type == "mps" and (config.compile or B * T > 2**14):  # a weight's gradient sums B * T terms
+        raise UserError(f"--compile, or --micro_batch {B} * --seq_len {T} over 16,384: MPS would sum gradients wrongly")
     if B:
         return B
     most = 4096 // T  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
-        # bytes, as bench/gpuless.py computes and an H200 measured them; for gradients, moments, bf16 weights and DDP's
-        # buckets, then per token: eager keeps no logits, but every LayerNorm's input in float32
-        L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
-        fixed = (18 if W > 1 else 14) * (12 * L * C**2 + V * C) + (0 if compiled else 13 * HEAD_ROWS * V)
-        blocks = 2 * L + 12 if config.recompute else (33 if compiled and dtype == torch.bfloat16 else 38) * L
-        per_token = (blocks * C + (2 * V if compiled else 0)) * (2 if dtype == torch.float32 else 1)
-        most = (0.85 * torch.cuda.mem_get_info(ranks.device)[0] - fixed) // (T * per_token)  # 0.85: memory has gaps
-    return largest_divisor(total // T // W, all_reduce(torch.tensor(float(min(most, 64))), ranks, "MIN").item())
+        most = extra("fit").estimate(config, shape, ranks, compiled, dtype) or 16
+    return largest_divisor(total // T // W, all_reduce(torch.tensor(float(most)), ranks, "MIN").item())
 
 
 class StopSignal:
@@ -1000,17 +869,14 @@ class StopSignal:
 # ----------------------------------------------------------------------------------------------------------------------
 # Run directory: log.txt, which only grows, and checkpoints, which are there whole or not at all
 
-CHECKPOINT_KEYS = ("model", "model_config", "optimizer", "loader", "step", "config", "versions")
-SHAPE = ("model", "n_layer", "n_head", "n_embd")  # of the weights: what not even --force can change
-FIXED = ("seq_len", "total_batch_size", "order", "seed", "tokenizer", "data")  # what only --force can change
-STEP_STREAMS = ("train", "lr", "norm", "ms", "skipped")  # what update s logs at step s; evaluations come before it
+CHECKPOINT_KEYS = ("step", "model", "model_config", "optimizer", "loader", "config", "versions")
 
 
-def checkpoint_path(log_dir: str, step: int) -> Path:
+def checkpoint_path(log_dir: str | Path, step: int) -> Path:
     return Path(log_dir) / f"ckpt_{step:06d}.pt"
 
 
-def saved_steps(log_dir: str) -> list[int]:
+def saved_steps(log_dir: str | Path) -> list[int]:
     """Steps of the checkpoints in a directory, newest first."""
     names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
     return sorted((int(m[1]) for name in names if (m := re.fullmatch(r"ckpt_(\d{6,})\.pt", name))), reverse=True)
@@ -1025,13 +891,12 @@ def read_checkpoint(path: str | Path) -> dict:
             if damaged := archive.testzip():  # torch.load does not look at checksums: a flipped bit would pass
                 raise ValueError(f"{damaged} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := [key for key in CHECKPOINT_KEYS if key not in state]:
-            raise ValueError(f"it has no {', '.join(missing)}")
-        wrong = [key for key in CHECKPOINT_KEYS if not isinstance(state[key], int if key == "step" else dict)]
-        counts = {"step": state["step"], "sample": state["loader"].get("sample", 0) if not wrong else 0}
-        wrong += [key for key, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} can't be what a checkpoint holds")
+        wrong = [key for key in CHECKPOINT_KEYS if not isinstance(state.get(key), int if key == "step" else dict)]
+        values = [value for of in state.setdefault("evaluations", {}).values() for value in of.values()]
+        if wrong or not all(isinstance(value, float) for value in values):
+            raise ValueError(f"its {', '.join(wrong or ['evaluations'])} can't be what a checkpoint holds")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (state["step"], state["loader"].get("sample"))):
+            raise ValueError("its step or its sample is no count")
         return state
     except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
         reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
@@ -1041,102 +906,56 @@ def read_checkpoint(path: str | Path) -> dict:
 def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict | None:
     """The newest whole checkpoint in log_dir, from which the run continues; None for one that begins. Writes nothing.
 
-    UserError if it is not the same run: if its weights have another shape or, without --force, if the data, the batch
-    or the order are others. `loader` says what the stream of samples depends on.
+    UserError, from extras/checks.py, if it is not the same run: if its weights have another shape or, without --force,
+    if the data, the batch or the order are others. `loader` says what the stream of samples depends on.
     """
     log_dir, log, steps = config.log_dir, Path(config.log_dir) / "log.txt", saved_steps(config.log_dir)
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
-    if log.exists() and not paths and not died_before_first_checkpoint(log, config.save_every):
+    if log.exists() and not paths and not log.read_text(errors="replace").startswith(("", "# config {")[config.resume]):
         raise UserError(f"{log_dir} has a log.txt but no checkpoint to resume from; choose another --log_dir")
     if not config.resume and (steps or log.exists()):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
-    saved, damaged = None, []
-    while saved is None and len(damaged) < len(paths):
+    saved = None
+    for path in paths:
         try:
-            saved = read_checkpoint(paths[len(damaged)])
+            saved = read_checkpoint(path)
+            break
         except UserError as error:
-            damaged.append(str(error))
             if config.resume_from:
                 raise UserError(f"--resume: {error}; {log_dir} has the checkpoints of steps {steps}") from error
+            if path == paths[-1] and not config.force:
+                raise UserError(f"{log_dir}: no checkpoint can be read ({error}); --force starts anew") from error
             print0(f"WARNING: {error}")
     if saved is None:
-        if damaged and not config.force:
-            raise UserError(f"{log_dir}: no checkpoint of this run can be read ({damaged[0]}); --force starts anew")
         if log.exists():
             print0(f"resuming at step 0: {log_dir} has no checkpoint yet")
         return None
-    if config.resume_from and (later := [step for step in steps if step > saved["step"]]):
+    if later := [step for step in steps if step > saved["step"]] if config.resume_from else []:
         print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
-    before, now = saved["config"] | saved["loader"], asdict(config) | loader
-    changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
-    if shape := "; ".join(changed[key] for key in changed if key in SHAPE):
-        same = "give the flags it was made with, or another --log_dir"
-        raise UserError(f"{log_dir} can't go on with weights of another shape: {shape} (0 = from --model); {same}")
-    others = "; ".join(changed[key] for key in changed if key in FIXED)
-    if others and not config.force:
-        raise UserError(f"{log_dir} can't go on as the same run: {others}; --force does it all the same")
-    if told := "; ".join(changed[key] for key in changed if key not in ("resume", "resume_from", "force")):
-        print0(f"resuming with other settings: {told}")
+    extra("checks").compare_settings(saved, config, loader, print0)
     if config.init_from:
         print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
     return saved
 
 
-def died_before_first_checkpoint(log: Path, save_every: int) -> bool:
-    """Whether a log without checkpoints is that of a run of ours which had none to lose; it begins again at step 0.
-
-    Training goes on while the first is written, but that has ended by the time the second is due.
-    """
-    last_step, text = max(read_log(log).get("train", {}), default=0), log.read_text(encoding="utf-8", errors="replace")
-    return not text or (text.startswith("# config {") and (last_step <= 2 * save_every or not save_every))
-
-
-def read_log(path: Path, start: int = sys.maxsize) -> dict[str, dict[int, float]]:
-    """stream -> step -> value, in the history that led to the checkpoint of step `start`.
-
-    The last value of a step wins; a line `# restart` takes back what came after its step. Other lines are no records.
-    """
-    values: dict[str, dict[int, float]] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
-    for line in [*lines, f'# restart {{"step": {start}}}']:
-        if match := re.fullmatch(r'# restart \{"step": (\d+)\}', line):
-            for name, of in values.items():
-                end = int(match[1]) + (name not in STEP_STREAMS)
-                values[name] = {step: value for step, value in of.items() if step < end}
-        elif len(words := line.split()) == 3:
-            with contextlib.suppress(ValueError):
-                values.setdefault(words[1], {})[int(words[0])] = float(words[2])
-    return {name: of for name, of in values.items() if of}
-
-
 class Log:
     """LOG_DIR/log.txt: `step stream value` a line, append-only; lines that begin with # tell about the run.
 
-    If the disk is full, the lines wait in memory until there is room.
+    If the disk is full, the lines wait in memory until there is room. `last`: stream -> its last step and value.
     """
 
     def __init__(self, log_dir: str, writes: bool, start: int = 0, track: Callable[[int, dict], None] | None = None):
         self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
-        self.values = read_log(self.path, start)
+        self.last: dict[str, tuple[int, float]] = {}
         if writes:
-            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            self.lock()
+            try:
+                self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            except OSError as error:
+                raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
+            extra("checks").lock_log(self.file)
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
                 self.comment("restart", {"step": start})
-
-    def lock(self) -> None:
-        """UserError if another process trains here. The lock dies with its owner; NFS needs v4, Windows has none."""
-        with contextlib.suppress(ImportError):
-            import fcntl
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                owner = re.findall(r'"host".*', self.path.read_text(encoding="utf-8", errors="replace"))[-1:]
-                there = f"{self.path.parent}: another process trains there"
-                raise UserError(f"{there} ({''.join(owner).strip('}')}); choose another --log_dir") from error
-            except OSError:  # a file system without locks
-                pass
 
     def close(self) -> None:
         if self.file:
@@ -1144,7 +963,7 @@ class Log:
 
     def write(self, step: int, **values: float) -> None:
         for name, value in values.items():
-            self.values.setdefault(name, {})[step] = value
+            self.last[name] = (step, value)
             self.waiting += f"{step} {name} {value:{'.6g' if name == 'lr' else '.6f'}}\n"
         if self.track:
             self.track(step, values)
@@ -1168,10 +987,6 @@ class Log:
             self.warned = True
         return not self.waiting
 
-    def last(self) -> dict[str, float]:
-        """The last value of each stream."""
-        return {name: values[max(values)] for name, values in self.values.items()}
-
 
 class Saver:
     """Saves in the background: `save` returns as soon as the state is copied to host memory.
@@ -1179,24 +994,11 @@ class Saver:
     A save that fails warns and leaves the older checkpoints as they are. One save is under way at a time.
     """
 
-    def __init__(self, log_dir: str, keep: int, log: Log, writes: bool):
-        self.log_dir, self.keep, self.log, self.writes = Path(log_dir), keep, log, writes
-        self.thread, self.failed = None, False
-        for half in self.log_dir.glob("ckpt_*.tmp") if writes else ():
+    def __init__(self, log_dir: str, keep: int, log: Log, evaluated: dict[str, dict[int, float]]):
+        self.log_dir, self.keep, self.log, self.evaluated = Path(log_dir), keep, log, evaluated
+        self.thread, self.failed, self.writes = None, False, bool(log.file)
+        for half in self.log_dir.glob("ckpt_*.tmp") if self.writes else ():
             half.unlink()  # a run that was killed may have left it
-
-    def require_room(self, model: GPT) -> None:
-        """UserError unless the disk has room for all the checkpoints: the best one and one being written, too."""
-        needed = (self.keep + 2) * 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
-        needed -= sum(checkpoint_path(self.log_dir, step).stat().st_size for step in saved_steps(self.log_dir))
-        if needed > (free := shutil.disk_usage(self.log_dir).free):
-            there = f"{self.log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints"
-            raise UserError(f"{there}; free some, lower --keep_checkpoints, or choose another --log_dir")
-        try:
-            (probe := self.log_dir / "ckpt_probe.tmp").write_bytes(b"x" * 4096)
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"no checkpoint could be saved in {self.log_dir}: {error}") from error
 
     def save(self, state: dict) -> None:
         """Save `state` as its step's checkpoint, after the log: a resumed run does not log again what came before."""
@@ -1228,7 +1030,7 @@ class Saver:
                 os.fsync(folder := os.open(self.log_dir, os.O_RDONLY))
                 os.close(folder)
             # a file with a later step was damaged, or this run would have begun there: it doesn't count as one of ours
-            steps, val = [s for s in saved_steps(self.log_dir) if s <= step], self.log.values.get("val", {})
+            steps, val = [s for s in saved_steps(self.log_dir) if s <= step], self.evaluated.get("val", {})
             scored = [s for s in saved_steps(self.log_dir) if math.isfinite(val.get(s, math.nan))]
             for old in set(steps[self.keep :] if self.keep else ()) - {min(scored, key=val.get, default=None)}:
                 checkpoint_path(self.log_dir, old).unlink()
@@ -1250,7 +1052,7 @@ class Run:
     manifest: dict
     tokenizer: object | None
     hella_rows: list | None
-    evaluations: dict[str, int]  # name -> steps between two; 0 = never
+    every: dict[str, int]  # evaluation -> steps between two; 0 = never
     raw_model: GPT  # is scored, sampled and saved; never rebound
     model: nn.Module  # is trained: raw_model compiled, in DDP, both or neither
     compiled: bool
@@ -1263,6 +1065,7 @@ class Run:
     loader: dict  # what the stream of samples depends on
     start: int  # updates done before
     origin: int  # the sample with which step 0 begins
+    evaluated: dict[str, dict[int, float]]  # what evaluations gave: stream -> step -> value
 
     @property
     def device(self) -> torch.device:
@@ -1283,7 +1086,7 @@ class Run:
             "step": step, "model": self.raw_model.state_dict(), "model_config": asdict(self.raw_model.config),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "config": asdict(self.config), "loader": self.loader | {"sample": sample},
-            "versions": versions(),
+            "evaluations": self.evaluated, "versions": versions(),
         }  # fmt: skip
 
 
@@ -1298,19 +1101,7 @@ def make_model(config: Config, n_tokens: int) -> GPT:
         return GPT.of(*load_any(config.init_from))
     sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
-    for block in model.transformer.h if config.zero_init else ():
-        nn.init.zeros_(block.attn.c_proj.weight), nn.init.zeros_(block.mlp.c_proj.weight)
-    return model
-
-
-def open_streams(config: Config, manifest: dict) -> tuple[SampleStream, SampleStream | None]:
-    """The samples of the train split, and those of the val split if there is validation."""
-    n_tokens, T = manifest["tokenizer"]["vocab_size"], config.seq_len
-    train = SampleStream(open_shards(config.data_dir, "train", manifest), T, n_tokens, config.order, config.seed)
-    if not config.val_every:
-        return train, None
-    return train, SampleStream(open_shards(config.data_dir, "val", manifest), T, n_tokens)
+    return GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
 
 
 def sort_buckets(run: Run) -> None:
@@ -1328,7 +1119,9 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     with all_or_none():  # no rank waits for another in here
         manifest = read_manifest(config.data_dir)
         name, n_tokens = manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
-        train, val = open_streams(config, manifest)
+        open_split = partial(open_shards, config.data_dir, manifest)
+        train = SampleStream(open_split("train"), config.seq_len, n_tokens, config.order, config.seed)
+        val = SampleStream(open_split("val"), config.seq_len, n_tokens) if config.val_every else None
         if config.epochs:
             steps = math.ceil(config.epochs * len(train) * config.seq_len / config.total_batch_size)
             config = replace(config, max_steps=steps)
@@ -1350,8 +1143,8 @@ def set_up(config: Config, ranks: Ranks) -> Run:
             load_optimizer(optimizer, saved["optimizer"])
             if saved.get("scaler"):  # there is none of a run in bfloat16
                 scaler.load_state_dict(saved["scaler"])
-    require_same(f"shards in {config.data_dir}", loader["data"], ranks)
-    require_same(f"checkpoints in {config.log_dir}", start, ranks)
+    extra("agree").require_same(f"shards in {config.data_dir}", loader["data"])
+    extra("agree").require_same(f"checkpoints in {config.log_dir}", start)
 
     compiled = wants_compile(config.compile, ranks)
     micro_batch = pick_micro_batch(config, shape, ranks, compiled, dtype)
@@ -1362,18 +1155,17 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     model = torch.compile(raw_model, dynamic=False, options={"use_fast_math": True}) if compiled else raw_model
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    tokenizer, hella_rows = load_text_evaluations(config, name, ranks)
-    evaluations = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
-    evaluations |= {"samples": 0} if tokenizer is None else {}
-    evaluations |= {"hella": 0} if hella_rows is None else {}
+    every = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
+    tokenizer, hella_rows = extra("evaluations").load(config, name, ranks, any_rank) or (None, None)
+    if tokenizer is None and (every["samples"] or every["hella"]):
+        ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
+    every |= ({} if tokenizer else {"samples": 0}) | ({} if hella_rows else {"hella": 0})
     run = Run(
-        config, ranks, manifest, tokenizer, hella_rows, evaluations, raw_model, model, compiled, optimizer,
-        scaler, dtype, micro_batch, train, val, loader, start, origin,
+        config, ranks, manifest, tokenizer, hella_rows, every, raw_model, model, compiled, optimizer, scaler, dtype,
+        micro_batch, train, val, loader, start, origin, saved["evaluations"] if saved else {},
     )  # fmt: skip
-    if compiled or ranks.device.type != "cpu":
-        with contextlib.suppress(ModuleNotFoundError):  # without it the estimate stands
-            from extras.fit import fit_micro_batch
-            run.micro_batch = fit_micro_batch(run, any_rank)
+    if compiled or ranks.device.type != "cpu":  # without extras/ the estimate stands
+        run.micro_batch = extra("fit").fit_micro_batch(run, any_rank) or micro_batch
     if ranks.world_size > 1:
         sort_buckets(run)
     return run
@@ -1383,34 +1175,23 @@ class Meter:
     """Logs and shows. Losses and norms stay on the device until a few steps have come together: no wait per step."""
 
     def __init__(self, run: Run, log: Log, stop: StopSignal):
-        self.run, self.log, self.stop, self.pending = run, log, stop, []
+        self.run, self.log, self.stop, self.pending, self.screen = run, log, stop, [], extra("screen")
         self.every, self.bad_steps, self.eval_seconds = 1, 0, {}  # at first every step: how slow they are is not known
         self.seconds, self.steps, self.began, self.clock = 0.0, 0, time.perf_counter(), time.perf_counter()
-        try:
-            from extras import agree, screen
-        except ImportError:
-            agree = screen = None  # what they show is left out
-        self.screen, self.note = screen, agree.note if agree else lambda step, what: None
+        counts = {"train_tokens": len(run.train) * run.train.T, "val_tokens": len(run.val or ()) * run.train.T}
+        parameters = {"parameters": sum(p.numel() for p in run.raw_model.parameters())}
+        log.comment("config", asdict(run.config) | {"micro_batch": run.micro_batch, "ranks": run.ranks.world_size})
+        log.comment("model", asdict(run.raw_model.config) | parameters)
+        log.comment("data", {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"]} | counts)
+        log.comment("versions", versions() | {"host": platform.node(), "pid": os.getpid()})
+        log.flush()
+        run.ranks.print0(self.screen.begin(run) or f"training on {run.device}; extras/ is not here")
 
-    def log_start(self) -> None:
-        """What was found and decided, at the head of the log and on the screen."""
-        run, config, shape = self.run, self.run.config, self.run.raw_model.config
-        streams = {"train": run.train, "val": run.val or ()}
-        counts = {name: len(stream) * config.seq_len for name, stream in streams.items()}
-        data = {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"]}
-        self.log.comment("config", asdict(config) | {"micro_batch": run.micro_batch, "ranks": run.ranks.world_size})
-        self.log.comment("model", asdict(shape) | {"parameters": sum(p.numel() for p in run.raw_model.parameters())})
-        self.log.comment("data", data | {f"{name}_tokens": count for name, count in counts.items()})
-        self.log.comment("versions", versions() | {"host": platform.node(), "pid": os.getpid()})
-        self.log.flush()
-        run.ranks.print0(self.screen.begin(run) if self.screen else f"training on {run.device}; extras/ is not here")
-
-    def log_end(self, step: int) -> None:
-        """A block of `key: value`, made for grep."""
+    def end(self, step: int) -> dict[str, float]:
+        """Show the last values of all streams as a block of `key: value`, made for grep, and return them."""
         run, finished = self.run, step >= self.run.config.max_steps
-        fresh = {name: of[max(of)] for name, of in self.log.values.items() if max(of) >= step - 1}
-        facts = {"step": step, **{name: value for name, value in fresh.items() if name not in ("lr", "ms")}}
-        facts |= self.screen.end(run, self.seconds, self.steps, self.began) if self.screen else {}
+        fresh = {name: value for name, (at, value) in self.log.last.items() if at >= step - 1}
+        facts = {"step": step} | fresh | (self.screen.end(run, self.seconds, self.steps, self.began) or {})
         if not finished:
             run.ranks.print0(f"stopped after {step} of {run.config.max_steps} steps; --resume goes on")
         for name, value in facts.items():
@@ -1419,6 +1200,7 @@ class Meter:
         self.log.flush()
         if self.log.track:
             self.log.track.end(finished)
+        return {name: of[max(of)] for name, of in run.evaluated.items()} | {n: v for n, (_, v) in self.log.last.items()}
 
     def restart_clock(self) -> None:
         """After an evaluation or a save; the ranks wait for each other here."""
@@ -1427,7 +1209,7 @@ class Meter:
 
     def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Note a step: this rank's loss, the norm of the averaged gradient. True if the run is to stop."""
-        self.note(step, "after training step")
+        extra("agree").note(step, "after training step")
         self.pending.append((step, lr, loss, norm))
         return self.read() if len(self.pending) >= self.every else False
 
@@ -1454,7 +1236,7 @@ class Meter:
         self.run.ranks.print0(
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | "
             f"{config.total_batch_size / ms * 1000:,.0f} tok/s"
-            + (self.screen.step(self.run, step + 1, ms / 1000, self.eval_seconds) if self.screen else "")
+            + (self.screen.step(self.run, step + 1, ms / 1000, self.eval_seconds) or "")
         )
         self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.clock = time.perf_counter()
@@ -1473,56 +1255,47 @@ class Meter:
     def evaluate(self, step: int, name: str) -> bool:
         """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
         began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
-        self.note(step, f"evaluating {name} at step")
+        extra("agree").note(step, f"evaluating {name} at step")
         run.raw_model.eval()
         # without cuDNN's attention, which plans anew for every shape, of which HellaSwag's batches have a hundred
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             values = function(run, self.stop)
         run.raw_model.train()
         if values is not None:
+            if texts := values.pop("samples", None):
+                self.log.comment("samples", {"step": step, "texts": texts})
+                run.ranks.print0(self.screen.samples(texts))
+            for stream, value in values.items():
+                run.evaluated.setdefault(stream, {})[step] = value
             self.log.write(step, **values)
             self.log.flush()
             self.eval_seconds[setting] = time.perf_counter() - began
             shown = " | ".join(f"{stream} {value:.4f}" for stream, value in values.items()) or name
-            shown += self.screen.compare(run, step, values) if self.screen else ""
+            shown += self.screen.compare(run, step, values) or ""
             run.ranks.print0(f"EVAL {step:5d} | {shown} | {self.eval_seconds[setting]:.1f} s")
         self.restart_clock()
         return values is not None
-
-
-def make_directory(path: str) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--log_dir {path} can't be made: {error}; choose another") from error
 
 
 def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
     with all_or_none():
-        make_directory(config.log_dir)
+        extra("checks").require_directory(config.log_dir) or os.makedirs(config.log_dir, exist_ok=True)
+        if rank0:
+            extra("checks").require_room(config.log_dir, config.keep_checkpoints, run.raw_model)
         if rank0 and config.track != "none":
             from extras.track import open_tracker
             track = open_tracker(config.track, config.log_dir, asdict(config), step)
-        try:
-            log = Log(config.log_dir, rank0, step, track)
-        except OSError as error:
-            raise UserError(f"{config.log_dir}/log.txt can't be written: {error}; choose another --log_dir") from error
-        saver = Saver(config.log_dir, config.keep_checkpoints, log, rank0)
-        if rank0:
-            saver.require_room(run.raw_model)
-    # evaluated before this checkpoint was saved; all ranks must agree on it, or some would wait for the others
-    already = [name for name in run.evaluations if step and step in log.values.get(name, {})]
-    require_same(f"evaluations of step {step} in log.txt", tuple(already), run.ranks)
+        log = Log(config.log_dir, rank0, step, track)
+        saver = Saver(config.log_dir, config.keep_checkpoints, log, run.evaluated)
     meter = Meter(run, log, stop)
-    meter.log_start()
     with contextlib.closing(log), contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
-            for name, every in run.evaluations.items():
-                if step == run.start and name in already:
-                    continue
+            for name, every in run.every.items():
+                if step == run.start and step in run.evaluated.get(name, {}):
+                    continue  # it was evaluated before this checkpoint was saved
                 if every and (last or step % every == 0) and not stopping:
                     stopping = meter.read() or not meter.evaluate(step, name)
             if step > run.start and (last or stopping or (config.save_every and step % config.save_every == 0)):
@@ -1539,10 +1312,10 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
             saver.save(run.state(step))
             if not saver.wait():
                 raise UserError(f"the last checkpoint, of step {step}, could not be saved; make room and --resume")
-        meter.log_end(step)
+        values = meter.end(step)
     if step < config.max_steps and (status := stop.exit_status()):
         raise SystemExit(status)
-    return log.last()
+    return values
 
 
 def main(config: Config) -> dict[str, float]:
@@ -1551,54 +1324,26 @@ def main(config: Config) -> dict[str, float]:
     if config.resume_from:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
-    with joined_ranks(config.device, partial(check, config)) as ranks, StopSignal(ranks) as stop:
+    check = partial(extra("checks").check_settings, config)
+    with joined_ranks(config.device, check) as ranks, StopSignal(ranks) as stop:
         try:
             return train(set_up(config, ranks), stop)
         except RuntimeError as error:
-            with contextlib.suppress(ModuleNotFoundError):
-                from extras.agree import blame
-                if found := blame(error, config.log_dir):
-                    raise LocalError(found) from error
+            if found := extra("agree").blame(error, config.log_dir):
+                raise LocalError(found) from error
             raise
-
-
-def parse(argv: list[str] | None = None) -> Config:
-    """The command line as a Config."""
-    import tyro
-    about, argv = (__doc__ or "").partition("\nContents:")[0], sys.argv[1:] if argv is None else argv
-    with contextlib.suppress(ModuleNotFoundError):
-        from extras.cli import check_names
-        check_names(argv)
-    for i in range(len(argv) - 1, 0, -1):  # --resume PATH: a flag of tyro's takes a value or takes none
-        if argv[i - 1] == "--resume" and not argv[i].startswith("--"):
-            argv = [*argv[:i], "--resume_from", *argv[i:]]
-    markers = (tyro.conf.DisallowNone,)  # so that `compile`, None by default, is --compile and --no-compile
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each node, whose flags may be its own
-    return tyro.cli(Config, args=argv, description=about, use_underscores=True, console_outputs=speaks, config=markers)
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
-    """Parse and train. A UserError or want of memory becomes one line on stderr, and exit status 2."""
-    for output in (sys.stdout, sys.stderr):
-        if hasattr(output, "reconfigure"):  # a console that can't show a character must not end a run
-            output.reconfigure(errors="replace")
+    """Parse and train. A UserError is one line on stderr and exit status 2; extras/cli.py has more help for a slip."""
+    if not isinstance(cli := extra("cli"), Nothing):
+        return cli.run(main, Config, __doc__, argv)
+    import tyro
     try:
-        main(parse(argv))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
-        message, rank = " ".join(str(error).split()), os.environ.get("RANK", "0")
-        causes = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
-        no_memory = isinstance(error, MemoryError) or re.search(causes, message)
-        if no_memory:
-            message = f"out of memory: a smaller batch, sequence or model fits better, see --help ({message[:200]})"
-        elif isinstance(error, ModuleNotFoundError):
-            message = f"a setting needs more than this file: {missing(error)}"
-        elif not any(kind.__name__ == "UserError" for kind in type(error).__mro__):  # extras/ has its own UserError
-            raise
-        if os.environ.get("LOCAL_RANK", "0") == "0" or no_memory or isinstance(error, LocalError):
-            where = f"rank {rank}: " if rank != "0" else ""
-            print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
+        main(tyro.cli(Config, args=argv, description=__doc__, use_underscores=True, config=(tyro.conf.DisallowNone,)))
+    except (UserError, ModuleNotFoundError) as error:
+        lacks = f"a setting needs more than this file: {getattr(error, 'name', '')}/ is not beside train_gpt2.py"
+        print(f"train_gpt2.py: error: {error if isinstance(error, UserError) else lacks}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

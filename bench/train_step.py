@@ -247,7 +247,7 @@ def peer_step(config: Config, name: str, settings: list[str]):
     torch.set_float32_matmul_precision("high")
     model, optimizer = make_peer(config, name, ranks.device)
     raw_model, model = model, torch.compile(model) if "compile" in settings else model
-    shards = train_gpt2.open_shards(data.data_dir, "train", train_gpt2.read_manifest(data.data_dir))
+    shards = train_gpt2.open_shards(data.data_dir, train_gpt2.read_manifest(data.data_dir), "train")
     windows = train_gpt2.SampleStream(shards, config.seq_len, 50257)
     samples, state = config.micro_batch * config.accumulate, {"step": 0}
     ahead = {}

@@ -4,12 +4,16 @@ would wait for it until a timeout, and on other nodes nobody would read why.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import re
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -49,6 +53,29 @@ def exchange(text: str, store, rank: int, world_size: int) -> list[str]:
     if len(said) > 1:
         dist.all_gather_object(said, text)
     return said
+
+
+def require_same(what: str, value: object) -> None:
+    """UserError on every rank unless all of them have the same value."""
+    everyones = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(everyones) > 1:
+        dist.all_gather_object(everyones, value)
+    if len(set(everyones)) > 1:
+        raise UserError(f"all nodes need the same {what}; rank by rank they have {', '.join(map(str, everyones))}")
+
+
+def end_with_torchrun() -> None:
+    """If torchrun is killed, its ranks must not live on: from now on, Linux ends this one with it."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() == 1 and "torch" not in Path("/proc/1/cmdline").read_text():  # it was killed before that line
+            os._exit(137)
+
+
+def call_libc(function: str, *arguments: int) -> None:
+    """Call a function of the C library, where it has one of that name: prctl on Linux, mallopt in glibc."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def note(step: int, what: str) -> None:

@@ -1,11 +1,14 @@
 """
-Command lines from dataclasses, by tyro, and one way to fail. train_gpt2.py has its own: it runs without this folder.
+Command lines from dataclasses, by tyro, and one way to fail.
 """
 
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+
+# the last: there was no room for cuBLAS's handle
+NO_MEMORY = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
 
 
 class UserError(ValueError):
@@ -38,12 +41,23 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
     import tyro
 
     about = (description or "").partition("\nContents:")[0]  # what follows is for those who read the source
+    argv = [*(sys.argv[1:] if argv is None else argv)]
+    if hasattr(config_class, "resume_from"):  # train_gpt2.py
+        check_names(argv)
+        for i in range(len(argv) - 1, 0, -1):  # --resume PATH: a flag of tyro's takes a value or takes none
+            if argv[i - 1] == "--resume" and not argv[i].startswith("--"):
+                argv[i:i] = ["--resume_from"]
     markers = (tyro.conf.DisallowNone,)  # so that an optional bool is --flag and --no-flag
-    return tyro.cli(config_class, args=argv, description=about, use_underscores=True, config=markers)
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each node, whose flags may be its own
+    shown = {"description": about, "use_underscores": True, "console_outputs": speaks}
+    return tyro.cli(config_class, args=argv, config=markers, **shown)
 
 
 def run(main: Callable, config_class: type, description: str, argv: Sequence[str] | None = None) -> None:
-    """Parse, call `main(config)`, and turn a UserError or want of memory into one line on stderr and exit status 2."""
+    """Parse, call `main(config)`, and turn a UserError or want of memory into one line on stderr and exit status 2.
+
+    Of several ranks the first of each node speaks, and any that alone met a LocalError or has no memory.
+    """
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):  # a console that can't show a character must not end a run
             output.reconfigure(errors="replace")
@@ -58,16 +72,23 @@ def run(main: Callable, config_class: type, description: str, argv: Sequence[str
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
             sys.exit(141)
         raise
-    except (ValueError, RuntimeError, MemoryError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", message):
+    except (ValueError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
+        kinds, message = {kind.__name__ for kind in type(error).__mro__}, " ".join(str(error).split())
+        if no_memory := isinstance(error, MemoryError) or re.search(NO_MEMORY, message):
             message = f"out of memory: a smaller batch, sequence or model fits better, see --help ({message[:200]})"
-        elif not is_user_error(error):
+        elif isinstance(error, ModuleNotFoundError):
+            message = f"a setting needs more than this file: {missing(error.name)}"
+        elif "UserError" not in kinds:  # of this file, or of train_gpt2.py, which can't import this one
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if os.environ.get("LOCAL_RANK", "0") == "0" or no_memory or "LocalError" in kinds:
+            where = f"rank {rank}: " if rank != "0" else ""
+            print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def is_user_error(error: BaseException) -> bool:
-    """Whether it is a UserError, of this file or of train_gpt2.py, which can't import this one."""
-    return any(kind.__name__ == "UserError" for kind in type(error).__mro__)
+def missing(module: str) -> str:
+    """What to say of a file or a package that a setting asks for and that is not here."""
+    if module.split(".")[0] in ("extras", "hellaswag"):
+        return f"{module.replace('.', '/')}.py is not beside train_gpt2.py"
+    return f"pip install {module.split('.')[0]}"

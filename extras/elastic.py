@@ -2,8 +2,18 @@
 How the ranks of an elastic launch (torchrun --max-restarts) find each other after a restart.
 """
 
+import os
 import time
 import uuid
+
+import torch.distributed as dist
+
+
+def store_of_this_start(store, rank: int, world_size: int, seconds: float):
+    """The store as the ranks of this start alone see it; the store itself unless torchrun may restart them."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return store
+    return dist.PrefixStore(name_this_start(store, rank, world_size, seconds), store)
 
 
 def name_this_start(store, rank: int, world_size: int, seconds: float) -> str:

@@ -1,5 +1,5 @@
 """
-Does a micro-batch fit into memory? Asked on a GPU before the first step; without this file the estimate stands.
+How many sequences a GPU holds at a time: estimated, then tried before the first step.
 """
 
 import re
@@ -7,9 +7,23 @@ import time
 
 import torch
 
-from extras.cli import UserError
+from extras.cli import NO_MEMORY, UserError
 
-NO_MEMORY = "out of memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"  # the last: no room for cuBLAS's handle
+HEAD_BYTES = 13 * 2048  # of the loss where nothing is compiled, for each id: train_gpt2.HEAD_ROWS rows of logits
+
+
+def estimate(config, shape, ranks, compiled: bool, dtype: torch.dtype) -> int:
+    """Sequences per forward that should fit into what the card has free, at most 64.
+
+    In bytes, as bench/gpuless.py computes and an H200 measured them: for gradients, moments, bf16 weights and DDP's
+    buckets, then for each token. Eager keeps no logits, but every LayerNorm's input in float32.
+    """
+    L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
+    fixed = (18 if ranks.world_size > 1 else 14) * (12 * L * C**2 + V * C) + (0 if compiled else HEAD_BYTES * V)
+    blocks = 2 * L + 12 if config.recompute else (33 if compiled and dtype == torch.bfloat16 else 38) * L
+    per_token = (blocks * C + (2 * V if compiled else 0)) * (2 if dtype == torch.float32 else 1)
+    free = 0.85 * torch.cuda.mem_get_info(ranks.device)[0]  # memory has gaps
+    return max(1, int(min(64, (free - fixed) // (config.seq_len * per_token))))
 
 
 def try_micro_batch(run, micro_batch: int) -> None:

@@ -1,6 +1,6 @@
 """
 What a device is and can do: bf16 FLOP/s by the makers' data sheets, for the MFU on the screen; what a token takes; and
-why an NVIDIA card that is here is of no use to this torch.
+why one that is here is of no use to this torch.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from extras.agree import call_libc
 from extras.cli import UserError
 
 PEAK_TFLOPS = {  # dense bf16, summed in float32; NVIDIA names none for the GB10, only sparse FP4
@@ -33,6 +34,46 @@ def peak_flops(device: torch.device) -> float:
     if words & ({"NVL", "Laptop", "Max", "D", "Ti", "SUPER", "MIG"} | ({"PCIe"} if "A100" not in words else set())):
         return 0.0  # similar names of other cards; all A100 are alike
     return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if set(card.split()) <= words), 0.0)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError if it is none, or not one of this machine's."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 11):  # 2.10 compiled gives NaNs on A100
+        raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = here if name == "auto" else torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device; use auto, cuda, mps, cpu or cuda:N") from error
+    explain_cuda(name, device)
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count() if device.type == here.type else 0
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name}: there is none here; {device.type} devices: {count}, auto would be {here}")
+    if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
+        raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that are freed: each step asks for the same, and a new page costs a fault."""
+    for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # M_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD
+        call_libc("mallopt", parameter, value)
+
+
+def triton_problem() -> str:
+    """Why torch.compile can make no CUDA kernels here; empty if it can."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return "there is no Triton for this card or system"
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()  # the first use builds what launches kernels
+    except Exception as error:
+        return f"Triton needs gcc and Python's headers to build its launcher ({str(error)[:80]})"
+    return ""
 
 
 def explain_cuda(name: str, device: torch.device) -> None:

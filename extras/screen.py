@@ -14,6 +14,7 @@ import torch
 
 from extras.hardware import flops_per_token, peak_flops
 from extras.reference import remarks
+from extras.tokenizer import printable
 
 
 def begin(run) -> str:
@@ -83,6 +84,11 @@ def step(run, done: int, seconds_a_step: float, eval_seconds: dict[str, float]) 
         left += seconds * (end // every - (done - 1) // every + (end % every > 0))
     percent = mfu(run, seconds_a_step)
     return f" | MFU {f'{percent:.1f}%' if percent else 'n/a'} | {timedelta(seconds=round(left))} left"
+
+
+def samples(texts: list[str]) -> str:
+    """One a line, whatever is in them."""
+    return "\n".join("  > " + printable(text).replace("\n", "\\n") for text in texts)
 
 
 def compare(run, done: int, values: dict[str, float]) -> str:

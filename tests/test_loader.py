@@ -121,11 +121,11 @@ def test_a_damaged_set_is_refused_by_name(tmp_path, damage, message):
     token_set(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
-        open_shards(str(tmp_path), "train", read_manifest(str(tmp_path)))
+        open_shards(str(tmp_path), read_manifest(str(tmp_path)), "train")
 
 
 def test_a_set_without_a_manifest_is_gpt2_tokens(tmp_path):
     np.save(tmp_path / "edufineweb_train_000001.npy", np.arange(100, dtype=np.uint16))
     manifest = read_manifest(str(tmp_path))
     assert manifest["tokenizer"] == {"name": "gpt2", "vocab_size": 50257}
-    assert len(open_shards(str(tmp_path), "train", manifest)) == 1
+    assert len(open_shards(str(tmp_path), manifest, "train")) == 1

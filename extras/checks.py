@@ -1,0 +1,99 @@
+"""
+What train_gpt2.py refuses before it begins: settings that can't be right, and a directory that it could not write into.
+
+Without this file it finds out as it goes.
+"""
+
+import contextlib
+import math
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from extras.cli import UserError
+
+SHAPE = ("model", "n_layer", "n_head", "n_embd")  # of the weights: what not even --force can change
+FIXED = ("seq_len", "total_batch_size", "order", "seed", "tokenizer", "data")  # what only --force can change
+POSITIVE = ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every", "timeout_minutes")
+
+
+def check_settings(config) -> None:
+    """UserError for a value that can't be right, before anything is opened or written. config: train_gpt2.Config."""
+    kinds = get_type_hints(type(config))
+    for name, value in asdict(config).items():
+        if get_origin(kinds[name]) is Literal and value not in get_args(kinds[name]):
+            raise UserError(f"--{name} {value}: choose one of {', '.join(get_args(kinds[name]))}")
+        most = math.inf if isinstance(value, float) else 2**63  # what a tensor or a generator can hold
+        most = {"timeout_minutes": 10_000, "muon_momentum": 1}.get(name, most)
+        if isinstance(value, (int, float)) and not (0 < value < most if name in POSITIVE else 0 <= value < most):
+            least = "more than 0" if name in POSITIVE else "0 or more"
+            raise UserError(f"--{name} is {value}; it must be {least}, and less than {most}")
+        if isinstance(value, str) and not value.isprintable():  # a name that is not UTF-8: a checkpoint can't hold it
+            raise UserError(f"--{name} {value!a} has characters that can't be printed; give it another name")
+    if config.min_lr > config.max_lr:
+        raise UserError(f"--min_lr {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower it (a tenth is usual)")
+    if config.total_batch_size % config.seq_len:
+        near = max(1, round(config.total_batch_size / config.seq_len)) * config.seq_len
+        multiple = f"a multiple of --seq_len {config.seq_len}; try {near}"
+        raise UserError(f"--total_batch_size {config.total_batch_size} is not {multiple}")
+    if config.epochs and config.max_steps != type(config).max_steps:
+        raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
+    if config.track != "none":
+        from extras.track import require_tracker
+
+        require_tracker(config.track)
+
+
+def compare_settings(saved: dict, config, loader: dict, print0) -> None:
+    """UserError if a run with these settings and data can't go on from the checkpoint `saved`; else say what changed."""
+    before, now = saved["config"] | saved["loader"], asdict(config) | loader
+    changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
+    if shape := "; ".join(changed[key] for key in changed if key in SHAPE):
+        same = "(0 = from --model); give the flags it was made with, or another --log_dir"
+        raise UserError(f"{config.log_dir} can't go on with weights of another shape: {shape} {same}")
+    others = "; ".join(changed[key] for key in changed if key in FIXED)
+    if others and not config.force:
+        raise UserError(f"{config.log_dir} can't go on as the same run: {others}; --force does it all the same")
+    if told := "; ".join(changed[key] for key in changed if key not in ("resume", "resume_from", "force")):
+        print0(f"resuming with other settings: {told}")
+
+
+def require_directory(path: str) -> None:
+    """Make it, if it is not there."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--log_dir {path} can't be made: {error}; choose another") from error
+
+
+def require_room(log_dir: str, keep: int, model) -> None:
+    """UserError unless the disk has room for all the checkpoints: the best one and one being written, too."""
+    needed = (keep + 2) * 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
+    needed -= sum(path.stat().st_size for path in Path(log_dir).glob("ckpt_*.pt"))
+    if needed > (free := shutil.disk_usage(log_dir).free):
+        there = f"{log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints"
+        raise UserError(f"{there}; free some, lower --keep_checkpoints, or choose another --log_dir")
+    try:
+        (probe := Path(log_dir, "ckpt_probe.tmp")).write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"no checkpoint could be saved in {log_dir}: {error}") from error
+
+
+def lock_log(file) -> None:
+    """UserError if another process trains here. The lock dies with its owner; NFS needs v4, Windows has none."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            log = Path(file.name)
+            owner = re.findall(r'"host".*', log.read_text(encoding="utf-8", errors="replace"))[-1:]
+            there = f"{log.parent}: another process trains there ({''.join(owner).strip('}')})"
+            raise UserError(f"{there}; choose another --log_dir") from error
+        except OSError:  # a file system without locks
+            pass
