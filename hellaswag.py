@@ -59,6 +59,7 @@ from tqdm import tqdm
 from extras.checkpoints import load_any
 from extras.cli import UserError, run
 from extras.files import atomic_file
+from extras.hardware import find_device
 from extras.pretrained import to_transformers
 from extras.tokenizer import load_tokenizer, printable, tokenizer_name
 
@@ -156,12 +157,34 @@ def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> li
     return examples
 
 
-def rows_or_none(path: str, limit: int, tokenizer, block_size: int) -> list["Row"] | None:
-    """For training, which can go on without: the rows, or None and a line that says why."""
-    try:
-        return render(load_examples(path, limit), tokenizer, block_size)
-    except Unavailable as error:
-        print(f"training without HellaSwag: {error}", flush=True)
+def rows_for_training(config, tokenizer, ranks, any_rank, all_or_none) -> list["Row"] | None:
+    """For train_gpt2.py, which can go on without: the rows on every rank; on none, with a line, if one can't have them.
+
+    any_rank(flag, ranks) and all_or_none() are the trainer's, by which its ranks agree.
+    """
+    rows = None
+    for first in (True, False):  # rank 0 before the others: it may have to download the file
+        with all_or_none():
+            if first == (ranks.rank == 0):
+                try:
+                    rows = render(load_examples(config.hella_data, config.hella_limit), tokenizer, config.seq_len)
+                except Unavailable as error:
+                    print(f"training without HellaSwag: {error}", flush=True)
+        if first and not any_rank(rows is not None, ranks):
+            return None
+    return None if any_rank(rows is None, ranks) else rows
+
+
+def score_run(run, stop, all_reduce) -> dict[str, float] | None:
+    """For train_gpt2.py: accuracy by mean loss per token, and its standard error. None if the run is to stop."""
+    counts = evaluate(
+        run.raw_model.features, run.raw_model.head, run.hella_rows, run.device, run.ranks.rank, run.ranks.world_size,
+        should_stop=stop.agreed, autocast=run.autocast,
+    )  # fmt: skip
+    if counts is None:
+        return None
+    scores = summarize(all_reduce(counts, run.ranks))
+    return {"hella": scores["acc_norm"], "hella_se": scores["stderr_norm"]}
 
 
 def cached_validation_set() -> Path:
@@ -573,17 +596,6 @@ def mcnemar(b: int, c: int) -> float:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models of transformers
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; auto is the best there is. UserError if it isn't there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0][:100]
-        raise UserError(f"--device {name} can't be used: {reason}; try auto, cuda, mps or cpu") from error
 
 
 def load_model(source: str, device: torch.device):

@@ -12,7 +12,7 @@ Contents: Config · Model · Data · Optimization · Evaluation · Ranks and dev
 Shapes:   B batch, T time, C channels, nh heads, hs head size, V vocabulary (padded), n tokens that exist, L layers.
 
 This file runs alone, with torch, numpy and tyro. Importing it does nothing. HellaSwag, samples, --init_from,
---recipe fast and --track need hellaswag.py and extras/ beside it; `extra` is for what only explains or shows more.
+--recipe fast and --track need hellaswag.py and extras/ beside it; `optional` is for what only checks or shows more.
 """
 
 import contextlib
@@ -136,19 +136,19 @@ class LocalError(UserError):
     """A UserError that perhaps only this rank meets, so this rank reports it; else the first rank of a node does."""
 
 
-class Nothing:
-    """In place of a module of extras/ where there is none: each of its functions does nothing."""
+class Missing:
+    """In place of a module that is not there: each of its functions does nothing, and returns None."""
 
     def __getattr__(self, name: str) -> Callable:
         return lambda *arguments, **options: None
 
 
-def extra(module: str):
-    """extras.MODULE, which explains an error better, or shows and checks more; `Nothing` where this file runs alone."""
+def optional(module: str):
+    """A module of extras/, or hellaswag.py, for what checks or shows more; `Missing` where this file runs alone."""
     try:
-        return importlib.import_module(f"extras.{module}")
+        return importlib.import_module(module)
     except ModuleNotFoundError:
-        return Nothing()
+        return Missing()
 
 
 def resolve(config: Config) -> Config:
@@ -455,7 +455,7 @@ def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
         raise UserError(f"{paths[strays[0]]} is not in manifest.json: it belongs to another set; move it away")
     if not paths:
         others = ", ".join(path.name for path in sorted(folder.glob("*.bin"))[:3])
-        there = f" ({others}: for nanoGPT's see the README)" if others else ""
+        there = f" ({others} of nanoGPT: see the README)" if others else ""
         better = "with a --val_size, or train with --val_every 0" if split == "val" else "first"
         raise UserError(f"no {split} shards in {data_dir!r}{there}; run fineweb.py {better}, or change --data_dir")
     for name, path in paths.items():
@@ -679,9 +679,25 @@ def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
 
 EVALUATIONS = {  # name -> the setting that says how often, and the function; a new evaluation is a line here
     "val": ("val_every", validate),
-    "hella": ("hella_every", lambda run, stop: extra("evaluations").score_hellaswag(run, stop, all_reduce)),
-    "samples": ("sample_every", lambda run, stop: extra("evaluations").draw_samples(run)),
+    "hella": ("hella_every", lambda run, stop: optional("hellaswag").score_run(run, stop, all_reduce)),
+    "samples": ("sample_every", lambda run, stop: optional("extras.generation").draw_samples(run)),
 }
+
+
+def load_texts(config: Config, name: str, ranks: "Ranks") -> tuple:
+    """The tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
+    lacking = [file for file in ("extras", "hellaswag") if any_rank(isinstance(optional(file), Missing), ranks)]
+    if "extras" in lacking:
+        if config.hella_every or config.sample_every:
+            ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
+        return None, None
+    with all_or_none():
+        tokenizer = optional("extras.tokenizer").load_tokenizer(name)
+    if lacking and config.hella_every:
+        ranks.print0("training without HellaSwag: hellaswag.py is not beside train_gpt2.py")
+    if lacking or not config.hella_every:
+        return tokenizer, None
+    return tokenizer, optional("hellaswag").rows_for_training(config, tokenizer, ranks, any_rank, all_or_none)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -707,11 +723,11 @@ class Ranks:
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
     """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
     here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = extra("hardware").find_device(name) or (here if name == "auto" else torch.device(name))
+    device = optional("extras.hardware").find_device(name) or (here if name == "auto" else torch.device(name))
     if W > 1 and (device.type == "mps" or device.index is not None):
         raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
     if device.type == "cpu":
-        extra("hardware").keep_freed_memory()
+        optional("extras.hardware").keep_freed_memory()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
     elif device.type != "mps":
@@ -730,13 +746,13 @@ def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
     rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
     if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
         raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
-    extra("agree").end_with_torchrun()
+    optional("extras.agree").end_with_torchrun()
     if W == 1:
         check()
         return Ranks(rank, W, claim_device(device, local_rank, W, local_W))
     limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
     store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    store = extra("elastic").store_of_this_start(store, rank, W, limit.total_seconds()) or store
+    store = optional("extras.elastic").store_of_this_start(store, rank, W, limit.total_seconds()) or store
     with all_or_none(store, rank, W):
         check()
         mine = claim_device(device, local_rank, W, local_W)
@@ -764,7 +780,7 @@ def joined_ranks(device: str, check: Callable = lambda: None) -> Iterator[Ranks]
 
 def all_or_none(*store_rank_size) -> contextlib.AbstractContextManager:
     """Around what one rank may fail at alone: then all fail, at once. Without extras/ the others wait for a timeout."""
-    return extra("agree").all_or_none(*store_rank_size) or contextlib.nullcontext()
+    return optional("extras.agree").all_or_none(*store_rank_size) or contextlib.nullcontext()
 
 
 def set_timeout(minutes: float) -> None:
@@ -801,7 +817,7 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     """What --compile asked for; else whether this is CUDA with a Triton that works, which takes a C compiler."""
     if asked is False or ranks.device.type != "cuda":
         return bool(asked)
-    problem = extra("hardware").triton_problem()
+    problem = optional("extras.hardware").triton_problem()
     if off := any_rank(bool(problem), ranks):
         problem = problem or "Triton does not work on another node"
         if asked:
@@ -830,7 +846,7 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: b
         return B
     most = 4096 // T  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
-        most = extra("fit").estimate(config, shape, ranks, compiled, dtype) or 16
+        most = optional("extras.fit").estimate(config, shape, ranks, compiled, dtype) or 16
     return largest_divisor(total // T // W, all_reduce(torch.tensor(float(most)), ranks, "MIN").item())
 
 
@@ -911,7 +927,9 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     """
     log_dir, log, steps = config.log_dir, Path(config.log_dir) / "log.txt", saved_steps(config.log_dir)
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
-    if log.exists() and not paths and not log.read_text(errors="replace").startswith(("", "# config {")[config.resume]):
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() and not paths else ""
+    done = max(map(int, re.findall(r"^(\d+) train ", text, re.M)), default=0)  # the first save ends before the second
+    if text and (not text.startswith("# config {") or done > 2 * config.save_every > 0):
         raise UserError(f"{log_dir} has a log.txt but no checkpoint to resume from; choose another --log_dir")
     if not config.resume and (steps or log.exists()):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
@@ -924,7 +942,8 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
             if config.resume_from:
                 raise UserError(f"--resume: {error}; {log_dir} has the checkpoints of steps {steps}") from error
             if path == paths[-1] and not config.force:
-                raise UserError(f"{log_dir}: no checkpoint can be read ({error}); --force starts anew") from error
+                none = f"{log_dir}: no checkpoint of this run can be read ({error})"
+                raise UserError(f"{none}; --force starts anew") from error
             print0(f"WARNING: {error}")
     if saved is None:
         if log.exists():
@@ -932,7 +951,7 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
         return None
     if later := [step for step in steps if step > saved["step"]] if config.resume_from else []:
         print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
-    extra("checks").compare_settings(saved, config, loader, print0)
+    optional("extras.checks").compare_settings(saved, config, loader, print0)
     if config.init_from:
         print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
     return saved
@@ -952,7 +971,7 @@ class Log:
                 self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             except OSError as error:
                 raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
-            extra("checks").lock_log(self.file)
+            optional("extras.checks").lock_log(self.file)
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
                 self.comment("restart", {"step": start})
@@ -1143,8 +1162,8 @@ def set_up(config: Config, ranks: Ranks) -> Run:
             load_optimizer(optimizer, saved["optimizer"])
             if saved.get("scaler"):  # there is none of a run in bfloat16
                 scaler.load_state_dict(saved["scaler"])
-    extra("agree").require_same(f"shards in {config.data_dir}", loader["data"])
-    extra("agree").require_same(f"checkpoints in {config.log_dir}", start)
+    optional("extras.agree").require_same(f"shards in {config.data_dir}", loader["data"])
+    optional("extras.agree").require_same(f"checkpoints in {config.log_dir}", start)
 
     compiled = wants_compile(config.compile, ranks)
     micro_batch = pick_micro_batch(config, shape, ranks, compiled, dtype)
@@ -1156,16 +1175,14 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     if ranks.world_size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     every = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
-    tokenizer, hella_rows = extra("evaluations").load(config, name, ranks, any_rank) or (None, None)
-    if tokenizer is None and (every["samples"] or every["hella"]):
-        ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
+    tokenizer, hella_rows = load_texts(config, name, ranks)
     every |= ({} if tokenizer else {"samples": 0}) | ({} if hella_rows else {"hella": 0})
     run = Run(
         config, ranks, manifest, tokenizer, hella_rows, every, raw_model, model, compiled, optimizer, scaler, dtype,
         micro_batch, train, val, loader, start, origin, saved["evaluations"] if saved else {},
     )  # fmt: skip
     if compiled or ranks.device.type != "cpu":  # without extras/ the estimate stands
-        run.micro_batch = extra("fit").fit_micro_batch(run, any_rank) or micro_batch
+        run.micro_batch = optional("extras.fit").fit_micro_batch(run, any_rank) or micro_batch
     if ranks.world_size > 1:
         sort_buckets(run)
     return run
@@ -1175,7 +1192,7 @@ class Meter:
     """Logs and shows. Losses and norms stay on the device until a few steps have come together: no wait per step."""
 
     def __init__(self, run: Run, log: Log, stop: StopSignal):
-        self.run, self.log, self.stop, self.pending, self.screen = run, log, stop, [], extra("screen")
+        self.run, self.log, self.stop, self.pending, self.screen = run, log, stop, [], optional("extras.screen")
         self.every, self.bad_steps, self.eval_seconds = 1, 0, {}  # at first every step: how slow they are is not known
         self.seconds, self.steps, self.began, self.clock = 0.0, 0, time.perf_counter(), time.perf_counter()
         counts = {"train_tokens": len(run.train) * run.train.T, "val_tokens": len(run.val or ()) * run.train.T}
@@ -1209,7 +1226,7 @@ class Meter:
 
     def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Note a step: this rank's loss, the norm of the averaged gradient. True if the run is to stop."""
-        extra("agree").note(step, "after training step")
+        optional("extras.agree").note(step, "after training step")
         self.pending.append((step, lr, loss, norm))
         return self.read() if len(self.pending) >= self.every else False
 
@@ -1255,7 +1272,7 @@ class Meter:
     def evaluate(self, step: int, name: str) -> bool:
         """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
         began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
-        extra("agree").note(step, f"evaluating {name} at step")
+        optional("extras.agree").note(step, f"evaluating {name} at step")
         run.raw_model.eval()
         # without cuDNN's attention, which plans anew for every shape, of which HellaSwag's batches have a hundred
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -1281,9 +1298,9 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
     with all_or_none():
-        extra("checks").require_directory(config.log_dir) or os.makedirs(config.log_dir, exist_ok=True)
+        optional("extras.checks").require_directory(config.log_dir) or os.makedirs(config.log_dir, exist_ok=True)
         if rank0:
-            extra("checks").require_room(config.log_dir, config.keep_checkpoints, run.raw_model)
+            optional("extras.checks").require_room(config.log_dir, config.keep_checkpoints, run.raw_model)
         if rank0 and config.track != "none":
             from extras.track import open_tracker
             track = open_tracker(config.track, config.log_dir, asdict(config), step)
@@ -1324,19 +1341,19 @@ def main(config: Config) -> dict[str, float]:
     if config.resume_from:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
-    check = partial(extra("checks").check_settings, config)
+    check = partial(optional("extras.checks").check_settings, config)
     with joined_ranks(config.device, check) as ranks, StopSignal(ranks) as stop:
         try:
             return train(set_up(config, ranks), stop)
         except RuntimeError as error:
-            if found := extra("agree").blame(error, config.log_dir):
+            if found := optional("extras.agree").blame(error, config.log_dir):
                 raise LocalError(found) from error
             raise
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
     """Parse and train. A UserError is one line on stderr and exit status 2; extras/cli.py has more help for a slip."""
-    if not isinstance(cli := extra("cli"), Nothing):
+    if not isinstance(cli := optional("extras.cli"), Missing):
         return cli.run(main, Config, __doc__, argv)
     import tyro
     try:

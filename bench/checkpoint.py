@@ -22,7 +22,8 @@ import torch
 
 import train_gpt2
 from extras.cli import run
-from train_gpt2 import GPT, GPTConfig, keep_freed_memory
+from extras.hardware import keep_freed_memory
+from train_gpt2 import GPT, GPTConfig
 
 
 @dataclass
@@ -46,7 +47,7 @@ def main(config: Config) -> None:
     times = {"written at once": [], "copied, written in a thread": [], "until it is on disk": []}
     with tempfile.TemporaryDirectory(dir=config.directory or None) as directory:
         log = train_gpt2.Log(directory, writes=True)
-        saver = train_gpt2.Saver(directory, 1, log, writes=True)
+        saver = train_gpt2.Saver(directory, 1, log, {})
         for step in range(config.rounds + 1):
             state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             times["written at once"].append(timed(config.device, write, Path(directory) / "plain.pt", state))

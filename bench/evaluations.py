@@ -18,6 +18,7 @@ import torch
 import hellaswag
 import train_gpt2
 from extras.cli import run
+from extras.generation import draw_samples
 from train_gpt2 import SIZES
 
 
@@ -70,8 +71,8 @@ def main(config: Config) -> None:
     for name, function in {
         "a training step": update,
         "validation": lambda: train_gpt2.validate(trainer, stop),
-        "HellaSwag": lambda: train_gpt2.score_hellaswag(trainer, stop) if rows else None,
-        "samples": lambda: train_gpt2.draw_samples(trainer, stop),
+        "HellaSwag": lambda: hellaswag.score_run(trainer, stop, train_gpt2.all_reduce) if rows else None,
+        "samples": lambda: draw_samples(trainer),
         "a training step after them": update,
     }.items():
         print(f"| {name} | {' | '.join(f'{seconds(function):.3f}' for _ in range(config.repeats))} |", flush=True)

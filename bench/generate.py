@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 
 from extras.cli import run
-from train_gpt2 import GPT, SIZES, GPTConfig, keep_freed_memory
+from extras.hardware import keep_freed_memory
+from train_gpt2 import GPT, SIZES, GPTConfig
 
 
 @dataclass

@@ -25,6 +25,7 @@ import torch
 
 import hellaswag
 from extras.cli import run
+from extras.hardware import find_device
 from extras.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
@@ -42,7 +43,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    device = hellaswag.find_device(config.device)
+    device = find_device(config.device)
     torch.manual_seed(0)
     shape = GPTConfig(vocab_size=50304, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
     model = GPT(shape).eval().to(device)

@@ -47,6 +47,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
+from extras import hardware
 from extras.cli import UserError, run
 from extras.hardware import flops_per_token, peak_flops
 from train_gpt2 import GPT, SIZES, GPTConfig
@@ -133,7 +134,7 @@ def sigmoid_gelu(self, x):
 
 
 LEVERS = {  # what takes one out, or turns it around: what stands in its place
-    "no_kept_memory": lambda: setattr(train_gpt2, "keep_freed_memory", lambda: None),
+    "no_kept_memory": lambda: setattr(hardware, "keep_freed_memory", lambda: None),
     "no_chunks": lambda: setattr(train_gpt2, "HeadLoss", types.SimpleNamespace(apply=plain_head_loss)),
     "no_fusion": lambda: setattr(train_gpt2, "make_optimizer", without_fusion(train_gpt2.make_optimizer)),
     "no_padding": lambda: setattr(train_gpt2, "make_model", without_padding(train_gpt2.make_model)),

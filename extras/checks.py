@@ -48,7 +48,7 @@ def check_settings(config) -> None:
 
 
 def compare_settings(saved: dict, config, loader: dict, print0) -> None:
-    """UserError if a run with these settings and data can't go on from the checkpoint `saved`; else say what changed."""
+    """UserError if a run with these settings and data can't go on from checkpoint `saved`; else say what changed."""
     before, now = saved["config"] | saved["loader"], asdict(config) | loader
     changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
     if shape := "; ".join(changed[key] for key in changed if key in SHAPE):

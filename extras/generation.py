@@ -136,3 +136,20 @@ def use_onednn(model: torch.nn.Module) -> None:
         for module in model.modules():
             if type(module) is torch.nn.Linear:
                 module.__class__ = OneDNNLinear
+
+
+def draw_samples(run, n: int = 4, length: int = 24) -> dict[str, list[str]]:
+    """For train_gpt2.py: n continuations of its --sample_prompt, on rank 0, with the same seed each time."""
+    if run.ranks.rank:
+        return {}
+    prompt = run.tokenizer.encode(run.config.sample_prompt) or [run.tokenizer.eot]
+    idx = torch.tensor([prompt[-run.config.seq_len :]] * n, device=run.device)
+    generator = torch.Generator(run.device).manual_seed(run.config.seed)
+    try:
+        with run.autocast():
+            ids = run.raw_model.generate(idx, length, top_k=50, generator=generator)
+    except RuntimeError as error:
+        if "nan" not in str(error):
+            raise
+        return {"samples": ["no samples: the probabilities are not numbers"]}
+    return {"samples": [run.tokenizer.decode(row) for row in ids.tolist()]}

@@ -9,7 +9,7 @@ import numpy as np
 TOKENS_PER_STEP = 524_288  # of GPT-2's recipe, and of build-nanogpt, whose logs don't say
 RECIPE = {
     "total_batch_size": TOKENS_PER_STEP, "max_steps": 19_073, "warmup_steps": 715, "max_lr": 6e-4, "min_lr": 6e-5,
-    "seq_len": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "schedule": "cosine", "muon_lr": 0, "zero_init": False,
+    "seq_len": 1024, "n_layer": 12, "n_head": 12, "n_embd": 768, "schedule": "cosine", "muon_lr": 0,
 }  # fmt: skip
 REFERENCE_CURVE = {  # step -> validation loss on FineWeb-Edu, as reported of that recipe
     0: 10.93, 250: 6.13, 1_000: 4.16, 2_000: 3.66, 5_000: 3.36, 6_750: 3.28, 10_000: 3.20, 15_000: 3.11, 19_073: 3.07,

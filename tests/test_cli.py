@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from tiny import ROOT
+from tiny import ROOT, USER_ERRORS
 
 import train_gpt2
-from extras import cli
+from extras import cli, hardware
 from extras.cli import UserError
 
 ENTRY_POINTS = ["train_gpt2", "fineweb", "hellaswag", "sample", "plot_log"]
@@ -105,10 +105,10 @@ def test_who_speaks_among_ranks(error, speaks, monkeypatch, capsys):
 def test_an_old_torch_is_named(monkeypatch):
     for version in ("2.10.0+cu128", "1.13.1"):
         monkeypatch.setattr(torch, "__version__", version)
-        with pytest.raises(train_gpt2.UserError, match=r"is too old; 2\.11 to 2\.13 work: pip install"):
-            train_gpt2.find_device("cpu")
+        with pytest.raises(USER_ERRORS, match=r"is too old; 2\.11 to 2\.13 work: pip install"):
+            hardware.find_device("cpu")
     monkeypatch.setattr(torch, "__version__", "2.11.0a0+git1")
-    assert train_gpt2.find_device("cpu").type == "cpu"
+    assert hardware.find_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from dataclasses import replace
 import pytest
 import torch
 from test_train import interrupt, plain_loop, same_weights
-from tiny import ROOT, flags, launch, read_log, tiny_config, token_set
+from tiny import ROOT, USER_ERRORS, flags, launch, read_log, tiny_config, token_set
 
 import train_gpt2
-from train_gpt2 import Config, UserError, main
+from train_gpt2 import Config, main
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_bad_gradients_in_a_row_end_the_run(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_gpt2, "batch_of_step", poisoned)
     monkeypatch.setattr(train_gpt2, "MAX_BAD_STEPS", 3)
-    with pytest.raises(UserError, match="3 steps in a row without a finite gradient, up to 8"):
+    with pytest.raises(USER_ERRORS, match="3 steps in a row without a finite gradient, up to 8"):
         main(tiny_config(data, tmp_path / "log", max_steps=50, log_every=1))
     assert train_gpt2.saved_steps(tmp_path / "log") == [5]
     state = train_gpt2.read_checkpoint(train_gpt2.checkpoint_path(tmp_path / "log", 5))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import token_set
+from tiny import USER_ERRORS, token_set
 
-from train_gpt2 import LocalError, Ranks, SampleStream, Shard, UserError, batch_of_step, open_shards, read_manifest
+from train_gpt2 import LocalError, Ranks, SampleStream, Shard, batch_of_step, open_shards, read_manifest
 
 T = 16
 
@@ -90,7 +90,7 @@ def test_weights_are_shares_of_the_targets():
 
 
 def test_no_window_fits():
-    with pytest.raises(UserError, match=r"--seq_len 16 \+ 1 tokens, only 16"):
+    with pytest.raises(USER_ERRORS, match=r"--seq_len 16 \+ 1 tokens, only 16"):
         SampleStream(numbered([16, 3]), T, 2**16)
 
 
@@ -120,7 +120,7 @@ UNFINISHED = '{"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [],
 def test_a_damaged_set_is_refused_by_name(tmp_path, damage, message):
     token_set(tmp_path)
     damage(tmp_path)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(USER_ERRORS, match=message):
         open_shards(str(tmp_path), read_manifest(str(tmp_path)), "train")
 
 

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import ROOT
+from tiny import ROOT, USER_ERRORS
 
 import train_gpt2
 from extras import hardware
 from extras.elastic import name_this_start
-from train_gpt2 import UserError
 
 
 def names_of(store, world_size: int, delays: list[float]) -> list[str]:
@@ -110,12 +109,18 @@ def test_no_triton_or_no_compiler_is_eager_and_one_line(monkeypatch, capsys):
         assert not train_gpt2.wants_compile(None, cuda)
         out = capsys.readouterr().out
         assert out.startswith("compile  off: ") and words in out and out.count("\n") == 1
-        with pytest.raises(UserError, match=f"^--compile: .*{re.escape(words)}"):
+        with pytest.raises(USER_ERRORS, match=f"^--compile: .*{re.escape(words)}"):
             train_gpt2.wants_compile(True, cuda)
     launcher.compiler = True
     assert train_gpt2.wants_compile(None, cuda) and train_gpt2.wants_compile(True, cuda)
     assert train_gpt2.wants_compile(True, cpu) and not train_gpt2.wants_compile(None, cpu)
     assert not train_gpt2.wants_compile(False, cuda) and not capsys.readouterr().out
+
+
+def accelerator(monkeypatch, device: torch.device | None) -> None:
+    """As if torch had found this one."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: device)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: int(device is not None))
 
 
 A100, V100 = ("NVIDIA A100-SXM4-80GB", (8, 0)), ("Tesla V100-SXM2-16GB", (7, 0))
@@ -147,34 +152,34 @@ def test_an_nvidia_card_of_no_use_is_explained(driver, wheel, card, words, monke
     monkeypatch.setattr(cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120"])
     monkeypatch.setattr(cuda, "get_device_name", lambda index=0: card[0])
     monkeypatch.setattr(cuda, "get_device_capability", lambda index=0: card[1])
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert train_gpt2.find_device("cpu").type == "cpu" and not capsys.readouterr().err
+    accelerator(monkeypatch, card and torch.device("cuda"))
+    assert hardware.find_device("cpu").type == "cpu" and not capsys.readouterr().err
     for name in ("auto", "cuda"):
         if card and not words:
-            assert train_gpt2.find_device(name).type == "cuda"
+            assert hardware.find_device(name).type == "cuda"
         elif card or name == "cuda":
             with pytest.raises(ValueError, match=words or "there is none here"):
-                train_gpt2.find_device(name)
+                hardware.find_device(name)
         else:
-            assert train_gpt2.find_device(name).type == "cpu"
+            assert hardware.find_device(name).type == "cpu"
     warned = capsys.readouterr().err.startswith("WARNING: training on cpu, not on CUDA: ")
     assert warned == bool(words and not card)
 
 
 def test_mps_wants_a_newer_torch(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    accelerator(monkeypatch, torch.device("mps"))
     monkeypatch.setattr(torch, "__version__", "2.12.1")
-    with pytest.raises(UserError, match=r"MPS needs torch 2\.13, not 2\.12\.1: .* or --device cpu"):
-        train_gpt2.find_device("mps")
-    assert train_gpt2.find_device("cpu").type == "cpu"
+    with pytest.raises(USER_ERRORS, match=r"MPS needs torch 2\.13, not 2\.12\.1: .* or --device cpu"):
+        hardware.find_device("mps")
+    assert hardware.find_device("cpu").type == "cpu"
     monkeypatch.setattr(torch, "__version__", "2.13.0")
-    assert train_gpt2.find_device("mps").type == "mps"
+    assert hardware.find_device("mps").type == "mps"
 
 
 def test_fewer_sequences_than_ranks_is_one_line():
     config, shape = train_gpt2.Config(total_batch_size=32, seq_len=32), train_gpt2.GPTConfig(32, 384, 1, 1, 32)
     for micro_batch in (0, 1):
-        with pytest.raises(UserError, match=r"--seq_len 32 \* 2 ranks = 64; try --total_batch_size 64"):
+        with pytest.raises(USER_ERRORS, match=r"--seq_len 32 \* 2 ranks = 64; try --total_batch_size 64"):
             ranks = train_gpt2.Ranks(0, 2, torch.device("cpu"))
             train_gpt2.pick_micro_batch(
                 train_gpt2.replace(config, micro_batch=micro_batch), shape, ranks, False, torch.float32

@@ -4,6 +4,7 @@ import builtins
 import errno
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from dataclasses import replace
@@ -11,18 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_config, token_set
+from tiny import USER_ERRORS, tiny_config, token_set
 
 import train_gpt2
 from extras import track
+from extras.checks import require_room
+from extras.cli import parse
 from train_gpt2 import (
     GPT,
     Config,
     GPTConfig,
     Log,
     Saver,
-    UserError,
     checkpoint_path,
+    main,
     read_checkpoint,
     resolve,
     saved_steps,
@@ -32,6 +35,7 @@ from train_gpt2 import (
 def state(step: int) -> dict:
     weight = torch.arange(10_000.0) + step
     found = {"step": step, "model": {"a": weight, "tied": weight}, "config": {"name": "x", "n": 1, "lr": 0.1}}
+    found["loader"] = {"sample": 8 * step}
     return {key: {} for key in train_gpt2.CHECKPOINT_KEYS} | found
 
 
@@ -52,7 +56,7 @@ def log(tmp_path):
 
 
 def test_round_trip_and_ties(tmp_path, log):
-    saver = Saver(tmp_path, 2, log, True)
+    saver = Saver(tmp_path, 2, log, {})
     original = state(3)
     saver.save(original)
     original["model"]["a"] += 1  # training goes on while the file is written
@@ -95,7 +99,7 @@ def test_what_is_not_whole_is_named_passed_over_and_never_executed(tmp_path, mon
     for step in (5, 10):
         write(checkpoint_path(tmp_path, step), state(step))
     damage(checkpoint_path(tmp_path, 10))
-    with pytest.raises(UserError, match=r"ckpt_000010.pt is not a whole checkpoint"):
+    with pytest.raises(USER_ERRORS, match=r"ckpt_000010.pt is not a whole checkpoint"):
         read_checkpoint(checkpoint_path(tmp_path, 10))
     found, said = resume(tmp_path)
     assert found["step"] == 5 and len(said) == 1 and "ckpt_000010.pt" in said[0]
@@ -104,7 +108,7 @@ def test_what_is_not_whole_is_named_passed_over_and_never_executed(tmp_path, mon
 
 def test_nothing_to_read(tmp_path):
     assert resume(tmp_path / "nowhere") == (None, [])
-    with pytest.raises(UserError, match=r"ckpt_000001.pt is not a whole checkpoint .*No such file"):
+    with pytest.raises(USER_ERRORS, match=r"ckpt_000001.pt is not a whole checkpoint .*No such file"):
         read_checkpoint(tmp_path / "ckpt_000001.pt")
 
 
@@ -140,7 +144,7 @@ def fill_disk(monkeypatch, allowed: int) -> None:
 
 def test_a_disk_that_is_full_at_any_write(tmp_path, log, monkeypatch, capfd):
     write(checkpoint_path(tmp_path, 5), state(5))
-    saver, allowed = Saver(tmp_path, 1, log, True), 0
+    saver, allowed = Saver(tmp_path, 1, log, {}), 0
     while True:
         fill_disk(monkeypatch, allowed)
         saver.save(state(10))
@@ -157,7 +161,7 @@ def test_a_disk_that_is_full_at_any_write(tmp_path, log, monkeypatch, capfd):
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_disk_that_fails_at_the_end(tmp_path, log, monkeypatch, capfd, call):
     write(checkpoint_path(tmp_path, 5), state(5))
-    saver = Saver(tmp_path, 1, log, True)
+    saver = Saver(tmp_path, 1, log, {})
 
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
@@ -176,20 +180,21 @@ def test_no_room_is_known_before(tmp_path, log, monkeypatch):
     for free, keep, enough in ((4 * need, 2, True), (3 * need - 50_000, 2, False), (3 * need, 1, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         try:
-            Saver(tmp_path, keep, log, True).require_room(model)
+            require_room(tmp_path, keep, model)
             assert enough
-        except UserError as error:
+        except USER_ERRORS as error:
             assert not enough and "GB free and" in str(error) and "GB are needed for checkpoints" in str(error)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path, log):
-    saver = Saver(tmp_path, 2, log, True)
+    evaluated = {"val": {}}
+    saver = Saver(tmp_path, 2, log, evaluated)
     for step, loss in ((10, 5.0), (20, 3.0), (30, 4.0), (40, 4.5), (50, 6.0)):
-        log.write(step, val=loss)
+        evaluated["val"][step] = loss
         saver.save(state(step))
     saver.wait()
     assert saved_steps(tmp_path) == [50, 40, 20]
-    everything = Saver(tmp_path, 0, log, True)
+    everything = Saver(tmp_path, 0, log, evaluated)
     everything.save(state(60))
     everything.wait()
     assert saved_steps(tmp_path) == [60, 50, 40, 20]
@@ -197,7 +202,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, log):
 
 def test_a_new_checkpoint_outlives_a_damaged_later_one(tmp_path, log):
     checkpoint_path(tmp_path, 9).write_bytes(b"damaged")
-    saver = Saver(tmp_path, 1, log, True)
+    saver = Saver(tmp_path, 1, log, {})
     for step in (7, 8):
         saver.save(state(step))
     assert saver.wait() and saved_steps(tmp_path) == [9, 8]
@@ -206,7 +211,7 @@ def test_a_new_checkpoint_outlives_a_damaged_later_one(tmp_path, log):
 
 def test_only_damaged_checkpoints_are_no_new_beginning(tmp_path):
     checkpoint_path(tmp_path, 9).write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"no checkpoint of this run can be read .*--force starts anew"):
+    with pytest.raises(USER_ERRORS, match=r"no checkpoint of this run can be read .*--force starts anew"):
         resume(tmp_path)
     assert resume(tmp_path, force=True)[0] is None
 
@@ -217,32 +222,33 @@ def test_a_log_without_a_checkpoint_is_resumed_only_if_there_was_none_to_lose(tm
     for text in ("0 val 10.9\n0 train 10.9\n", '# config {}\n0 train 9.0\n21 train 5.0\n'):
         log.write_text(text)
         for settings in ({}, {"resume": False}):
-            with pytest.raises(UserError, match=r"a log.txt but no checkpoint to resume from; choose another"):
+            with pytest.raises(USER_ERRORS, match=r"a log.txt but no checkpoint to resume from; choose another"):
                 resume(tmp_path, save_every=10, **settings)
     log.write_text("# config {}\n0 train 9.0\n7 train 5.0\n")
     assert resume(tmp_path, save_every=10) == (None, [f"resuming at step 0: {tmp_path} has no checkpoint yet"])
-    with pytest.raises(UserError, match="already holds a run: --resume goes on"):
+    with pytest.raises(USER_ERRORS, match="already holds a run: --resume goes on"):
         resume(tmp_path, save_every=10, resume=False)
 
 
-def test_the_log_of_a_resumed_run_is_that_of_its_own_history(tmp_path):
-    """Older histories end where a later one began: at a restart, and at the checkpoint this run goes on from."""
-    lines = ["0 val 9", "0 train 9", "1 train 8", "2 val 7", "2 train 7", "3 train 6", "4 val 5", "4 train 5"]
-    lines += ['# restart {"step": 3}', "3 train 6.5", "4 train 5.5", "6 val 4", "a note", "7 val", "5 train nan"]
-    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n8 val 1")
-    values = train_gpt2.read_log(tmp_path / "log.txt", 4)
-    assert values == {"val": {0: 9, 2: 7}, "train": {0: 9, 1: 8, 2: 7, 3: 6.5}}
-    again = Log(tmp_path, writes=True, start=4)
-    assert again.last() == {"val": 7, "train": 6.5}
-    again.flush()
-    assert (tmp_path / "log.txt").read_text().endswith('5 train nan\n# restart {"step": 4}\n')
+def test_evaluations_of_a_resumed_run_are_those_of_its_own_history(tmp_path, capsys):
+    """What a later checkpoint saw is no part of a run that goes on from an earlier one: neither done, nor the best."""
+    config = tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=6, val_every=2, save_every=2)
+    config = replace(config, keep_checkpoints=0)
+    main(config)
+    seen = read_checkpoint(checkpoint_path(tmp_path / "log", 4))["evaluations"]
+    assert set(seen["val"]) == set(seen["bpb"]) == {0, 2, 4}
+    capsys.readouterr()
+    again = replace(config, resume_from=str(checkpoint_path(tmp_path / "log", 4)), max_lr=1e-3, min_lr=0.0)
+    values = main(again)
+    assert re.findall(r"EVAL +(\d+)", capsys.readouterr().out) == ["6"], "step 4 was evaluated before it was saved"
+    after = read_checkpoint(checkpoint_path(tmp_path / "log", 6))["evaluations"]["val"]
+    assert after == seen["val"] | {6: values["val"]}
 
 
 def test_a_validation_that_is_not_a_number_is_not_the_best(tmp_path, log):
-    for step, loss in ((1, 3.0), (2, float("nan"))):
+    for step in (1, 2):
         write(checkpoint_path(tmp_path, step), state(step))
-        log.write(step, val=loss)
-    saver = Saver(tmp_path, 1, log, True)
+    saver = Saver(tmp_path, 1, log, {"val": {1: 3.0, 2: float("nan")}})
     saver.save(state(3))
     assert saver.wait() and saved_steps(tmp_path) == [3, 1]
 
@@ -255,7 +261,7 @@ def test_a_log_on_a_full_disk_waits_and_loses_nothing(tmp_path, log, capfd):
     log.flush()
     log.write(3, train=3.0)
     log.flush()
-    saver = Saver(tmp_path, 1, log, True)
+    saver = Saver(tmp_path, 1, log, {})
     saver.save(state(3))
     assert not saver.wait() and saved_steps(tmp_path) == [], "a checkpoint without its log is none"
     assert capfd.readouterr().err.count("its lines wait") == 1
@@ -273,7 +279,7 @@ def test_a_tracker_that_fails_is_left_alone(tmp_path, capfd):
 
 def test_half_a_file_of_a_killed_run_is_removed(tmp_path, log):
     (tmp_path / "ckpt_000010.pt.tmp").write_bytes(b"half")
-    Saver(tmp_path, 2, log, True)
+    Saver(tmp_path, 2, log, {})
     assert not (tmp_path / "ckpt_000010.pt.tmp").exists()
 
 
@@ -285,8 +291,7 @@ def test_the_log_grows_and_the_last_value_of_a_step_wins(tmp_path):
     text = (tmp_path / "log.txt").read_text()
     restart = '# restart {"step": 5}\n'
     assert text == f"# config {{}}\n3 train 5.000000\n4 train 4.500000\n{restart}4 train 4.250000\n4 lr 0.0006\n"
-    again = Log(tmp_path, writes=False, start=5)
-    assert again.values == {"train": {3: 5.0, 4: 4.25}, "lr": {4: 6e-4}} and again.last() == {"train": 4.25, "lr": 6e-4}
+    assert log.last == {"train": (4, 4.25), "lr": (4, 6e-4)}
 
 
 def test_a_resumed_optimizer_has_the_settings_of_its_run_and_the_moments_of_the_checkpoint():
@@ -301,6 +306,8 @@ def test_a_resumed_optimizer_has_the_settings_of_its_run_and_the_moments_of_the_
 
 
 LIES = {
+    "evaluations that are text": lambda s: s["evaluations"].update(val={2: "low"}),
+    "evaluations that are a list": lambda s: s.update(evaluations=[1]),
     "the step is text": lambda s: s.update(step="7"),
     "the step is negative": lambda s: s.update(step=-1),
     "the step is a bool": lambda s: s.update(step=True),
@@ -344,7 +351,7 @@ def test_a_checkpoint_that_lies_is_named_and_nothing_is_touched(saved, tmp_path,
     lie(state)
     torch.save(state, tmp_path / "ckpt_000002.pt")
     before = (tmp_path / "ckpt_000002.pt").read_bytes()
-    with pytest.raises(UserError, match=r"checkpoint|these weights|no model's shape"):
+    with pytest.raises(USER_ERRORS, match=r"checkpoint|these weights|no model's shape"):
         train_gpt2.main(tiny_config(data, tmp_path, resume=True, max_steps=4, val_every=0))
     assert os.listdir(tmp_path) == ["ckpt_000002.pt"] and (tmp_path / "ckpt_000002.pt").read_bytes() == before
 
@@ -353,15 +360,15 @@ def test_a_compressed_checkpoint_is_not_unpacked(saved, tmp_path):
     with zipfile.ZipFile(saved[1]) as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         for name in source.namelist():
             bomb.writestr(name, source.read(name))
-    with pytest.raises(UserError, match="it is compressed"):
+    with pytest.raises(USER_ERRORS, match="it is compressed"):
         read_checkpoint(tmp_path / "bomb.pt")
 
 
 def test_a_run_goes_on_from_the_checkpoint_it_is_given(saved, tmp_path, capsys):
     data, path = saved
-    config = train_gpt2.parse(["--resume", str(path)])
+    config = parse(Config, "", ["--resume", str(path)])
     assert config.resume and config.resume_from == str(path)
-    assert train_gpt2.parse(["--resume", "--max_steps", "3"]).resume_from == ""
+    assert parse(Config, "", ["--resume", "--max_steps", "3"]).resume_from == ""
     shutil.copytree(path.parent, tmp_path / "log")
     long = tiny_config(data, tmp_path / "log", max_steps=6, val_every=0, save_every=2, keep_checkpoints=0)
     train_gpt2.main(replace(long, resume=True))
@@ -371,7 +378,7 @@ def test_a_run_goes_on_from_the_checkpoint_it_is_given(saved, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "resuming at step 4; later checkpoints stay until this run overtakes them: [6]" in said
     slip = r"--resume: .*ckpt_00002.pt .*No such file.*has the checkpoints of steps \[6, 5, 4, 2\]"
-    with pytest.raises(UserError, match=slip):  # and no new beginning
+    with pytest.raises(USER_ERRORS, match=slip):  # and no new beginning
         train_gpt2.main(replace(long, resume_from=str(tmp_path / "log" / "ckpt_00002.pt"), force=True))
     assert saved_steps(tmp_path / "log") == [6, 5, 4, 2] and "\nstep     4 |" in said and "\nstep     3 |" not in said
 
@@ -380,7 +387,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path, log):
     pytest.importorskip("fcntl")
     log.comment("versions", {"host": "here", "pid": 7})
     log.flush()
-    with pytest.raises(UserError, match=r'another process trains there \("host": "here", "pid": 7\); choose another'):
+    with pytest.raises(USER_ERRORS, match=r'another process trains there \("host": "here", "pid": 7\); choose another'):
         Log(tmp_path, writes=True)
     log.close()
     Log(tmp_path, writes=True).close()
@@ -392,15 +399,15 @@ def test_a_directory_without_room_for_a_file_is_known_before(tmp_path, log, monk
 
     monkeypatch.setattr(train_gpt2.Path, "write_bytes", fail)
     model = GPT(GPTConfig(block_size=8, vocab_size=60, n_layer=1, n_head=1, n_embd=8))
-    with pytest.raises(UserError, match=r"no checkpoint could be saved in .*Read-only file system"):
-        Saver(tmp_path, 1, log, True).require_room(model)
+    with pytest.raises(USER_ERRORS, match=r"no checkpoint could be saved in .*Read-only file system"):
+        require_room(tmp_path, 1, model)
 
 
 def test_destroyed_weights_do_not_push_good_checkpoints_out(saved, tmp_path):
     data, path = saved
     shutil.copytree(path.parent, tmp_path / "log")
     config = tiny_config(data, tmp_path / "log", max_steps=40, val_every=0, save_every=3, warmup_steps=0)
-    with pytest.raises(UserError, match=r"10 steps in a row without a finite gradient.*--resume PATH of an older"):
+    with pytest.raises(USER_ERRORS, match=r"10 steps in a row without a finite gradient.*--resume PATH of an older"):
         train_gpt2.main(replace(config, resume=True, max_lr=1e30, min_lr=0.0))
     assert saved_steps(tmp_path / "log")[-1] == 2 and len(saved_steps(tmp_path / "log")) <= 2
     train_gpt2.main(replace(config, resume=True, resume_from=str(tmp_path / "log" / "ckpt_000002.pt"), max_steps=8))

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from test_train import same_weights
-from tiny import ROOT, tiny_config, token_set
+from tiny import ROOT, USER_ERRORS, tiny_config, token_set
 
 import train_gpt2
 from extras import fit
-from extras.cli import UserError
 from train_gpt2 import lr_at, main, set_up, train_step
 
 
@@ -138,10 +137,10 @@ def test_micro_batches_are_halved_until_they_fit(data, tmp_path, monkeypatch, se
 def test_what_does_not_fit_is_named(data, tmp_path, monkeypatch):
     run = set_up(tiny_config(data, tmp_path / "log", micro_batch=0), train_gpt2.join_ranks("cpu"))
     monkeypatch.setattr(fit, "try_micro_batch", out_of_memory_over(0))
-    with pytest.raises(UserError, match=r"with --micro_batch 1; lower --seq_len.*--model.*--recompute"):
+    with pytest.raises(USER_ERRORS, match=r"with --micro_batch 1; lower --seq_len.*--model.*--recompute"):
         fit.fit_micro_batch(run, train_gpt2.any_rank)
     run = set_up(tiny_config(data, tmp_path / "log", micro_batch=4), train_gpt2.join_ranks("cpu"))
-    with pytest.raises(UserError, match="out of memory with --micro_batch 4; leave --micro_batch at 0"):
+    with pytest.raises(USER_ERRORS, match="out of memory with --micro_batch 4; leave --micro_batch at 0"):
         fit.fit_micro_batch(run, train_gpt2.any_rank)
 
 
@@ -208,7 +207,7 @@ def test_the_estimate_is_what_was_measured(monkeypatch):
     """Peaks beyond 16 bytes a parameter, measured on an H200 or (*) computed by bench/gpuless.py: a step must fit."""
     pick = partial(estimate, monkeypatch)
     parameters, slope = 124.5e6, {"compiled": 402e3, "eager": 342e3, "recompute": 123e3}  # the first and the last *
-    constant = {"compiled": 2 * parameters, "eager": 13 * train_gpt2.HEAD_ROWS * 50304, "recompute": 2 * parameters}
+    constant = {"compiled": 2 * parameters, "eager": fit.HEAD_BYTES * 50304, "recompute": 2 * parameters}
     for how, settings in (("compiled", {}), ("eager", {"compiled": False}), ("recompute", {"recompute": True})):
         for gib in (7.6, 15.6, 23.5, 39.4, 79.1):
             B = pick(gib, **settings)

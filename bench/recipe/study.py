@@ -104,10 +104,11 @@ class Trial:
         begun = next(line for line in text.splitlines() if line.startswith("# config "))
         was = json.loads(begun.removeprefix("# config "))
         now = vars(train_gpt2.resolve(train_gpt2.Config(**self.settings(config))))
-        for name in (*RECIPES["fast"], "zero_init"):
+        for name in RECIPES["fast"]:
             if was.get(name) != now[name]:
                 raise UserError(f"{path.parent} was run with --{name} {was.get(name)}, not {now[name]}: another --out")
-        return train_gpt2.read_log(path)["val"]
+        lines = [line.split() for line in text.splitlines() if " val " in line]
+        return {int(step): float(value) for step, _, value in lines}
 
     def loss(self, config: Config) -> float:
         """At the end; nan if the trial is not done."""
@@ -184,14 +185,11 @@ def tuned(size: str, config: Config) -> tuple[float, float] | None:
 def levers(size: str, config: Config, max_lr: float, muon_lr: float) -> dict[str, list[Trial]]:
     """Seeds of each lever alone and of all together, as long as gpt2. With Muon the other rates are those of fast."""
     others = dict(fast(size, 1, muon_lr).knobs)["max_lr"]
-    line, muon, zero = {"schedule": "linear", "min_lr": 0.0}, {"muon_lr": muon_lr}, {"zero_init": True}
-    all_three = muon | line | zero
+    line, muon = {"schedule": "linear", "min_lr": 0.0}, {"muon_lr": muon_lr}
     arms = {
         "a line to zero": (max_lr, "line", line),
         "a line to zero, twice the rate": (2 * max_lr, "line", line),
-        "zero_init": (max_lr, "zero", zero),
         "Muon": (others, "muon", muon),
-        "Muon, a line to zero, zero_init": (others, "muon_line_zero", all_three),
     }
     seeds = range(1, config.seeds + 1)
     trials = {
