@@ -453,6 +453,8 @@ def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
         raise UserError(f"{data_dir} lacks {', '.join(missing[:3])} of manifest.json; run fineweb.py --verify")
     if strays := sorted(set(paths) - set(listed or paths)):
         raise UserError(f"{paths[strays[0]]} is not in manifest.json: it belongs to another set; move it away")
+    if len({path.suffix for path in paths.values()}) > 1:
+        raise UserError(f"{data_dir} has .npy and .bin files of {split}: the same tokens twice? Move one kind away")
     if not paths:
         others = ", ".join(path.name for path in sorted(folder.glob("*.bin"))[:3])
         there = f" ({others} of nanoGPT: see the README)" if others else ""
@@ -922,39 +924,29 @@ def read_checkpoint(path: str | Path) -> dict:
 def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict | None:
     """The newest whole checkpoint in log_dir, from which the run continues; None for one that begins. Writes nothing.
 
-    UserError, from extras/checks.py, if it is not the same run: if its weights have another shape or, without --force,
-    if the data, the batch or the order are others. `loader` says what the stream of samples depends on.
+    extras/checks.py refuses one that is not the same run: other weights or, without --force, another batch, order or
+    data. `loader` says what the stream of samples depends on.
     """
-    log_dir, log, steps = config.log_dir, Path(config.log_dir) / "log.txt", saved_steps(config.log_dir)
-    paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() and not paths else ""
-    done = max(map(int, re.findall(r"^(\d+) train ", text, re.M)), default=0)  # the first save ends before the second
-    if text and (not text.startswith("# config {") or done > 2 * config.save_every > 0):
-        raise UserError(f"{log_dir} has a log.txt but no checkpoint to resume from; choose another --log_dir")
-    if not config.resume and (steps or log.exists()):
+    log_dir, steps, checks = config.log_dir, saved_steps(config.log_dir), optional("extras.checks")
+    if not config.resume and (steps or os.path.exists(f"{log_dir}/log.txt")):
+        checks.check_log(config)
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
-    saved = None
+    paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
     for path in paths:
         try:
             saved = read_checkpoint(path)
-            break
         except UserError as error:
-            if config.resume_from:
-                raise UserError(f"--resume: {error}; {log_dir} has the checkpoints of steps {steps}") from error
-            if path == paths[-1] and not config.force:
-                none = f"{log_dir}: no checkpoint of this run can be read ({error})"
-                raise UserError(f"{none}; --force starts anew") from error
+            if config.resume_from or (path == paths[-1] and not config.force):
+                others = f"{log_dir} has the checkpoints of steps {steps}; --force starts anew"
+                raise UserError(f"--resume: no checkpoint of this run can be read ({error}); {others}") from error
             print0(f"WARNING: {error}")
-    if saved is None:
-        if log.exists():
-            print0(f"resuming at step 0: {log_dir} has no checkpoint yet")
-        return None
-    if later := [step for step in steps if step > saved["step"]] if config.resume_from else []:
-        print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
-    optional("extras.checks").compare_settings(saved, config, loader, print0)
-    if config.init_from:
-        print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
-    return saved
+        else:
+            checks.compare_settings(saved, steps, config, loader, print0)
+            return saved
+    if not paths and os.path.exists(f"{log_dir}/log.txt"):
+        checks.check_log(config)
+        print0(f"resuming at step 0: {log_dir} has no checkpoint yet")
+    return None
 
 
 class Log:
@@ -1253,7 +1245,7 @@ class Meter:
         self.run.ranks.print0(
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | "
             f"{config.total_batch_size / ms * 1000:,.0f} tok/s"
-            + (self.screen.step(self.run, step + 1, ms / 1000, self.eval_seconds) or "")
+            + (self.screen.progress(self.run, step + 1, ms / 1000, self.eval_seconds) or "")
         )
         self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.clock = time.perf_counter()

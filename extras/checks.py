@@ -47,8 +47,24 @@ def check_settings(config) -> None:
         require_tracker(config.track)
 
 
-def compare_settings(saved: dict, config, loader: dict, print0) -> None:
-    """UserError if a run with these settings and data can't go on from checkpoint `saved`; else say what changed."""
+def check_log(config) -> None:
+    """UserError for a log.txt without a checkpoint that is no run's of ours, or one's that has lost its checkpoints."""
+    if list(Path(config.log_dir).glob("ckpt_*.pt")):
+        return
+    text = Path(config.log_dir, "log.txt").read_text(encoding="utf-8", errors="replace")
+    done = max(map(int, re.findall(r"^(\d+) train ", text, re.M)), default=0)  # the first save ends before the second
+    if text and (not text.startswith("# config {") or done > 2 * config.save_every > 0):
+        there = f"{config.log_dir} has a log.txt but no checkpoint to resume from"
+        raise UserError(f"{there}; choose another --log_dir")
+
+
+def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0) -> None:
+    """UserError if a run with these settings and data can't go on from checkpoint `saved`; else say what changed.
+
+    steps: of all checkpoints in log_dir. loader: what the stream of samples depends on.
+    """
+    if later := [step for step in steps if step > saved["step"]] if config.resume_from else []:
+        print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
     before, now = saved["config"] | saved["loader"], asdict(config) | loader
     changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
     if shape := "; ".join(changed[key] for key in changed if key in SHAPE):
@@ -59,6 +75,8 @@ def compare_settings(saved: dict, config, loader: dict, print0) -> None:
         raise UserError(f"{config.log_dir} can't go on as the same run: {others}; --force does it all the same")
     if told := "; ".join(changed[key] for key in changed if key not in ("resume", "resume_from", "force")):
         print0(f"resuming with other settings: {told}")
+    if config.init_from:
+        print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
 
 
 def require_directory(path: str) -> None:

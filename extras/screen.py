@@ -76,7 +76,7 @@ def mfu(run, seconds_a_step: float) -> float:
     return 100 * flops / seconds_a_step / peak if peak else 0.0
 
 
-def step(run, done: int, seconds_a_step: float, eval_seconds: dict[str, float]) -> str:
+def progress(run, done: int, seconds_a_step: float, eval_seconds: dict[str, float]) -> str:
     """MFU, and time left after `done` steps; eval_seconds: setting that says how often -> how long the last took."""
     end, left = run.config.max_steps, (run.config.max_steps - done) * seconds_a_step
     for setting, seconds in eval_seconds.items():

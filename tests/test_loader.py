@@ -1,11 +1,13 @@
 """The global stream of samples: nothing lost, nothing repeated, the same for any number of ranks."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from tiny import USER_ERRORS, token_set
+from tiny import USER_ERRORS, tiny_config, token_set
 
-from train_gpt2 import LocalError, Ranks, SampleStream, Shard, batch_of_step, open_shards, read_manifest
+from train_gpt2 import LocalError, Ranks, SampleStream, Shard, batch_of_step, main, open_shards, read_manifest
 
 T = 16
 
@@ -129,3 +131,57 @@ def test_a_set_without_a_manifest_is_gpt2_tokens(tmp_path):
     manifest = read_manifest(str(tmp_path))
     assert manifest["tokenizer"] == {"name": "gpt2", "vocab_size": 50257}
     assert len(open_shards(str(tmp_path), manifest, "train")) == 1
+
+
+def bin_set(directory, source, names) -> None:
+    """The shards in `source`, as llm.c and modded-nanogpt write them."""
+    directory.mkdir()
+    for path in sorted(source.glob("*.npy")):
+        tokens, split = np.load(path), path.name.split("_")[1]
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(tokens)
+        (directory / names[split].format(int(path.stem[-6:]))).write_bytes(header.tobytes() + tokens.tobytes())
+
+
+NAMES = {split: f"fineweb_{split}_{{:06d}}.bin" for split in ("train", "val")}
+
+
+@pytest.mark.parametrize("names", [NAMES, {"train": "shakespeare_train.bin", "val": "shakespeare_val.bin"}])
+def test_bin_files_train_as_the_same_tokens_in_npy_files(tmp_path, names):
+    lengths = (2000, 3000, 2500) if names is NAMES else (2000, 3000)
+    npy = token_set(tmp_path / "npy", lengths, "gpt2", 50257)
+    (npy / "manifest.json").unlink()
+    bin_set(tmp_path / "bin", npy, names)
+    values = [main(tiny_config(tmp_path / kind, tmp_path / f"log-{kind}", max_steps=4)) for kind in ("npy", "bin")]
+    assert values[0]["val"] == values[1]["val"] and values[0]["train"] == values[1]["train"]
+    weights = [torch.load(tmp_path / f"log-{kind}" / "ckpt_000004.pt")["model"] for kind in ("npy", "bin")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+LIES = {
+    "the magic": lambda header, tokens: header.__setitem__(0, 20240519),
+    "the version": lambda header, tokens: header.__setitem__(1, 2),
+    "a count too large": lambda header, tokens: header.__setitem__(2, 1001),
+    "a count too small": lambda header, tokens: header.__setitem__(2, 999),
+    "an odd length": lambda header, tokens: tokens.__setitem__(slice(1), b""),
+    "cut off in the header": lambda header, tokens: tokens.__setitem__(slice(None), b""),
+    "an id that is no token": lambda header, tokens: tokens.__setitem__(slice(10, 12), b"\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_a_bin_file_that_lies_is_named(tmp_path, lie):
+    header, tokens = np.zeros(256, "<i4"), bytearray(np.arange(1000, 2000, dtype="<u2").tobytes())
+    header[:3] = 20240520, 1, 1000
+    lie(header, tokens)
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(header.tobytes()[: 1024 if tokens else 100] + tokens)
+    with pytest.raises(USER_ERRORS, match=r"000001.bin (is not a whole .bin file|begins with ids up to 65535)"):
+        open_shards(str(tmp_path), read_manifest(str(tmp_path)), "train")
+
+
+def test_two_kinds_of_files_are_not_mixed(tmp_path):
+    npy = token_set(tmp_path / "npy", tokenizer="gpt2", vocab_size=50257)
+    bin_set(tmp_path / "bin", npy, NAMES)
+    shutil.copy(npy / "edufineweb_train_000001.npy", tmp_path / "bin")
+    with pytest.raises(USER_ERRORS, match=r"has \.npy and \.bin files of train"):
+        open_shards(str(tmp_path / "bin"), read_manifest(str(tmp_path / "bin")), "train")

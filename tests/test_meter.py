@@ -42,7 +42,7 @@ def test_evaluations_to_come(step, validations, samples):
     config = train_gpt2.Config(max_steps=1000, val_every=100, sample_every=300)
     run = SimpleNamespace(config=config, ranks=SimpleNamespace(world_size=1), device=torch.device("cpu"))
     run.raw_model = SimpleNamespace(config=train_gpt2.GPTConfig())
-    shown = screen.step(run, step + 1, 0.6, {"val_every": 4.0, "sample_every": 1.0})
+    shown = screen.progress(run, step + 1, 0.6, {"val_every": 4.0, "sample_every": 1.0})
     left = timedelta(seconds=round((999 - step) * 0.6 + 4 * validations + samples))
     assert shown == f" | MFU n/a | {left} left"
 
