@@ -10,8 +10,11 @@
 #   bench/gpu.sh curves       6  124M trained from text with both recipes, 4 minutes each
 #   bench/gpu.sh sizes        7  350M, 774M and 1558M
 #   bench/gpu.sh all             1 to 7
+#   bench/gpu.sh record          124M at the paper's batch for some 25 minutes, gpt2 against fast with one schedule length and
+#                                seed; whatever ended it, the same command goes on
 #   bench/gpu.sh ddp             several ranks (RANKS=2): what torch.compile does to DDP, in both orders
-#   bench/gpu.sh rehearse        1 to 7 in miniature, on the CPU
+#   bench/gpu.sh rehearse        1 to 7 and record in miniature, on the CPU
+#   bench/gpu.sh emulate         the same on the emulated card of tests/emulated/, where graphs are traced and run uncompiled
 #
 # More flags go to the part's bench/*.py, behind ours. $PYTHON is the Python to use. Wants data/python-docs (makes it if it
 # isn't there); `evaluations` wants $HELLA, a local hellaswag_val.jsonl(.gz); `evaluations` and `curves` read the shards in
@@ -22,15 +25,16 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/out}
 DATA=${DATA:-data/corpus}
 HELLA=${HELLA:-}
-what=${1:?check, peers, levers, memory, evaluations, curves, sizes, ddp, all or rehearse}
+what=${1:?check, peers, levers, memory, evaluations, curves, sizes, record, ddp, all, rehearse or emulate}
 shift
 mkdir -p "$OUT"
 export PYTHONUNBUFFERED=1
-SMALL=${SMALL:-}  # set by rehearse
+SMALL=${SMALL:-}  # the device of a rehearsal
 if [ -n "$SMALL" ]; then
-    step="--device cpu --n_layer 1 --seq_len 64 --micro_batch 2 --accumulate 2 --rounds 1 --steps 1 --warmup 1"
-    one="--device cpu --n_layer 1 --seq_len 64"
-    device=cpu steps=2 B=2
+    step="--device $SMALL --n_layer 1 --seq_len 64 --micro_batch 2 --accumulate 2 --rounds 1 --steps 1 --warmup 1"
+    one="--device $SMALL --n_layer 1 --seq_len 64"
+    device=$SMALL steps=2 B=2
+    record="--total_batch_size 128 --max_steps 4 --val_tokens 256 --val_every 2 --save_every 2 --warmup_steps 1"
     run="--total_batch_size 128 --max_steps 4 --val_tokens 256 --warmup_steps 1"
     sizes="gpt2-medium:2 gpt2-large:2 gpt2-xl:2"
 else
@@ -38,6 +42,7 @@ else
     one="--device cuda"
     device=cuda steps=20 B=64
     run="--total_batch_size 131072 --max_steps 800 --val_every 50 --val_tokens 1048576 --sample_every 400 --warmup_steps 60"
+    record="--max_steps 640 --val_every 64 --save_every 64 --val_tokens 2097152 --warmup_steps 64"  # 336M tokens
     sizes="gpt2-medium:32 gpt2-large:32 gpt2-xl:16"
 fi
 step="$PYTHON bench/train_step.py $step"
@@ -87,6 +92,13 @@ sizes)
             --variants ours,compile "$@" 2>&1 | tee -a "$OUT/sizes.md"
     done
     ;;
+record)
+    for recipe in gpt2 fast; do
+        $PYTHON train_gpt2.py --recipe $recipe --data_dir "$DATA" --log_dir "$OUT/record/$recipe" --resume $one $record \
+            --hella_every 0 --sample_every 0 "$@" 2>&1 | tee -a "$OUT/record-$recipe.txt"
+    done
+    $PYTHON plot_log.py "$OUT/record/gpt2" "$OUT/record/fast" --out "$OUT/record.png"
+    ;;
 ddp)
     ranks=ours,ranks=${RANKS:-2}
     $step --variants "$ranks" "$ranks,compile" "$ranks,compile,ddp_whole" "$ranks,compile,ddp_inside" "$@" 2>&1 |
@@ -98,7 +110,15 @@ all)
     done
     ;;
 rehearse)
-    SMALL=yes OUT=$OUT/rehearsal bash bench/gpu.sh all
+    for part in all record; do
+        SMALL=cpu OUT=$OUT/rehearsal bash bench/gpu.sh $part
+    done
+    ;;
+emulate)
+    export PYTHONPATH=$PWD/tests/emulated/everywhere:$PWD
+    for part in all record; do
+        SMALL=cuda OUT=$OUT/emulation bash bench/gpu.sh $part
+    done
     ;;
 *) echo "bench/gpu.sh: $what is none of the parts; see its first lines" >&2 && exit 2 ;;
 esac

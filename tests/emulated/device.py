@@ -126,6 +126,20 @@ def pretend(name: str) -> None:
     torch.version.cuda = "13.0"
 
 
+def run_what_is_traced() -> None:
+    """torch.compile without a compiler: the graphs that it traces, forward and backward, run by their operators."""
+    import torch
+    import torch.utils._triton
+
+    compile_by = torch.compile
+    torch.compile = lambda model=None, *, options=None, **settings: compile_by(model, backend="aot_eager", **settings)
+    try:
+        from extras import hardware
+    except ImportError:
+        return
+    hardware.triton_problem = lambda: ""
+
+
 class Waits:
     """How often the host waited for the card, in a `with` or up to now."""
 
