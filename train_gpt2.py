@@ -147,7 +147,9 @@ def optional(module: str):
     """A module of extras/, or hellaswag.py, for what checks or shows more; `Missing` where this file runs alone."""
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] not in ("extras", "hellaswag"):
+            raise  # a package that one of them needs
         return Missing()
 
 
@@ -298,12 +300,9 @@ class GPT(nn.Module):
     def of(cls, shape: dict, state: dict) -> "GPT":
         """A model that takes these tensors over as its weights: none are drawn, none are copied."""
         try:
-            config = GPTConfig(**shape)
-            for name, t in state.items():
-                if not (t.is_floating_point() and t.layout == torch.strided and t.device.type != "meta"):
-                    raise TypeError(f"{name} is {t.dtype}, {t.layout} on {t.device}")
+            optional("extras.checks").check_weights(shape, state)
             with torch.device("meta"):
-                model = cls(replace(config, n_layer=min(config.n_layer, len(state))))  # a layer has a tensor at least
+                model = cls(GPTConfig(**shape))
             model.load_state_dict(state, strict=True, assign=True)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"these weights are not those of the model in this file: {error}") from error
@@ -415,9 +414,9 @@ def read_manifest(data_dir: str) -> dict:
     if not path.is_file():
         return {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": True, "source": None}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"], manifest["shards"]
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = {"source": None} | json.loads(path.read_text(encoding="utf-8"))
+        optional("extras.checks").check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run fineweb.py again") from error
     if not manifest.get("complete"):
         raise UserError(f"{data_dir} is not finished; run fineweb.py again, with the same flags: it goes on")
@@ -434,43 +433,28 @@ def open_array(path: Path, dtype: str = "uint16") -> np.ndarray:
             header, array = np.fromfile(path, "<i4", 256), np.memmap(path, "<u2", "r", 1024)
             if header[:3].tolist() != [20240520, 1, len(array)]:
                 raise ValueError(f"header {header[:3]}, not [20240520 1 {len(array)}]")
-        else:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+            return array
+        optional("extras.checks").check_header(path, dtype)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises what its parser and the system do
         raise UserError(f"{path} is not a whole {path.suffix} file ({error}); run fineweb.py --verify") from error
-    if array.ndim != 1 or array.dtype != dtype:
-        raise UserError(f"{path} holds {array.dtype}{list(array.shape)}, not {dtype}[n]; run fineweb.py again")
-    return array
 
 
 def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     """Memory-map the shards of a split, in order. UserError for none, or for one that is not what it should be."""
-    folder, n_tokens, shards = Path(data_dir), manifest["tokenizer"]["vocab_size"], []
-    paths = {path.name: path for path in sorted(folder.glob(f"*_{split}[_.]*")) if path.suffix in (".npy", ".bin")}
-    paths = {name: path for name, path in paths.items() if ".mask" not in name}
+    paths = [path for path in sorted(Path(data_dir).glob(f"*_{split}[_.]*")) if path.suffix in (".npy", ".bin")]
+    paths = [path for path in paths if ".mask" not in path.name]
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"] if shard["split"] == split}
-    if missing := sorted(set(listed) - set(paths)):
-        raise UserError(f"{data_dir} lacks {', '.join(missing[:3])} of manifest.json; run fineweb.py --verify")
-    if strays := sorted(set(paths) - set(listed or paths)):
-        raise UserError(f"{paths[strays[0]]} is not in manifest.json: it belongs to another set; move it away")
-    if len({path.suffix for path in paths.values()}) > 1:
-        raise UserError(f"{data_dir} has .npy and .bin files of {split}: the same tokens twice? Move one kind away")
+    optional("extras.checks").check_files(data_dir, split, paths, listed)
     if not paths:
-        others = ", ".join(path.name for path in sorted(folder.glob("*.bin"))[:3])
-        there = f" ({others} of nanoGPT: see the README)" if others else ""
         better = "with a --val_size, or train with --val_every 0" if split == "val" else "first"
-        raise UserError(f"no {split} shards in {data_dir!r}{there}; run fineweb.py {better}, or change --data_dir")
-    for name, path in paths.items():
-        tokens, mask_path = open_array(path), path.with_suffix(".mask.npy")
-        mask = open_array(mask_path, "uint8") if mask_path.exists() else None
-        for what, length in (("manifest.json", listed.get(name)), (mask_path, None if mask is None else len(mask))):
-            if length not in (None, len(tokens)):
-                raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
-        largest = int(tokens[: 2**20].max(initial=0))
-        if largest >= n_tokens or (len(tokens) > 2**14 and not listed and largest < 1000):  # a header; characters
-            ids = f"ids up to {largest}: not those of {manifest['tokenizer']['name']}, 0 to {n_tokens - 1}"
-            raise UserError(f"{path} begins with {ids}; a manifest.json can name another tokenizer")
-        shards.append(Shard(str(path), tokens, mask))
+        raise UserError(f"no {split} shards in {data_dir!r}; run fineweb.py {better}, or change --data_dir")
+    shards = []
+    for path in paths:
+        mask_path = path.with_suffix(".mask.npy")
+        shard = Shard(str(path), open_array(path), open_array(mask_path, "uint8") if mask_path.exists() else None)
+        optional("extras.checks").check_shard(shard, listed.get(path.name), manifest["tokenizer"])
+        shards.append(shard)
     return shards
 
 
@@ -614,12 +598,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         optimizer.load_state_dict(state)
         for group, values in zip(optimizer.param_groups, settings):
             group.update(values)
-            for p in group["params"]:
-                sizes = {"step": 1, "momentum": sum(q.numel() for q in group["params"])}  # Muon's is for the group
-                for name, moment in optimizer.state.get(p, {}).items():  # the fused kernels trust these
-                    if moment.numel() != sizes.get(name, p.numel()) or moment.layout != torch.strided:
-                        raise ValueError(f"{name} has the shape {list(moment.shape)} beside {list(p.shape)}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        optional("extras.checks").check_moments(optimizer)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"
         raise UserError(other) from error
 
@@ -909,12 +889,9 @@ def read_checkpoint(path: str | Path) -> dict:
             if damaged := archive.testzip():  # torch.load does not look at checksums: a flipped bit would pass
                 raise ValueError(f"{damaged} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = [key for key in CHECKPOINT_KEYS if not isinstance(state.get(key), int if key == "step" else dict)]
-        values = [value for of in state.setdefault("evaluations", {}).values() for value in of.values()]
-        if wrong or not all(isinstance(value, float) for value in values):
-            raise ValueError(f"its {', '.join(wrong or ['evaluations'])} can't be what a checkpoint holds")
-        if not all(type(n) is int and 0 <= n < 2**63 for n in (state["step"], state["loader"].get("sample"))):
-            raise ValueError("its step or its sample is no count")
+        if lacking := [key for key in CHECKPOINT_KEYS if key not in state]:
+            raise ValueError(f"it has no {', '.join(lacking)}")
+        optional("extras.checks").check_checkpoint(state)
         return state
     except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
         reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
@@ -1171,7 +1148,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     every |= ({} if tokenizer else {"samples": 0}) | ({} if hella_rows else {"hella": 0})
     run = Run(
         config, ranks, manifest, tokenizer, hella_rows, every, raw_model, model, compiled, optimizer, scaler, dtype,
-        micro_batch, train, val, loader, start, origin, saved["evaluations"] if saved else {},
+        micro_batch, train, val, loader, start, origin, saved.get("evaluations", {}) if saved else {},
     )  # fmt: skip
     if compiled or ranks.device.type != "cpu":  # without extras/ the estimate stands
         run.micro_batch = optional("extras.fit").fit_micro_batch(run, any_rank) or micro_batch

@@ -1,7 +1,9 @@
 """
-What train_gpt2.py refuses before it begins: settings that can't be right, and a directory that it could not write into.
+What train_gpt2.py refuses before it begins: settings that can't be right, files that are not what they should be, a run
+that is not the one to go on with, and a directory that it could not write into.
 
-Without this file it finds out as it goes.
+Files are evidence, not orders: whoever wrote a manifest, a shard or a checkpoint, no value in it is used before it was
+looked at. Without this file the trainer trusts what it reads, and finds out as it goes.
 """
 
 import contextlib
@@ -12,6 +14,9 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
 
 from extras.cli import UserError
 
@@ -45,6 +50,104 @@ def check_settings(config) -> None:
         from extras.track import require_tracker
 
         require_tracker(config.track)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def check_manifest(manifest: dict) -> None:
+    """ValueError, KeyError or TypeError unless the fields that the trainer uses are what they should be."""
+    of_shard = {"name": str, "split": str, "tokens": int, "bytes": int}
+    wanted = [(manifest["tokenizer"], {"name": str, "vocab_size": int})]
+    wanted += [({"bytes": 0} | shard, of_shard) for shard in manifest["shards"]]
+    for fields, kinds in wanted:
+        for name, kind in kinds.items():
+            most = 2**16 if name == "vocab_size" else 2**53
+            if type(fields[name]) is not kind or (kind is int and not 0 <= fields[name] <= most):
+                raise ValueError(f"{name} {fields[name]!r:.60}")
+
+
+def check_files(data_dir: str, split: str, paths: list[Path], listed: dict[str, int]) -> None:
+    """UserError unless these files are the manifest's, `listed` by name; where it lists none, any will do."""
+    names = {path.name for path in paths}
+    if missing := sorted(set(listed) - names):
+        raise UserError(f"{data_dir} lacks {', '.join(missing[:3])} of manifest.json; run fineweb.py --verify")
+    if strays := sorted(names - set(listed or names)):
+        raise UserError(f"{data_dir}/{strays[0]} is not in manifest.json: it belongs to another set; move it away")
+    if len({path.suffix for path in paths}) > 1:
+        raise UserError(f"{data_dir} has .npy and .bin files of {split}: the same tokens twice? Move one kind away")
+    if not paths and (others := sorted(path.name for path in Path(data_dir).glob("*.bin"))):
+        there = f"no {split} shards in {data_dir!r}, but {', '.join(others[:3])} of nanoGPT"
+        raise UserError(f"{there}: see the README, or change --data_dir")
+
+
+def check_header(path: Path, dtype: str) -> None:
+    """Of a .npy file, before numpy maps what it says: an item of no size would end the process."""
+    with open(path, "rb") as file:
+        major, _ = np.lib.format.read_magic(file)
+        shape, _, found = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
+    if len(shape) != 1 or found != dtype:
+        raise ValueError(f"it holds {found}{list(shape)}, not {dtype}[n]")
+
+
+def check_shard(shard, listed_tokens: int | None, tokenizer: dict) -> None:
+    """UserError unless shard and mask have the length that the manifest says, and begin with the tokenizer's ids."""
+    path, tokens, mask, n_tokens = shard.path, shard.tokens, shard.mask, tokenizer["vocab_size"]
+    for what, length in (("manifest.json", listed_tokens), ("its .mask.npy", None if mask is None else len(mask))):
+        if length not in (None, len(tokens)):
+            raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
+    largest = int(tokens[: 2**20].max(initial=0))
+    if largest >= n_tokens or (len(tokens) > 2**14 and not listed_tokens and largest < 1000):  # a header; characters
+        ids = f"ids up to {largest}: not those of {tokenizer['name']}, 0 to {n_tokens - 1}"
+        raise UserError(f"{path} begins with {ids}; a manifest.json can name another tokenizer")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def check_checkpoint(state: dict) -> None:
+    """ValueError unless all but the tensors is of the kind that the trainer saved."""
+    wrong = [key for key in ("model", "model_config", "optimizer", "loader", "config") if not isinstance(state[key], dict)]
+    evaluations = state.get("evaluations", {})
+    if not wrong:
+        plain = state["config"] | state["loader"] | (state.get("scaler") or {})
+        wrong = [name for name, value in plain.items() if not isinstance(value, int | float | str | None)]
+        counts = {"step": state["step"], "sample": state["loader"].get("sample")}
+        wrong += [name for name, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]
+        of_streams = [*evaluations.values()] if type(evaluations) is dict else [None]
+        if not all(type(of) is dict and all(type(x) is float for x in of.values()) for of in of_streams):
+            wrong.append("evaluations")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} can't be what a checkpoint holds")
+
+
+def check_weights(shape: dict, state: dict) -> None:
+    """TypeError or UserError unless these are dense float32 tensors, at least one for each layer."""
+    for name, t in state.items():
+        if not (t.dtype == torch.float32 and t.device.type != "meta" and t.is_contiguous()):
+            raise TypeError(f"{name} is {t.dtype}, {t.layout} on {t.device}")
+    if type(shape.get("n_layer")) is int and shape["n_layer"] > len(state):  # building these could take forever
+        raise UserError(f"these weights, {len(state)} tensors, are not those of {shape['n_layer']} layers")
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError unless the moments have the shapes of their weights: the fused kernels trust what they are given."""
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            sizes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            if parts := group.get("parts"):  # Muon's momentum is with a group's first matrix, for all of them
+                stack = (len(group["params"]) * parts, *sorted((p.shape[0] // parts, p.shape[1])))
+                sizes = {"step": (), "momentum": stack} if i == 0 else {}
+            moments = optimizer.state.get(p, {})
+            found = {name: moment.shape for name, moment in moments.items()}
+            if found != sizes or not all(moment.is_contiguous() for moment in moments.values()):
+                raise ValueError(f"{found} beside {sizes}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run directory
 
 
 def check_log(config) -> None:
