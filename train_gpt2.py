@@ -703,18 +703,14 @@ class Ranks:
 
 
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
-    """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
-    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = optional("extras.hardware").find_device(name) or (here if name == "auto" else torch.device(name))
-    if W > 1 and (device.type == "mps" or device.index is not None):
-        raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
-    if device.type == "cpu":
-        optional("extras.hardware").keep_freed_memory()
-        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
-    elif device.type != "mps":
-        if (count := torch.accelerator.device_count()) < local_W:
-            raise UserError(f"{local_W} ranks on this node, but {count} devices; lower --nproc_per_node")
+    """This rank's device; auto: the accelerator that torch finds, or the CPU. extras/ refuses what can't be."""
+    device = optional("extras.hardware").find_device(name, W, local_W)
+    if device is None:
+        here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = here if name == "auto" else torch.device(name)
+    if device.type == "cpu" and "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread: share all
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
+    if device.type not in ("cpu", "mps"):
         device = torch.device(device.type, local_rank if device.index is None else device.index)
         torch.accelerator.set_device_index(device.index)
         torch.set_float32_matmul_precision("high")
@@ -816,14 +812,9 @@ def largest_divisor(n: int, most: float) -> int:
 def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:
     """Sequences per forward: --micro_batch, which must divide the batch, or the largest divisor that should fit."""
     B, T, W, total = config.micro_batch, config.seq_len, ranks.world_size, config.total_batch_size
+    optional("extras.checks").check_batch(config, ranks)
     if total % ((B or 1) * T * W):
-        of = f"of {f'--micro_batch {B} * ' if B else ''}--seq_len {T} * {W} ranks = {(B or 1) * T * W}"
-        near = max(1, total // ((B or 1) * T * W)) * (B or 1) * T * W
-        divisor = largest_divisor(total // T // W, B)
-        better = f"--total_batch_size {near}" if total % (T * W) else f"--micro_batch {divisor}"
-        raise UserError(f"--total_batch_size {total} is not a multiple {of}; try {better}, or other ranks")
-    if ranks.device.type == "mps" and (config.compile or B * T > 2**14):  # a weight's gradient sums B * T terms
-        raise UserError(f"--compile, or --micro_batch {B} * --seq_len {T} over 16,384: MPS would sum gradients wrongly")
+        raise UserError(f"--total_batch_size {total} is not a multiple of {B or 1} * {T} * {W} ranks")
     if B:
         return B
     most = 4096 // T  # on a CPU small is fast: what is worked on should stay in the cache
@@ -936,10 +927,7 @@ class Log:
         self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
         self.last: dict[str, tuple[int, float]] = {}
         if writes:
-            try:
-                self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            except OSError as error:
-                raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             optional("extras.checks").lock_log(self.file)
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
@@ -1119,12 +1107,8 @@ def set_up(config: Config, ranks: Ranks) -> Run:
         start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
         origin = sample - start * (config.total_batch_size // config.seq_len)
         raw_model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
-        shape, source = raw_model.to(ranks.device).config, config.init_from or config.log_dir
-        if config.seq_len > shape.block_size:
-            raise UserError(f"--seq_len {config.seq_len} is over the {shape.block_size} positions of {source}")
-        if shape.n_tokens != n_tokens:
-            other = f"{config.data_dir} was made with {n_tokens}; run fineweb.py with the other --tokenizer"
-            raise UserError(f"the model in {source} has {shape.n_tokens} tokens and {other}")
+        shape = raw_model.to(ranks.device).config
+        optional("extras.checks").check_model(shape, config, n_tokens)
         optimizer = make_optimizer(raw_model, config)
         scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
         if saved:
@@ -1267,9 +1251,8 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
     with all_or_none():
-        optional("extras.checks").require_directory(config.log_dir) or os.makedirs(config.log_dir, exist_ok=True)
-        if rank0:
-            optional("extras.checks").require_room(config.log_dir, config.keep_checkpoints, run.raw_model)
+        optional("extras.checks").require_directory(config, run.raw_model, rank0)
+        os.makedirs(config.log_dir, exist_ok=True)
         if rank0 and config.track != "none":
             from extras.track import open_tracker
             track = open_tracker(config.track, config.log_dir, asdict(config), step)

@@ -52,6 +52,31 @@ def check_settings(config) -> None:
         require_tracker(config.track)
 
 
+def check_batch(config, ranks) -> None:
+    """UserError unless ranks and micro-batches can share the batch of an update, and the device sums it well."""
+    B, T, W, total = config.micro_batch, config.seq_len, ranks.world_size, config.total_batch_size
+    if total % ((B or 1) * T * W):
+        of = f"of {f'--micro_batch {B} * ' if B else ''}--seq_len {T} * {W} ranks = {(B or 1) * T * W}"
+        near = max(1, total // ((B or 1) * T * W)) * (B or 1) * T * W
+        divisor = next((d for d in range(B, 1, -1) if total // T // W % d == 0), 1)
+        better = f"--total_batch_size {near}" if total % (T * W) else f"--micro_batch {divisor}"
+        raise UserError(f"--total_batch_size {total} is not a multiple {of}; try {better}, or other ranks")
+    if ranks.device.type == "mps" and config.compile:
+        raise UserError("--compile on MPS sums the head's gradient wrongly on M1 and M2; leave it out")
+    if ranks.device.type == "mps" and B * T > 2**14:  # as many terms are in a weight's gradient
+        raise UserError(f"--micro_batch {B} * --seq_len {T} is over 16,384: MPS sums that wrongly; lower it")
+
+
+def check_model(shape, config, n_tokens: int) -> None:
+    """UserError unless a model of that shape has room for --seq_len, and the tokenizer of the data."""
+    source = config.init_from or config.log_dir
+    if config.seq_len > shape.block_size:
+        raise UserError(f"--seq_len {config.seq_len} is over the {shape.block_size} positions of {source}")
+    if shape.n_tokens != n_tokens:
+        other = f"{config.data_dir} was made with {n_tokens}; run fineweb.py with the other --tokenizer"
+        raise UserError(f"the model in {source} has {shape.n_tokens} tokens and {other}")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
@@ -109,7 +134,8 @@ def check_shard(shard, listed_tokens: int | None, tokenizer: dict) -> None:
 
 def check_checkpoint(state: dict) -> None:
     """ValueError unless all but the tensors is of the kind that the trainer saved."""
-    wrong = [key for key in ("model", "model_config", "optimizer", "loader", "config") if not isinstance(state[key], dict)]
+    dicts = ("model", "model_config", "optimizer", "loader", "config")
+    wrong = [key for key in dicts if not isinstance(state[key], dict)]
     evaluations = state.get("evaluations", {})
     if not wrong:
         plain = state["config"] | state["loader"] | (state.get("scaler") or {})
@@ -182,17 +208,17 @@ def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0
         print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
 
 
-def require_directory(path: str) -> None:
-    """Make it, if it is not there."""
+def require_directory(config, model, writes: bool) -> None:
+    """UserError unless --log_dir is there or can be made, and, on the rank that writes, takes files and has room."""
+    log_dir = config.log_dir
     try:
-        os.makedirs(path, exist_ok=True)
+        os.makedirs(log_dir, exist_ok=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--log_dir {path} can't be made: {error}; choose another") from error
-
-
-def require_room(log_dir: str, keep: int, model) -> None:
-    """UserError unless the disk has room for all the checkpoints: the best one and one being written, too."""
-    needed = (keep + 2) * 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
+        raise UserError(f"--log_dir {log_dir} can't be made: {error}; choose another") from error
+    if not writes:
+        return
+    size = 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
+    needed = (config.keep_checkpoints + 2) * size  # and the best one, and one that is being written
     needed -= sum(path.stat().st_size for path in Path(log_dir).glob("ckpt_*.pt"))
     if needed > (free := shutil.disk_usage(log_dir).free):
         there = f"{log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints"
@@ -202,6 +228,9 @@ def require_room(log_dir: str, keep: int, model) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"no checkpoint could be saved in {log_dir}: {error}") from error
+    log = Path(log_dir, "log.txt")
+    if log.exists() and not (log.is_file() and os.access(log, os.W_OK)):
+        raise UserError(f"{log} can't be written; choose another --log_dir")
 
 
 def lock_log(file) -> None:
