@@ -1,23 +1,26 @@
 """
-Plot runs: log files in, a picture and a table out.
+Plot runs: log files in, a table and a picture or a page out.
 
     python plot_log.py log/                                    # writes log/curves.png
     python plot_log.py log/a log/b log/c --out compare.svg     # several runs over one another
+    python plot_log.py log/ --out run.html                     # curves that zoom, samples, configuration: one file
     python plot_log.py log/ --x hours --watch                  # redraw a live run every few seconds
     python plot_log.py --model log/ckpt_019073.pt              # what is inside a checkpoint
 
 A log is lines of `step stream value`, of which the last value of a step wins, and lines that begin with `#`: the run's
-config, its data and its restarts, each a word and a JSON object. build-nanogpt's log files, which have no `#` lines,
-are read as they are. Nothing but files is read: neither the trainer nor a GPU is needed.
+config, its data, its samples and its restarts, each a word and a JSON object. build-nanogpt's log files, which have no
+`#` lines, are read as they are. Nothing but files is read: neither the trainer nor a GPU is needed.
 
-Contents: Config · Logs · Summary · Picture · Panels · Inside a checkpoint · Commands
+Contents: Config · Logs · Summary · Panels · Picture · Page · Inside a checkpoint · Commands
 """
 
+import html
 import json
 import math
 import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +40,7 @@ class Config:
     """All settings; each is a flag of the same name, and the run directories stand without one."""
 
     run_dirs: tyro.conf.Positional[list[str]] = field(default_factory=lambda: ["log"])  # run directories, or log files
-    out: str = ""  # where to, .png, .svg or .pdf; curves.png beside the first log if not given
+    out: str = ""  # where to: .html for a page, else .png, .svg or .pdf; curves.png beside the first log if not given
     x: Literal["steps", "tokens", "hours"] = "steps"  # horizontal axis; hours are of training, without evaluations
     watch: bool = False  # redraw whenever a log has grown, until every run is done or Ctrl-C
     model: str = ""  # draw a model instead, of whatever sample.py reads: position embeddings and attention
@@ -45,7 +48,6 @@ class Config:
     """text whose attention is drawn"""
 
 
-FORMATS = (".png", ".svg", ".pdf")
 WATCH_SECONDS = 3
 HELLASWAG_EXAMPLES = 10_042
 LARGEST = 1e30  # of a value: a larger one is treated as infinite, for matplotlib's arithmetic would overflow
@@ -62,7 +64,8 @@ class Run:
     name: str
     path: Path
     streams: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    comments: dict[str, dict] = field(default_factory=dict)  # the last of each kind: config, model, data, done, ...
+    comments: defaultdict[str, dict] = field(default_factory=lambda: defaultdict(dict))  # the last of each kind
+    samples: dict[int, list[str]] = field(default_factory=dict)  # step -> texts
     restarts: list[int] = field(default_factory=list)
     unreadable: int = 0  # lines that are neither values nor comments
 
@@ -74,13 +77,9 @@ class Run:
         steps, values = self[stream]
         return steps[np.isfinite(values)], values[np.isfinite(values)]
 
-    @property
-    def config(self) -> dict:
-        return self.comments.get("config", {})
-
     def number(self, setting: str) -> float:
         """A setting that is a positive number; 0 if the log doesn't have it or has something else."""
-        value = self.config.get(setting)
+        value = self.comments["config"].get(setting)
         return value if type(value) in (int, float) and 0 < value < 1e15 else 0
 
     @property
@@ -112,21 +111,26 @@ def read_log(path: Path, name: str) -> Run:
         nearby = sorted(str(log.parent) for log in path.parent.glob("*/log.txt")) if os.path.isdir(path.parent) else []
         hint = f"there is one in {', '.join(nearby[:5])}" if nearby else "give the --log_dir of a run, or a log file"
         raise UserError(f"no log file {str(path)!r}; {hint}")
-    run, values = Run(name, path), {}  # values: stream -> step -> value
     # A last line without its newline is still being written: "3.2" may become "3.2516", so it doesn't count.
     try:
         text, _, _ = path.read_bytes().decode("utf-8-sig", errors="replace").rpartition("\n")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}; give another log") from error
+    run, values = Run(name, path), {}  # values: stream -> step -> value
     for line in text.split("\n"):
         data, hash_sign, comment = line.partition("#")
         if hash_sign:
             kind, payload = parse_comment(comment)
-            if kind == "restart" and type(step := payload.get("step")) is int and 0 <= step < 10**12:
+            step = payload.get("step")
+            is_step = type(step) is int and 0 <= step < 10**12
+            if kind == "restart" and is_step:
                 run.restarts.append(step)
                 run.comments.pop("done", None)
                 values = {stream: {s: v for s, v in of.items() if s <= step} for stream, of in values.items()}
-            elif kind == "restart":
+                run.samples = {s: texts for s, texts in run.samples.items() if s <= step}
+            elif kind == "samples" and is_step and isinstance(payload.get("texts"), list):
+                run.samples[step] = [str(text) for text in payload["texts"]]
+            elif kind in ("restart", "samples"):
                 run.unreadable += 1
             elif kind:
                 run.comments[kind] = payload
@@ -136,10 +140,7 @@ def read_log(path: Path, name: str) -> Run:
             values.setdefault(match[2], {})[int(match[1])] = value if abs(value) <= LARGEST else math.nan
         elif data.strip():
             run.unreadable += 1
-    for stream, of in values.items():
-        if of:
-            steps = np.array(sorted(of))
-            run.streams[stream] = steps, np.array([of[step] for step in steps.tolist()])
+    run.streams = {stream: tuple(map(np.array, zip(*sorted(of.items())))) for stream, of in values.items() if of}
     return run
 
 
@@ -157,44 +158,31 @@ def parse_comment(text: str) -> tuple[str, dict]:
     return (kind, value) if isinstance(value, dict) else ("", {})
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Summary
+
+
 def positions(of: Run, steps: np.ndarray, axis: str) -> np.ndarray:
-    """Where `steps` stand on the horizontal axis: steps, tokens, hours or minutes of training before that step."""
+    """Where `steps` stand on the horizontal axis: steps, tokens, or hours of training before that step."""
     if axis == "steps":
         return steps
     if axis == "tokens":
         return steps * float(of.tokens_per_step)
     timed, ms = of.finite("ms")
     hours = np.cumsum(np.diff(timed, prepend=-1) * ms) / 3.6e6  # a step without its own time took as long as the next
-    return np.interp(steps, [0, *(timed + 1)], [0, *hours]) * (60 if axis == "minutes" else 1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Summary
+    return np.interp(steps, [0, *(timed + 1)], [0, *hours])
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of up to `half_window` neighbours on either side, NaNs left out; (n,) -> (n,).
+    """Rolling median over 2% of the values, which spikes don't move; at 1,000 places, joined; (n,) -> (n,), n > 0.
 
     At the start the window is kept symmetrical, so that the steep fall there is not smeared; at the end it reaches back
-    only, so that the last point is a mean too.
+    only, so that the last point is a median too.
     """
-    i, known = np.arange(len(values)), np.isfinite(values)
-    back = np.minimum(half_window(values), i)
-    lo, hi = i - back, np.minimum(i + back, len(values) - 1) + 1
-    sums, counts = (np.append(0, np.cumsum(x)) for x in (np.where(known, values, 0), known))
-    return np.where(known, (sums[hi] - sums[lo]) / np.maximum(counts[hi] - counts[lo], 1), math.nan)
-
-
-def rolling_median(values: np.ndarray) -> np.ndarray:
-    """As `smooth`, for streams whose spikes say nothing of their level; at 1,000 places, joined; (n,) -> (n,)."""
-    half = half_window(values)
-    places = np.unique(np.linspace(0, max(len(values) - 1, 0), min(len(values), 1_000)).astype(int))
-    medians = [np.median(values[max(0, at - half) : at + half + 1]) for at in places]
+    half = max(2, len(values) // 100)
+    places = np.unique(np.linspace(0, len(values) - 1, min(len(values), 1_000)).astype(int))
+    medians = [np.median(values[i - min(i, half) : i + min(i, half) + 1]) for i in places]
     return np.interp(np.arange(len(values)), places, medians)
-
-
-def half_window(values: np.ndarray) -> int:
-    return max(2, len(values) // 100)
 
 
 def standard_errors(of: Run) -> np.ndarray:
@@ -210,9 +198,15 @@ def tokens_per_second(of: Run, ms: np.ndarray) -> np.ndarray:
     return of.tokens_per_step / (np.maximum(ms, 1e-6) / 1000)
 
 
+def on_fineweb_edu(of: Run) -> bool:
+    """Is the validation loss comparable with GPT-2's? A log without configuration is build-nanogpt's: yes."""
+    data = of.comments["data"]
+    return not of.comments["config"] or reference.on_fineweb_edu(data.get("source"), data.get("tokenizer"))
+
+
 def source_name(of: Run) -> str:
     """Of the text: a data set, or the first of the user's own files and how many more; "" if the log doesn't say."""
-    source = of.comments.get("data", {}).get("source") or ""
+    source = of.comments["data"].get("source") or ""
     if not isinstance(source, dict):
         return str(source)
     files = source.get("files") if isinstance(source.get("files"), list) else []
@@ -221,47 +215,55 @@ def source_name(of: Run) -> str:
     return str(source.get("dataset") or (f"file {names[0]}{more}" if names else ""))
 
 
-def on_fineweb_edu(of: Run) -> bool:
-    """Is the validation loss comparable with GPT-2's? A log without configuration is build-nanogpt's: yes."""
-    data = of.comments.get("data", {})
-    return "config" not in of.comments or reference.on_fineweb_edu(data.get("source"), data.get("tokenizer"))
+def describe(runs: list[Run]) -> str:
+    """What all runs share of model, data and batch, and how far they are."""
+    facts = []
+    for of in runs:
+        model = {"n_layer": 0, "n_head": 0, "n_embd": 0, **of.comments["config"], **of.comments["model"]}
+        sizes = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**model)
+        assumed = "" if of.number("total_batch_size") else " (assumed)"
+        facts.append(["" if sizes.startswith("0 ") else shortened(sizes, 60), shortened(source_name(of), 38),
+                      f"{of.tokens_per_step:,} tokens a step{assumed}", f"step {summary(of)['step']}"])  # fmt: skip
+    shared = [values[0] for values in zip(*facts) if values[0] and len(set(values)) == 1]
+    return "   ·   ".join(shared) or "models, data and batches differ"
 
 
-def follows_recipe(of: Run) -> bool:
-    """Is the run the one that REFERENCE_CURVE belongs to?"""
-    return on_fineweb_edu(of) and reference.follows_recipe({**of.config, **of.comments.get("model", {})})
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
 
 
 def short(number: float) -> str:
     """524288 -> "524k", 9.96e9 -> "9.96B": three digits at most."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size * 0.9995:
-            digits = 2 if abs(number) < 9.995 * size else 1 if abs(number) < 99.95 * size else 0
-            text = f"{number / size:.{digits}f}"
-            return (text.rstrip("0").rstrip(".") if "." in text else text) + unit
+            return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 
 
+COLUMNS = {  # stream -> the column of its last value
+    "train": "train, smoothed", "val": "val", "bpb": "bpb", "hella": "HellaSwag", "ms": "tokens/s",
+}  # fmt: skip
+
+
 def summary(of: Run) -> dict[str, str]:
-    """One row of the table, column -> text; a column it has nothing for is "-"."""
+    """One row of the table, column -> text."""
     steps = f" of {of.number('max_steps'):,}" if of.number("max_steps") else ""
     row = {"run": of.name, "step": f"{of.last_step:,}{steps}", "tokens": short(of.last_step * of.tokens_per_step)}
-    row |= dict.fromkeys(("train", "val", "best val", "bpb", "HellaSwag", "tokens/s", "time"), "-")
-    last = {stream: of.finite(stream)[1][-1] for stream in of.streams if len(of.finite(stream)[1])}
-    if "train" in last:
-        row["train"] = f"{smooth(of.finite('train')[1])[-1]:.4f}"
-    if "val" in last:
-        steps, val = of.finite("val")
-        row |= {"val": f"{last['val']:.4f}", "best val": f"{val.min():.4f} at {steps[val.argmin()]:,}"}
-    if "bpb" in last:
-        row["bpb"] = f"{last['bpb']:.4f}"
-    if "hella" in last:
-        row["HellaSwag"] = f"{last['hella']:.4f} +- {standard_errors(of)[-1]:.4f}"
-    if "ms" in last:
-        steps, ms = of.finite("ms")
-        minutes = positions(of, steps[-1:] + 1, "minutes")[0]
-        row["tokens/s"] = short(tokens_per_second(of, np.median(ms)))
-        row["time"] = f"{minutes / 60:.1f} h" if minutes >= 120 else f"{minutes:.1f} min"
+    for stream in (*COLUMNS, *sorted(of.streams.keys() - {*COLUMNS, "hella_se", "lr", "norm"})):
+        steps, values = of.finite(stream)
+        if not len(values):
+            continue
+        row[COLUMNS.get(stream, stream)] = f"{values[-1]:.4f}"
+        if stream == "train":
+            row[COLUMNS[stream]] = f"{smooth(values)[-1]:.4f}"
+        elif stream == "val":
+            row["best val"] = f"{values.min():.4f} at {steps[values.argmin()]:,}"
+        elif stream == "hella":
+            row[COLUMNS[stream]] += f" +- {standard_errors(of)[-1]:.4f}"
+        elif stream == "ms":
+            hours = positions(of, steps[-1:] + 1, "hours")[0]
+            row[COLUMNS[stream]] = short(tokens_per_second(of, np.median(values)))
+            row["time"] = f"{hours:.1f} h" if hours >= 2 else f"{hours * 60:.1f} min"
     return row
 
 
@@ -282,13 +284,182 @@ def remarks(of: Run) -> list[str]:
     return [f"{of.name}: {remark}" for remark in found]
 
 
-def table(runs: list[Run]) -> str:
-    """A row a run, the columns that any has something for, then the remarks."""
+def table(runs: list[Run]) -> list[list[str]]:
+    """The columns that any run has something for, then a row a run."""
     rows = [summary(of) for of in runs]
-    columns = [[name, *(row[name] for row in rows)] for name in rows[0] if any(row[name] != "-" for row in rows)]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in zip(*columns)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [columns, *([row.get(column, "-") for column in columns] for row in rows)]
+
+
+def report(runs: list[Run]) -> str:
+    """The table as text, and the remarks."""
+    rows = table(runs)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in rows]
     return "\n".join([*lines, *(remark for of in runs for remark in remarks(of))])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Panels: what is drawn, in a picture as in a page
+
+TITLES = {  # of the streams that get a panel, besides a fork's own
+    "hella": "HellaSwag acc_norm ± s.e.", "lr": "Learning rate", "norm": "Gradient norm", "ms": "Tokens per second",
+}  # fmt: skip
+KINDS = {  # of lines, as matplotlib is to draw them; the later over the earlier
+    "raw": {"label": "each step", "linewidth": 0.7},
+    "resumed": {"label": "resumed", "linewidth": 1, "linestyle": ":"},
+    "reference": {"label": "reference (GPT-2 124M recipe on FineWeb-Edu)", "linewidth": 1, "linestyle": "--"},
+    "smooth": {"label": "smoothed", "linewidth": 1.5},
+    "exact": {"label": "", "linewidth": 1.5},
+    "joined": {"label": "evaluation", "linewidth": 1, "marker": "o"},
+    "points": {"label": "evaluation", "linestyle": "none", "marker": "o"},
+    "bad": {"label": "NaN or infinite", "linestyle": "none", "marker": "x"},
+}
+
+
+class Line(NamedTuple):
+    kind: str
+    run: int  # its index, which gives the color; -1 = of none
+    x: np.ndarray
+    y: np.ndarray
+    error: np.ndarray | float = 0.0  # of y
+
+
+@dataclass
+class Panel:
+    """Lines under a title, and horizontal lines to compare with."""
+
+    title: str
+    lines: list[Line] = field(default_factory=list)
+    marks: dict[str, float] = field(default_factory=dict)  # name -> y
+    early: float = 0.0  # share of a run that may be above the frame
+    from_zero: bool = False
+
+    def add(self, *line) -> None:
+        """A line, unless it is empty: kind, run, x, y, error."""
+        if len(line[2]):
+            self.lines.append(Line(*line))
+
+    def add_noisy(self, run: int, x: np.ndarray, y: np.ndarray) -> None:
+        """A stream of every step: raw and faint, and smoothed over it."""
+        if len(x):
+            self.lines += [Line("raw", run, x, y), Line("smooth", run, x, smooth(y))]
+
+    def frame(self) -> tuple[float, float]:
+        """The vertical limits.
+
+        A long run falls most of its way in the first hundredths of it: if these were in the frame, what users look at,
+        the last tenths of a nat, would be a flat line at the bottom.
+        """
+        lines = [line for line in self.lines if line.kind in ("smooth", "exact", "joined", "points")]
+        late = [(line.y + line.error)[line.x >= self.early * line.x[-1]] for line in lines]
+        high = max([*self.marks.values(), *(values.max() for values in late)])
+        low = min([*self.marks.values(), *((line.y - line.error).min() for line in lines)])
+        low = 0 if self.from_zero else low
+        margin = max(0.07 * (high - low), 1e-3 * abs(high)) or 0.1
+        return 0 if self.from_zero else low - margin, high + margin
+
+
+def make_panels(runs: list[Run], axis: str) -> list[Panel]:
+    """The loss, then a panel for each other stream that any run has, those of a fork's own last."""
+    own = {stream for of in runs for stream in of.streams} - {"train", "val", "bpb", "hella_se", *TITLES}
+    panels = [stream_panel(stream, runs, axis) for stream in (*TITLES, *sorted(own))]
+    return [loss_panel(runs, axis), *(panel for panel in panels if panel.lines)]
+
+
+def loss_panel(runs: list[Run], axis: str) -> Panel:
+    """Training loss, validation, what to compare with, restarts, and where it was not finite."""
+    unit, scales = loss_unit(runs)
+    panel = Panel(f"Loss, {unit}", early=0.05)
+    for i, (of, scale) in enumerate(zip(runs, scales)):
+        steps, train = of.finite("train")
+        panel.add_noisy(i, positions(of, steps, axis), train * scale)
+        steps, val = of.finite("val")
+        # Joined only where no training curve shows the way: chords between a few points would cut its bends.
+        panel.add("points" if len(train) else "joined", i, positions(of, steps, axis), val * scale)
+    comparable = all(map(on_fineweb_edu, runs)) and any(len(of.finite("val")[0]) for of in runs)
+    if comparable and panel.frame()[1] > GPT2_LOSS:
+        panel.marks[f"GPT-2 124M\n{GPT2_LOSS}"] = GPT2_LOSS
+    low, high = panel.frame()
+    for i, of in enumerate(runs):
+        steps, train = of["train"]
+        bad = positions(of, steps[~np.isfinite(train)], axis)
+        panel.add("bad", i, bad, np.full(len(bad), high - 0.03 * (high - low)))
+        for x in positions(of, np.array(of.restarts, dtype=int), axis):
+            panel.add("resumed", i, np.array([x, x]), np.array([low, high]))
+    of_recipe = [{**of.comments["config"], **of.comments["model"]} for of in runs]
+    if comparable and any(map(reference.follows_recipe, of_recipe)) and axis in ("steps", "tokens"):
+        last_step = max(of.last_step for of in runs)
+        steps = np.unique(np.linspace(0, min(max(REFERENCE_CURVE), max(last_step, 1)), 600))
+        panel.add("reference", -1, steps * (TOKENS_PER_STEP if axis == "tokens" else 1), reference_loss(steps))
+    return panel
+
+
+def loss_unit(runs: list[Run]) -> tuple[str, list[float]]:
+    """The unit of the losses, and what to multiply those of each run by.
+
+    With different tokenizers nats per token can't be compared: tokens differ in length. Bits per byte can; a run's
+    last validation says how many of them its nats are.
+    """
+    if len({str(of.comments["data"].get("tokenizer", "gpt2")) for of in runs}) == 1:
+        return "nats per token", [1.0] * len(runs)
+    scales = []
+    for of in runs:
+        val, bpb = (dict(zip(*map(np.ndarray.tolist, of.finite(stream)))) for stream in ("val", "bpb"))
+        step = max((step for step in val.keys() & bpb.keys() if val[step]), default=None)
+        scales.append(math.nan if step is None else bpb[step] / val[step])
+    if np.isfinite(scales).all():
+        return "bits per byte", scales
+    return "nats per token, which different tokenizers make incomparable", [1.0] * len(runs)
+
+
+def stream_panel(stream: str, runs: list[Run], axis: str) -> Panel:
+    """Any stream but the losses; without lines if no run has it."""
+    panel = Panel(TITLES.get(stream, stream), from_zero=stream in ("lr", "norm", "ms"))
+    for i, of in enumerate(runs):
+        steps, values = of.finite(stream)
+        x = positions(of, steps, axis)
+        if stream == "hella":
+            panel.add("joined", i, x, values, standard_errors(of))
+        elif stream == "lr":
+            panel.add("exact", i, x, values)
+        elif stream in TITLES or 2 * len(steps) > of.last_step:
+            panel.early = 0.05
+            panel.add_noisy(i, x, tokens_per_second(of, values) if stream == "ms" else values)
+        else:
+            panel.add("joined", i, x, values)
+    if stream == "hella" and panel.lines:
+        if all(map(on_fineweb_edu, runs)):
+            panel.marks[f"GPT-2 124M\n{GPT2_HELLASWAG}"] = GPT2_HELLASWAG
+            panel.marks[f"GPT-3 124M\n{GPT3_HELLASWAG}"] = GPT3_HELLASWAG
+        if panel.frame()[1] < 0.4:  # above, it's far away, and its name in the way
+            panel.marks["chance 0.25"] = 0.25
+    clips = {of.number("grad_clip") for of in runs} - {0}
+    if stream == "norm" and panel.lines and len(clips) == 1 and min(clips) < 3 * panel.frame()[1]:
+        panel.marks[f"clipped\nto {min(clips):g}"] = min(clips)
+    return panel
+
+
+def axis_name(axis: str) -> str:
+    return "hours of training" if axis == "hours" else axis
+
+
+def label(line: Line, runs: list[Run]) -> str:
+    """What the legend calls a line: by what it shows if there is one run, else by the run."""
+    if len(runs) == 1 or line.run < 0 or line.kind in ("resumed", "bad"):
+        return KINDS[line.kind]["label"]
+    name = shortened(runs[line.run].name, 40)
+    return f" {name}" if name.startswith("_") else name  # matplotlib hides names like _run
+
+
+def look(line: Line, alone: bool) -> dict:
+    """matplotlib's arguments: a color a run, and evaluations in another if it is alone; dashes tell more than seven."""
+    color = COLORS[(line.run + (alone and "marker" in KINDS[line.kind])) % 7] if line.run >= 0 else INK
+    if line.kind == "raw":  # pale, rather than transparent: a browser draws thousands of transparent strokes as opaque
+        color = "#" + "".join(f"{255 - (255 - int(color[i : i + 2], 16)) * 3 // 10:02x}" for i in (1, 3, 5))
+    marker = "o" if len(line.x) == 1 and line.kind != "raw" else ""
+    own = {"color": color, "linestyle": ("-", "--", ":", "-.")[max(line.run, 0) // 7 % 4], "marker": marker}
+    return own | KINDS[line.kind]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,283 +470,175 @@ DPI = 200
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left",
-    "axes.titlepad": 7, "axes.titleweight": "bold", "text.color": INK, "axes.titlecolor": INK,
-    "axes.edgecolor": "#b0b0b0",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": PALE,
-    "grid.linewidth": 0.7, "xtick.color": GREY, "ytick.color": GREY, "xtick.major.size": 3, "ytick.major.size": 0,
-    "axes.labelcolor": GREY, "axes.labelsize": 8.5, "legend.frameon": False, "legend.fontsize": 8.5,
-    "legend.handlelength": 1.8, "legend.borderpad": 0, "legend.borderaxespad": 0, "svg.hashsalt": "plot_log",
+    "font.family": "DejaVu Sans", "font.size": 8.5, "figure.titlesize": 13, "figure.titleweight": "bold",
+    "figure.labelsize": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "text.color": INK, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": "#b0b0b0",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "axes.formatter.useoffset": False, "grid.color": PALE, "grid.linewidth": 0.7, "ytick.major.size": 0,
+    "legend.frameon": False, "legend.fontsize": 8.5, "lines.markersize": 2.8, "svg.hashsalt": "plot_log",
     "text.parse_math": False,  # a $ in a name is a $
-}
-
-
-class Look(NamedTuple):
-    """How a run is drawn. `name` is "" where there is only one: the lines are then called by what they show."""
-
-    name: str
-    color: str
-    marks: str  # color of its evaluations
-    dashes: str
-
-
-def looks(runs: list[Run]) -> list[Look]:
-    """A color a run, and evaluations in another if there is only one run; dashes tell more than seven apart."""
-    if len(runs) == 1:
-        return [Look("", COLORS[0], COLORS[1], "-")]
-    names = [shortened(of.name, 40) for of in runs]
-    names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides names like _run
-    dashes = ("-", "--", ":", "-.")
-    return [Look(name, COLORS[i % 7], COLORS[i % 7], dashes[i // 7 % 4]) for i, name in enumerate(names)]
+}  # fmt: skip
 
 
 def draw_runs(runs: list[Run], axis: str):
-    """A matplotlib Figure: the losses across the top, below them a panel for each other stream that any run has."""
+    """A matplotlib Figure: the losses across the top, below them the other panels, two or three a row."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    panels = [draw for stream, draw in PANELS.items() if any(len(of.finite(stream)[0]) for of in runs)]
-    rows = [1, *{0: [], 1: [1], 2: [2], 3: [1, 2] if draw_hella in panels else [3], 4: [2, 2]}[len(panels)]]
-    if axis == "hours" and span(runs, axis) < 2:
-        axis = "minutes"
+    panels = make_panels(runs, axis)
+    across = 3 if len(panels) == 4 else 2
+    rows = 1 + math.ceil((len(panels) - 1) / across)
+    right = max(line.x[-1] for panel in panels for line in panel.lines if line.run >= 0) or 1
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 20), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(len(rows), 6, height_ratios=[1.75] + [1] * (len(rows) - 1))
-        axes = [figure.add_subplot(grid[row, i * 6 // count : (i + 1) * 6 // count])
-                for row, count in enumerate(rows) for i in range(count)]
-        styled = list(zip(runs, looks(runs)))
-        for ax, draw in zip(axes, [draw_loss, *panels]):
-            draw(ax, styled, axis)
-        right = span(runs, axis) or 1
-        for ax, count in zip(axes, [across for across in rows for _ in range(across)]):
-            ax.set_xlim(-0.005 * right, 1.005 * right)
-            format_x(ax, axis, ticks={1: 8, 2: 5, 3: 4}[count])
-        for ax in axes[-rows[-1] :]:
-            ax.set_xlabel(axis if axis in ("steps", "tokens") else f"{axis} of training")
-        header = add_header(figure, runs, axes)
-        height = header + 3.1 + 1.85 * (len(rows) - 1)
-        figure.set_size_inches(WIDTH, height)
-        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02)
+        figure = Figure(dpi=DPI, layout="constrained")
+        grid = figure.add_gridspec(rows, across, height_ratios=[1.75] + [1] * (rows - 1))
+        for i, panel in enumerate(panels):
+            row, column = divmod(i + across - 1, across)
+            whole = i == 0 or (column == 0 and i == len(panels) - 1)  # the loss, and a last one without neighbours
+            ax = figure.add_subplot(grid[row, :] if whole else grid[row, column])
+            draw_panel(ax, panel, runs)
+            ax.set_xlim(-0.01 * right, 1.01 * right)
+            ticks = {"nbins": 8 if whole else 7 - across, "steps": [1, 2, 2.5, 5, 10], "integer": axis == "steps"}
+            ax.xaxis.set_major_locator(MaxNLocator(**ticks))
+            ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if axis == "steps" else short(x))
+            if row == rows - 1:
+                ax.set_xlabel(axis_name(axis))
+        legend_rows = add_header(figure, runs[0].name if len(runs) == 1 else f"{len(runs)} runs", describe(runs))
+        figure.set_size_inches(WIDTH, 3.85 + 1.85 * (rows - 1) + 0.19 * legend_rows)
     return figure
 
 
-def span(runs: list[Run], axis: str) -> float:
-    return float(max(positions(of, np.array([of.last_step]), axis)[0] for of in runs))
+def draw_panel(ax, panel: Panel, runs: list[Run]) -> None:
+    ax.set_title(panel.title)
+    for line in panel.lines:
+        style, order = look(line, len(runs) == 1), 2 + [*KINDS].index(line.kind) / 10
+        named = len(runs) == 1 or line.kind not in ("raw", "points")
+        style["label"] = label(line, runs) if named else None
+        ax.plot(line.x, line.y, **style, zorder=order, rasterized=len(line.x) > 5_000)  # so that SVGs stay small
+        if np.any(line.error):
+            ax.vlines(line.x, line.y - line.error, line.y + line.error, color=style["color"], linewidth=0.7)
+    for name, y in panel.marks.items():  # in the margin, where no curve is
+        ax.axhline(y, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.2)), zorder=1.5)
+        ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                    va="center", fontsize=7.5, color=GREY, annotation_clip=False)  # fmt: skip
+    low, high = panel.frame()
+    ax.set_ylim(low, high)
+    if high >= 1_000:
+        ax.yaxis.set_major_formatter(lambda y, _: short(y))
 
 
-def format_x(ax, axis: str, ticks: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=axis == "steps"))
-    ax.xaxis.set_major_formatter({"steps": lambda x, _: f"{x:,.0f}", "tokens": lambda x, _: short(x)}.get(
-        axis, lambda x, _: f"{x:g}"))
-
-
-def add_header(figure, runs: list[Run], axes) -> float:
-    """Title, the line under it and the one legend, which has as many columns as fit; returns their height in inches."""
-    from_top = write_title(figure, runs[0].name if len(runs) == 1 else f"{len(runs)} runs", describe(runs))
-    handles, names = {}, {look.name for look in looks(runs)}
-    for ax in axes:
-        handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())} | handles
-    handles = dict(sorted(handles.items(), key=lambda item: item[0] not in names))  # the runs before all else
-    for columns in range(len(handles), 0, -1):
-        legend = figure.legend(handles.values(), handles, ncols=columns, loc="upper left", columnspacing=1.6,
-                               bbox_to_anchor=(0.15, -0.68), bbox_transform=from_top)
-        legend.set_in_layout(False)
-        extent = legend.get_window_extent()
-        if columns == 1 or extent.width / DPI <= WIDTH - 0.3:
-            return 0.68 + extent.height / DPI + 0.14
-        legend.remove()
-
-
-def write_title(figure, title: str, subtitle: str):
-    """Two lines at the top; returns the transform from inches right and up of the top left corner."""
-    from matplotlib.transforms import ScaledTranslation
-
-    from_top = figure.dpi_scale_trans + ScaledTranslation(0, 1, figure.transFigure)
-    place = {"transform": from_top, "in_layout": False}
-    figure.text(0.15, -0.32, shortened(title, 60), fontsize=13, fontweight="bold", **place)
-    figure.text(0.15, -0.54, subtitle, color=GREY, **place)
-    return from_top
-
-
-def describe(runs: list[Run]) -> str:
-    """The line under the title: what all runs share of model, data and batch; and how far a single one is."""
-    facts = []
-    for of in runs:
-        model = {"n_layer": 0, "n_head": 0, "n_embd": 0, **of.config, **of.comments.get("model", {})}
-        sizes = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**model)
-        assumed = "" if of.number("total_batch_size") else " (assumed)"
-        step = f"step {summary(of)['step']}" if len(runs) == 1 else ""
-        facts.append(["" if sizes.startswith("0 ") else shortened(sizes, 60), shortened(source_name(of), 38),
-                      f"{of.tokens_per_step:,} tokens a step{assumed}", step])  # fmt: skip
-    shared = [values[0] for values in zip(*facts) if values[0] and len(set(values)) == 1]
-    return "   ·   ".join(shared) or "models, data and batches differ"
-
-
-def shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
-
-
-def save(figure, path: Path) -> None:
-    """Write the picture whole or not at all: a viewer that follows it never sees half of one."""
-    import matplotlib
-
-    kind = path.suffix[1:].lower()
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same log gives the same bytes
-    try:
-        with atomic_file(path) as file, matplotlib.rc_context(STYLE):
-            figure.savefig(file, format=kind, metadata=metadata)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}; choose another --out") from error
+def add_header(figure, title: str, subtitle: str) -> int:
+    """Title and legend above, what is shared below; returns the number of the legend's rows."""
+    entries = {}
+    for ax in figure.axes:
+        entries = {name: handle for handle, name in zip(*ax.get_legend_handles_labels())} | entries
+    widths = [0.5 + 0.075 * len(name) for name in entries]  # inches, a little more than it takes
+    columns = len(entries) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
+    figure.legend(entries.values(), entries, ncols=columns, loc="outside upper left", alignment="left",
+                  title=shortened(title, 60), title_fontproperties={"size": 13, "weight": "bold"})  # fmt: skip
+    figure.supxlabel(subtitle, x=0.012, ha="left", color=GREY)
+    return math.ceil(len(entries) / columns)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Panels: each takes (ax, [(run, look), ...], axis)
+# Page
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
+table {{ border-collapse: collapse; font-size: 13px }}
+td, th {{ border-bottom: 1px solid #ddd; padding: 2px 12px 2px 0; text-align: left; overflow-wrap: anywhere }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6em 1em; margin: .4em 0 }}
+summary {{ cursor: pointer }}
+</style>
+{library}
+</head>
+<body>
+<h1>{title}</h1>
+<p>{facts}</p>
+{table}
+{remarks}
+<p>Drag to zoom; the panels move together. A click on a legend hides a line.</p>
+{curves}
+<h2>Samples</h2>
+{samples}
+<h2>Configuration</h2>
+{settings}
+</body>
+</html>
+"""
 
 
-def draw_loss(ax, styled, axis: str) -> None:
-    """Training loss, raw and smoothed, validation, what to compare with, restarts, and where it was not finite."""
-    runs = [of for of, _ in styled]
-    ax.set_title("Loss, nats per token")
-    for of, look in styled:
-        steps, train = of["train"]
-        draw_trace(ax, look, positions(of, steps, axis), train, smooth(train))
-        at, val = of.finite("val")
-        marks = {"marker": "o", "markersize": 3.8, "markeredgewidth": 0.5, "markeredgecolor": "white"}
-        # Joined only where no training curve shows the way: chords between a few points would cut its bends.
-        ax.plot(positions(of, at, axis), val, color=look.marks, linestyle="none" if len(train) else look.dashes,
-                zorder=4, label=None if look.name else "validation", **marks)
-        if look.name and len(train):
-            ax.plot([], [], color=INK, alpha=0.28, linewidth=0.7, label="each step")
-        if look.name and len(val):
-            ax.plot([], [], color=INK, linestyle="none", label="validation", **marks)
-        bad = steps[~np.isfinite(train)]
-        ax.plot(positions(of, bad, axis), np.full(len(bad), 0.97), transform=ax.get_xaxis_transform(), color=look.color,
-                linestyle="none", marker="x", markersize=4, label="NaN or infinite" if len(bad) else None)
-        for step in of.restarts:
-            ax.axvline(positions(of, np.array([step]), axis)[0], color=look.color, linestyle=(0, (1, 2)), linewidth=1,
-                       zorder=1.5, label="resumed")
-    low, high, top = loss_limits(runs)
-    comparable = all(map(on_fineweb_edu, runs)) and any(len(of.finite("val")[0]) for of in runs)
-    if comparable and any(map(follows_recipe, runs)) and axis in ("steps", "tokens"):
-        draw_reference(ax, axis, max(of.last_step for of in runs))
-    if comparable and high > GPT2_LOSS:
-        low = min(low, GPT2_LOSS)
-        reference_line(ax, GPT2_LOSS, f"GPT-2 124M\n{GPT2_LOSS}")
-    margin = max(0.06 * (high - low), 1e-3 * abs(high)) or 0.1
-    ax.set_ylim(low - margin, high + margin)
-    if top > high + margin:
-        ax.set_title(f"from {top:.2f} at the start, above the frame", loc="right", fontsize=8.5, color=GREY,
-                     fontweight="normal")
+def make_page(runs: list[Run], axis: str) -> str:
+    """The panels, samples and settings of the runs as one HTML page that loads nothing and runs nothing of theirs."""
+    from bokeh.embed import components
+    from bokeh.layouts import layout
+    from bokeh.resources import Resources
 
-
-def loss_limits(runs: list[Run]) -> tuple[float, float, float]:
-    """(low, high, top): the frame, and where the highest curve begins.
-
-    A long run falls most of its way in the first hundredths of it; the frame then begins where 5% of the run are done,
-    or what users look at, the last tenths of a nat, would be a flat line at the bottom.
-    """
-    lows, highs, tops, early = [], [], [], []
+    plots, text = [], html.escape
+    for panel in make_panels(runs, axis):
+        plots.append(plot_panel(panel, runs, axis))
+        plots[-1].x_range = plots[0].x_range
+    rows = [plots[:1], *(plots[i : i + 2] for i in range(1, len(plots), 2))]
+    script, place = components(layout(rows, sizing_mode="stretch_width"))
+    samples = ""
     for of in runs:
-        for stream in ("train", "val"):
-            steps, values = of.finite(stream)
-            if not len(values):
-                continue
-            smoothed = smooth(values) if stream == "train" else values
-            late = smoothed[steps >= 0.05 * of.last_step]
-            lows.append(min(values.min() if stream == "val" else np.quantile(values, 0.002), smoothed.min()))
-            tops.append(values[0])
-            highs.append(values.max() if stream == "val" else max(smoothed.max(), values[0]))
-            early.append(late.max() if len(late) else values.max())
-    low, high = min(lows), max(early)
-    return (low, high, max(tops)) if high - low < 0.5 * (max(highs) - low) else (low, max(highs), max(tops))
+        samples += f"<h3>{text(of.name)}</h3>\n" if of.samples else ""
+        for step, texts in sorted(of.samples.items()):
+            blocks = "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
+            state = "open" if step == max(of.samples) else ""
+            samples += f"<details {state}><summary>step {step:,}</summary>{blocks}</details>\n"
+    keys = dict.fromkeys((kind, key) for of in runs for kind in of.comments for key in of.comments[kind])
+    settings = [[f"{kind}: {key}", *(str(of.comments[kind].get(key, "-")) for of in runs)] for kind, key in keys]
+    settings.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs first
+    return PAGE.format(
+        title=text(runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),
+        library=Resources(mode="inline", components=["bokeh"]).render(), facts=text(describe(runs)),
+        table=html_table(table(runs)), remarks="".join(f"<p>{text(r)}</p>" for of in runs for r in remarks(of)),
+        curves=place + script, samples=samples or "<p>The log holds none: lines of <code># samples</code>.</p>",
+        settings=html_table([["", *(of.name for of in runs)], *settings]),
+    )  # fmt: skip
 
 
-def draw_reference(ax, axis: str, last_step: int) -> None:
-    """The published points of the recipe, and a line between them."""
-    scale = TOKENS_PER_STEP if axis == "tokens" else 1
-    steps = np.unique(np.linspace(0, min(max(REFERENCE_CURVE), max(last_step, 1)), 600))
-    ax.plot(steps * scale, reference_loss(steps), color=INK, linestyle=(0, (4, 2)), linewidth=1, zorder=3,
-            label="reference (GPT-2 124M recipe on FineWeb-Edu)")
-    points = np.array([step for step in REFERENCE_CURVE if step <= last_step])
-    ax.plot(points * scale, reference_loss(points), color=INK, linestyle="none", marker="D", markersize=2.6, zorder=3)
+def html_table(rows: list[list[str]]) -> str:
+    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>\n" + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table>"
 
 
-def reference_line(ax, y: float, text: str, va: str = "center") -> None:
-    """A horizontal line to compare with, and its name in the margin, where no curve is."""
-    ax.axhline(y, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.2)), zorder=1.5)
-    ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va=va,
-                fontsize=7.5, color=GREY, annotation_clip=False)
+def plot_panel(panel: Panel, runs: list[Run], axis: str):
+    """A panel as a figure of bokeh."""
+    from bokeh.models import NumeralTickFormatter
+    from bokeh.plotting import figure
 
-
-def draw_trace(ax, look: Look, x: np.ndarray, raw: np.ndarray, smoothed: np.ndarray) -> None:
-    """A stream of every step: raw and faint, and smoothed over it. Raw is rasterized: SVGs stay small."""
-    if len(x):
-        ax.plot(x, raw, color=look.color, alpha=0.16 if look.name else 0.28, linewidth=0.7, zorder=2,
-                label=None if look.name else "each step", rasterized=len(x) > 5_000)
-        label = look.name or f"smoothed over {2 * half_window(raw) + 1} steps"
-        ax.plot(x, smoothed, color=look.color, linestyle=look.dashes, linewidth=1.5, zorder=3.5, label=label,
-                marker="o" if len(x) < 3 else None, markersize=3)
-
-
-def draw_hella(ax, styled, axis: str) -> None:
-    ax.set_title("HellaSwag acc_norm ± s.e.")
-    ax.margins(y=0.12)  # or the name of the lowest line would reach down to the ticks of the axis
-    runs = [of for of, _ in styled]
-    for of, look in styled:
-        steps, accuracy = of.finite("hella")
-        ax.errorbar(positions(of, steps, axis), accuracy, yerr=standard_errors(of), color=look.marks, markersize=2.6,
-                    linestyle=look.dashes, linewidth=1.2, elinewidth=0.7, capsize=1.6, capthick=0.7, marker="o")
-    if all(map(on_fineweb_edu, runs)):
-        reference_line(ax, GPT2_HELLASWAG, f"GPT-2 124M\n{GPT2_HELLASWAG}")
-        reference_line(ax, GPT3_HELLASWAG, f"GPT-3 124M\n{GPT3_HELLASWAG}", va="bottom")
-    if max(of.finite("hella")[1].max(initial=0) for of in runs) < 0.4:  # above, it's far away, and its name in the way
-        reference_line(ax, 0.25, "chance 0.25")
-
-
-def draw_lr(ax, styled, axis: str) -> None:
-    ax.set_title("Learning rate")
-    for of, look in styled:
-        steps, rate = of.finite("lr")
-        ax.plot(positions(of, steps, axis), rate, color=look.color, linestyle=look.dashes, linewidth=1.5,
-                marker="o" if len(rate) < 3 else None, markersize=3)
-    ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:.1e}".replace(".0e", "e").replace("e-0", "e-") if y else "0")
-
-
-def draw_norm(ax, styled, axis: str) -> None:
-    """Gradient norm before clipping; the first steps' spikes are let out of the frame."""
-    ax.set_title("Gradient norm")
-    high = draw_spiky(ax, styled, axis, "norm", lambda of, norm: norm)
-    clips = {of.number("grad_clip") for of, _ in styled} - {0}
-    if len(clips) == 1 and min(clips) < 3 * high:
-        high = max(high, *clips)
-        reference_line(ax, min(clips), f"clipped\nto {min(clips):g}")
-    ax.set_ylim(0, 1.12 * high or 1)
-
-
-def draw_throughput(ax, styled, axis: str) -> None:
-    ax.set_title("Tokens per second")
-    ax.set_ylim(0, 1.15 * draw_spiky(ax, styled, axis, "ms", tokens_per_second) or 1)
-    ax.yaxis.set_major_formatter(lambda y, _: short(y))
-
-
-def draw_spiky(ax, styled, axis: str, stream: str, convert: Callable) -> float:
-    """A stream with a rolling median over it; returns the 99th percentile, so that spikes don't set the frame."""
-    tops = []
-    for of, look in styled:
-        steps, values = of.finite(stream)
-        if len(values):
-            values = convert(of, values)
-            draw_trace(ax, look, positions(of, steps, axis), values, rolling_median(values))
-            tops.append(np.quantile(values, 0.99))
-    return float(max(tops))
-
-
-PANELS: dict[str, Callable] = {"hella": draw_hella, "lr": draw_lr, "norm": draw_norm, "ms": draw_throughput}
+    tips = [("", "$name"), (axis_name(axis), "@x{0,0.[00]}"), (panel.title, "@y{0.[0000]}")]
+    plot = figure(title=panel.title, x_axis_label=axis_name(axis), y_range=panel.frame(), height=400, tooltips=tips,
+                  tools="box_zoom,pan,wheel_zoom,reset,save", active_drag="box_zoom")  # fmt: skip
+    dashes = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashdot"}
+    for line in sorted(panel.lines, key=lambda line: [*KINDS].index(line.kind)):
+        style, name = look(line, len(runs) == 1), label(line, runs) or panel.title
+        x, y, error = (np.asarray(values, np.float32) for values in (line.x, line.y, line.error))  # half the page
+        same = {"color": style["color"], "legend_label": name, "name": name}
+        if style["linestyle"] != "none":
+            plot.line(x, y, line_width=style["linewidth"], line_dash=dashes[style["linestyle"]], **same)
+        if style["marker"]:
+            plot.scatter(x, y, marker={"o": "circle", "x": "x"}[style["marker"]], size=6, **same)
+        if error.any():
+            plot.segment(x, y - error, x, y + error, **same)
+    for name, y in panel.marks.items():
+        plot.line([0, max(line.x[-1] for line in panel.lines)], y, color=GREY, line_dash="dotted",
+                  legend_label=name.replace("\n", " "))  # fmt: skip
+    plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")  # 2.5k
+    plot.yaxis.formatter = NumeralTickFormatter(format="0.[000000]a")
+    plot.legend.update(click_policy="hide", ncols=3)
+    plot.add_layout(plot.legend[0], "below")
+    return plot
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -615,26 +678,25 @@ def draw_model(shape: dict, state: dict, title: str, prompt: str):
     from matplotlib.figure import Figure
 
     ids, words = tokenize_prompt(prompt, shape["n_tokens"], shape["block_size"])
-    maps = attention_maps(shape, state, ids)
+    maps = np.where(np.tri(len(ids), dtype=bool), attention_maps(shape, state, ids), math.nan)  # the future stays white
     layers = np.unique(np.linspace(0, len(maps) - 1, min(len(maps), MAX_LAYERS)).round().astype(int))
-    cell = min(0.9, (WIDTH - 1.6) / maps.shape[1])
-    height = 0.9 + 4.3 + 0.75 + max(cell * len(layers), 0.6)
+    lower = 0.35 + max(min(0.9, (WIDTH - 1.6) / maps.shape[1]) * len(layers), 0.6)  # inches
     wpe = state["transformer.wpe.weight"].detach().float().numpy()
     unit = wpe / np.maximum(np.linalg.norm(wpe, axis=-1, keepdims=True), 1e-12)
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.66 / height), w_pad=0.1, h_pad=0.08)
-        write_title(figure, title, "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**shape))
-        grid = figure.add_gridspec(2, 2, height_ratios=[4.3, 0.35 + max(cell * len(layers), 0.6)])
+        figure = Figure(figsize=(WIDTH, 5.6 + lower), dpi=DPI, layout="constrained")
+        figure.suptitle(shortened(title, 60), x=0.012, ha="left")
+        sizes = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**shape)
+        figure.supxlabel(sizes, x=0.012, ha="left", color=GREY)
+        grid = figure.add_gridspec(2, 2, height_ratios=[4.3, lower])
         ax = figure.add_subplot(grid[0, 0])  # an untrained model shows one bright line, a trained one bands around it
         heatmap(ax, "Position embeddings, cosine similarity", unit @ unit.T, "position", "position", bar=True)
         ax = figure.add_subplot(grid[0, 1])
-        seen = np.where(np.tri(len(ids), dtype=bool), maps, math.nan)  # the future is left white
-        heatmap(ax, "Attention, mean of all layers and heads", seen.mean((0, 1)), "key", "query", bar=True, gamma=0.5)
+        heatmap(ax, "Attention, mean of all layers and heads", maps.mean((0, 1)), "key", "query", bar=True, gamma=0.5)
         size = min(8.5, 150 / len(words))
         ax.set_xticks(range(len(words)), words, rotation=90, fontsize=size)
         ax.set_yticks(range(len(words)), words, fontsize=size)
-        draw_heads(figure.add_subplot(grid[1, :]), seen[layers], layers)
+        draw_heads(figure.add_subplot(grid[1, :]), maps[layers], layers)
     return figure
 
 
@@ -665,22 +727,38 @@ def draw_heads(ax, maps: np.ndarray, layers: np.ndarray) -> None:
 # Commands
 
 
+def save(drawing, out: Path) -> None:
+    """Write a Figure or the text of a page whole or not at all: a viewer that follows it never sees half of one."""
+    import matplotlib
+
+    kind = out.suffix[1:].lower()
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same log gives the same bytes
+    try:
+        with atomic_file(out) as file, matplotlib.rc_context(STYLE):
+            if isinstance(drawing, str):
+                file.write(drawing.encode())
+            else:
+                drawing.savefig(file, format=kind, metadata=metadata)
+    except OSError as error:
+        raise UserError(f"can't write {out}: {error.strerror}; choose another --out") from error
+    print(f"wrote {out}", flush=True)
+
+
 def draw_curves(logs: list[tuple[str, Path]], axis: str, out: Path) -> list[Run]:
-    """Read the logs, print the table, write the picture of those that have something to draw."""
+    """Read the logs, print the table, write the picture or page of those that have something to draw."""
     runs = [read_log(path, name) for name, path in logs]
     drawable = [of for of in runs if len(of.finite("train")[0]) or len(of.finite("val")[0])]
     if not drawable:
         counts = [f"{of.path} ({sum(len(steps) for steps, _ in of.streams.values()):,} values)" for of in runs]
         raise UserError(f"nothing to draw in {', '.join(counts)}: no finite value of train or val; "
-                        "a log has lines of `step stream value`, such as `0 train 10.95`")
+                        "a log has lines of `step stream value`, such as `0 train 10.95`")  # fmt: skip
     for of in runs:
         if of not in drawable:
             print(f"{of.name}: nothing to draw in {of.path}")
         elif axis == "hours" and not len(of.finite("ms")[0]):
             raise UserError(f"{of.path} has no `ms` lines to tell hours by; use --x steps or --x tokens")
-    print(table(drawable), flush=True)
-    save(draw_runs(drawable, axis), out)
-    print(f"wrote {out}", flush=True)
+    print(report(drawable), flush=True)
+    save((make_page if out.suffix.lower() == ".html" else draw_runs)(drawable, axis), out)
     return drawable
 
 
@@ -700,30 +778,19 @@ def watch(logs: list[tuple[str, Path]], axis: str, out: Path, sleep: Callable[[f
         sleep(WATCH_SECONDS)
 
 
-def check_out(out: Path) -> None:
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {str(out)!r} must end in {', '.join(FORMATS)}")
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise UserError(f"can't write {out}: name a file in a directory that is there and may be written to with --out")
-
-
 def main(config: Config) -> None:
-    logs, source, out = find_logs(config.run_dirs), config.model, Path(config.out)
-    if not source:
-        if not config.out and not config.watch:
-            read_log(logs[0][1], "")  # that there is no log is said before that nothing can be written there
-        out = out if config.out else logs[0][1].parent / "curves.png"
-        check_out(out)
-        (watch if config.watch else draw_curves)(logs, config.x, out)
+    formats = (".png", ".svg", ".pdf") if config.model else (".png", ".svg", ".pdf", ".html")
+    if config.out and not config.out.lower().endswith(formats):
+        raise UserError(f"--out {config.out!r} must end in {', '.join(formats)}")
+    if not config.model:
+        logs = find_logs(config.run_dirs)
+        (watch if config.watch else draw_curves)(logs, config.x, Path(config.out or logs[0][1].parent / "curves.png"))
         return
     from extras.checkpoints import find_checkpoint, load_any
 
-    path = find_checkpoint(source) or Path(source if os.path.exists(source) else os.path.basename(source), "model")
-    path = path if path.parent.is_dir() else path.parent  # of a hub name, the picture is put here
-    out = out if config.out else path.with_suffix(".png")
-    check_out(out)
-    save(draw_model(*load_any(source), "/".join(path.absolute().parts[-2:]), config.prompt), out)
-    print(f"wrote {out}")
+    path = find_checkpoint(config.model)
+    figure = draw_model(*load_any(config.model), config.model, config.prompt)
+    save(figure, Path(config.out or (path.with_suffix(".png") if path else "model.png")))
 
 
 if __name__ == "__main__":
