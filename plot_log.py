@@ -11,7 +11,7 @@ A log is lines of `step stream value`, of which the last value of a step wins, a
 config, its data, its samples and its restarts, each a word and a JSON object. build-nanogpt's log files, which have no
 `#` lines, are read as they are. Nothing but files is read: neither the trainer nor a GPU is needed.
 
-Contents: Config · Logs · Summary · Panels · Picture · Page · Inside a checkpoint · Commands
+Contents: Config · Logs · Summary · Picture · Page · Inside a checkpoint · Commands
 """
 
 import html
@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -59,23 +59,24 @@ LARGEST = 1e30  # of a value: a larger one is treated as infinite, for matplotli
 
 @dataclass
 class Run:
-    """What one log file says. streams[name] is (steps, values), steps ascending; a value that can't be drawn is NaN."""
+    """What one log file says. A value that can't be drawn is NaN."""
 
     name: str
     path: Path
-    streams: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    streams: dict[str, dict[int, float]] = field(default_factory=dict)  # stream -> step -> value
     comments: defaultdict[str, dict] = field(default_factory=lambda: defaultdict(dict))  # the last of each kind
     samples: dict[int, list[str]] = field(default_factory=dict)  # step -> texts
     restarts: list[int] = field(default_factory=list)
     unreadable: int = 0  # lines that are neither values nor comments
 
-    def __getitem__(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a stream, NaNs included; empty arrays if the log has none of it."""
-        return self.streams.get(stream, (np.empty(0), np.empty(0)))
-
     def finite(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
-        steps, values = self[stream]
-        return steps[np.isfinite(values)], values[np.isfinite(values)]
+        """Steps, ascending, and values of a stream where they are finite; empty arrays if the log has none of it."""
+        found = sorted((step, v) for step, v in self.streams.get(stream, {}).items() if math.isfinite(v))
+        return np.array([step for step, _ in found], dtype=np.int64), np.array([v for _, v in found], dtype=float)
+
+    def bad(self, stream: str) -> list[int]:
+        """The steps where it is not finite."""
+        return sorted(step for step, value in self.streams.get(stream, {}).items() if not math.isfinite(value))
 
     def number(self, setting: str) -> float:
         """A setting that is a positive number; 0 if the log doesn't have it or has something else."""
@@ -88,7 +89,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return int(max((steps[-1] for steps, _ in self.streams.values()), default=0))
+        return max((max(of) for of in self.streams.values()), default=0)
 
 
 def find_logs(run_dirs: list[str]) -> list[tuple[str, Path]]:
@@ -116,7 +117,7 @@ def read_log(path: Path, name: str) -> Run:
         text, _, _ = path.read_bytes().decode("utf-8-sig", errors="replace").rpartition("\n")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}; give another log") from error
-    run, values = Run(name, path), {}  # values: stream -> step -> value
+    run = Run(name, path)
     for line in text.split("\n"):
         data, hash_sign, comment = line.partition("#")
         if hash_sign:
@@ -126,8 +127,9 @@ def read_log(path: Path, name: str) -> Run:
             if kind == "restart" and is_step:
                 run.restarts.append(step)
                 run.comments.pop("done", None)
-                values = {stream: {s: v for s, v in of.items() if s <= step} for stream, of in values.items()}
-                run.samples = {s: texts for s, texts in run.samples.items() if s <= step}
+                for later in (*run.streams.values(), run.samples):
+                    for s in [s for s in later if s > step]:
+                        del later[s]
             elif kind == "samples" and is_step and isinstance(payload.get("texts"), list):
                 run.samples[step] = [str(text) for text in payload["texts"]]
             elif kind in ("restart", "samples"):
@@ -137,10 +139,10 @@ def read_log(path: Path, name: str) -> Run:
             data = ""  # a line that a crash cut short has no newline, so the comment of the restart follows on it
         if match := LINE.fullmatch(data):
             value = float(match[3])
-            values.setdefault(match[2], {})[int(match[1])] = value if abs(value) <= LARGEST else math.nan
+            run.streams.setdefault(match[2], {})[int(match[1])] = value if abs(value) <= LARGEST else math.nan
         elif data.strip():
             run.unreadable += 1
-    run.streams = {stream: tuple(map(np.array, zip(*sorted(of.items())))) for stream, of in values.items() if of}
+    run.streams = {stream: of for stream, of in run.streams.items() if of}
     return run
 
 
@@ -188,10 +190,9 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def standard_errors(of: Run) -> np.ndarray:
     """Of each finite HellaSwag accuracy: as the log says, else that of a share of all examples, or of --hella_limit."""
     steps, accuracy = of.finite("hella")
-    logged = dict(zip(*map(np.ndarray.tolist, of.finite("hella_se"))))
-    p = np.clip(accuracy, 0, 1)
+    p, logged = np.clip(accuracy, 0, 1), dict(zip(*of.finite("hella_se")))
     binomial = np.sqrt(p * (1 - p) / (of.number("hella_limit") or HELLASWAG_EXAMPLES))
-    return np.abs([logged.get(step, se) for step, se in zip(steps.tolist(), binomial)])
+    return np.abs([logged.get(step, se) for step, se in zip(steps, binomial)])
 
 
 def tokens_per_second(of: Run, ms: np.ndarray) -> np.ndarray:
@@ -225,7 +226,8 @@ def describe(runs: list[Run]) -> str:
         facts.append(["" if sizes.startswith("0 ") else shortened(sizes, 60), shortened(source_name(of), 38),
                       f"{of.tokens_per_step:,} tokens a step{assumed}", f"step {summary(of)['step']}"])  # fmt: skip
     shared = [values[0] for values in zip(*facts) if values[0] and len(set(values)) == 1]
-    return "   ·   ".join(shared) or "models, data and batches differ"
+    legend = "\npale: each step   ·   dots: evaluations" if len(runs) > 1 else ""
+    return ("   ·   ".join(shared) or "models, data and batches differ") + legend
 
 
 def shortened(text: str, length: int) -> str:
@@ -274,192 +276,26 @@ def remarks(of: Run) -> list[str]:
         found.append(f"its config line gives no batch size, so {TOKENS_PER_STEP:,} tokens a step are assumed")
     if of.restarts:
         found.append(f"resumed at step {', '.join(f'{step:,}' for step in of.restarts)}")
-    for stream, (steps, values) in of.streams.items():
-        bad = ~np.isfinite(values)
-        if bad.any():
-            where = f"{bad.sum():,} steps, first at {steps[bad.argmax()]:,}"
-            found.append(f"{stream} is NaN, infinite or over 1e30 at {where}")
+    for stream in of.streams:
+        if bad := of.bad(stream):
+            found.append(f"{stream} is NaN, infinite or over 1e30 at {len(bad):,} steps, first at {bad[0]:,}")
     if of.unreadable:
         found.append(f"{of.unreadable:,} unreadable lines left out")
     return [f"{of.name}: {remark}" for remark in found]
 
 
-def table(runs: list[Run]) -> list[list[str]]:
-    """The columns that any run has something for, then a row a run."""
+def aligned(rows: list[list[str]]) -> str:
+    """Rows as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in rows)
+
+
+def table(runs: list[Run]) -> str:
+    """The columns that any run has something for, a row a run, then the remarks."""
     rows = [summary(of) for of in runs]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return [columns, *([row.get(column, "-") for column in columns] for row in rows)]
-
-
-def report(runs: list[Run]) -> str:
-    """The table as text, and the remarks."""
-    rows = table(runs)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in rows]
-    return "\n".join([*lines, *(remark for of in runs for remark in remarks(of))])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Panels: what is drawn, in a picture as in a page
-
-TITLES = {  # of the streams that get a panel, besides a fork's own
-    "hella": "HellaSwag acc_norm ± s.e.", "lr": "Learning rate", "norm": "Gradient norm", "ms": "Tokens per second",
-}  # fmt: skip
-KINDS = {  # of lines, as matplotlib is to draw them; the later over the earlier
-    "raw": {"label": "each step", "linewidth": 0.7},
-    "resumed": {"label": "resumed", "linewidth": 1, "linestyle": ":"},
-    "reference": {"label": "reference (GPT-2 124M recipe on FineWeb-Edu)", "linewidth": 1, "linestyle": "--"},
-    "smooth": {"label": "smoothed", "linewidth": 1.5},
-    "exact": {"label": "", "linewidth": 1.5},
-    "joined": {"label": "evaluation", "linewidth": 1, "marker": "o"},
-    "points": {"label": "evaluation", "linestyle": "none", "marker": "o"},
-    "bad": {"label": "NaN or infinite", "linestyle": "none", "marker": "x"},
-}
-
-
-class Line(NamedTuple):
-    kind: str
-    run: int  # its index, which gives the color; -1 = of none
-    x: np.ndarray
-    y: np.ndarray
-    error: np.ndarray | float = 0.0  # of y
-
-
-@dataclass
-class Panel:
-    """Lines under a title, and horizontal lines to compare with."""
-
-    title: str
-    lines: list[Line] = field(default_factory=list)
-    marks: dict[str, float] = field(default_factory=dict)  # name -> y
-    early: float = 0.0  # share of a run that may be above the frame
-    from_zero: bool = False
-
-    def add(self, *line) -> None:
-        """A line, unless it is empty: kind, run, x, y, error."""
-        if len(line[2]):
-            self.lines.append(Line(*line))
-
-    def add_noisy(self, run: int, x: np.ndarray, y: np.ndarray) -> None:
-        """A stream of every step: raw and faint, and smoothed over it."""
-        if len(x):
-            self.lines += [Line("raw", run, x, y), Line("smooth", run, x, smooth(y))]
-
-    def frame(self) -> tuple[float, float]:
-        """The vertical limits.
-
-        A long run falls most of its way in the first hundredths of it: if these were in the frame, what users look at,
-        the last tenths of a nat, would be a flat line at the bottom.
-        """
-        lines = [line for line in self.lines if line.kind in ("smooth", "exact", "joined", "points")]
-        late = [(line.y + line.error)[line.x >= self.early * line.x[-1]] for line in lines]
-        high = max([*self.marks.values(), *(values.max() for values in late)])
-        low = min([*self.marks.values(), *((line.y - line.error).min() for line in lines)])
-        low = 0 if self.from_zero else low
-        margin = max(0.07 * (high - low), 1e-3 * abs(high)) or 0.1
-        return 0 if self.from_zero else low - margin, high + margin
-
-
-def make_panels(runs: list[Run], axis: str) -> list[Panel]:
-    """The loss, then a panel for each other stream that any run has, those of a fork's own last."""
-    own = {stream for of in runs for stream in of.streams} - {"train", "val", "bpb", "hella_se", *TITLES}
-    panels = [stream_panel(stream, runs, axis) for stream in (*TITLES, *sorted(own))]
-    return [loss_panel(runs, axis), *(panel for panel in panels if panel.lines)]
-
-
-def loss_panel(runs: list[Run], axis: str) -> Panel:
-    """Training loss, validation, what to compare with, restarts, and where it was not finite."""
-    unit, scales = loss_unit(runs)
-    panel = Panel(f"Loss, {unit}", early=0.05)
-    for i, (of, scale) in enumerate(zip(runs, scales)):
-        steps, train = of.finite("train")
-        panel.add_noisy(i, positions(of, steps, axis), train * scale)
-        steps, val = of.finite("val")
-        # Joined only where no training curve shows the way: chords between a few points would cut its bends.
-        panel.add("points" if len(train) else "joined", i, positions(of, steps, axis), val * scale)
-    comparable = all(map(on_fineweb_edu, runs)) and any(len(of.finite("val")[0]) for of in runs)
-    if comparable and panel.frame()[1] > GPT2_LOSS:
-        panel.marks[f"GPT-2 124M\n{GPT2_LOSS}"] = GPT2_LOSS
-    low, high = panel.frame()
-    for i, of in enumerate(runs):
-        steps, train = of["train"]
-        bad = positions(of, steps[~np.isfinite(train)], axis)
-        panel.add("bad", i, bad, np.full(len(bad), high - 0.03 * (high - low)))
-        for x in positions(of, np.array(of.restarts, dtype=int), axis):
-            panel.add("resumed", i, np.array([x, x]), np.array([low, high]))
-    of_recipe = [{**of.comments["config"], **of.comments["model"]} for of in runs]
-    if comparable and any(map(reference.follows_recipe, of_recipe)) and axis in ("steps", "tokens"):
-        last_step = max(of.last_step for of in runs)
-        steps = np.unique(np.linspace(0, min(max(REFERENCE_CURVE), max(last_step, 1)), 600))
-        panel.add("reference", -1, steps * (TOKENS_PER_STEP if axis == "tokens" else 1), reference_loss(steps))
-    return panel
-
-
-def loss_unit(runs: list[Run]) -> tuple[str, list[float]]:
-    """The unit of the losses, and what to multiply those of each run by.
-
-    With different tokenizers nats per token can't be compared: tokens differ in length. Bits per byte can; a run's
-    last validation says how many of them its nats are.
-    """
-    if len({str(of.comments["data"].get("tokenizer", "gpt2")) for of in runs}) == 1:
-        return "nats per token", [1.0] * len(runs)
-    scales = []
-    for of in runs:
-        val, bpb = (dict(zip(*map(np.ndarray.tolist, of.finite(stream)))) for stream in ("val", "bpb"))
-        step = max((step for step in val.keys() & bpb.keys() if val[step]), default=None)
-        scales.append(math.nan if step is None else bpb[step] / val[step])
-    if np.isfinite(scales).all():
-        return "bits per byte", scales
-    return "nats per token, which different tokenizers make incomparable", [1.0] * len(runs)
-
-
-def stream_panel(stream: str, runs: list[Run], axis: str) -> Panel:
-    """Any stream but the losses; without lines if no run has it."""
-    panel = Panel(TITLES.get(stream, stream), from_zero=stream in ("lr", "norm", "ms"))
-    for i, of in enumerate(runs):
-        steps, values = of.finite(stream)
-        x = positions(of, steps, axis)
-        if stream == "hella":
-            panel.add("joined", i, x, values, standard_errors(of))
-        elif stream == "lr":
-            panel.add("exact", i, x, values)
-        elif stream in TITLES or 2 * len(steps) > of.last_step:
-            panel.early = 0.05
-            panel.add_noisy(i, x, tokens_per_second(of, values) if stream == "ms" else values)
-        else:
-            panel.add("joined", i, x, values)
-    if stream == "hella" and panel.lines:
-        if all(map(on_fineweb_edu, runs)):
-            panel.marks[f"GPT-2 124M\n{GPT2_HELLASWAG}"] = GPT2_HELLASWAG
-            panel.marks[f"GPT-3 124M\n{GPT3_HELLASWAG}"] = GPT3_HELLASWAG
-        if panel.frame()[1] < 0.4:  # above, it's far away, and its name in the way
-            panel.marks["chance 0.25"] = 0.25
-    clips = {of.number("grad_clip") for of in runs} - {0}
-    if stream == "norm" and panel.lines and len(clips) == 1 and min(clips) < 3 * panel.frame()[1]:
-        panel.marks[f"clipped\nto {min(clips):g}"] = min(clips)
-    return panel
-
-
-def axis_name(axis: str) -> str:
-    return "hours of training" if axis == "hours" else axis
-
-
-def label(line: Line, runs: list[Run]) -> str:
-    """What the legend calls a line: by what it shows if there is one run, else by the run."""
-    if len(runs) == 1 or line.run < 0 or line.kind in ("resumed", "bad"):
-        return KINDS[line.kind]["label"]
-    name = shortened(runs[line.run].name, 40)
-    return f" {name}" if name.startswith("_") else name  # matplotlib hides names like _run
-
-
-def look(line: Line, alone: bool) -> dict:
-    """matplotlib's arguments: a color a run, and evaluations in another if it is alone; dashes tell more than seven."""
-    color = COLORS[(line.run + (alone and "marker" in KINDS[line.kind])) % 7] if line.run >= 0 else INK
-    if line.kind == "raw":  # pale, rather than transparent: a browser draws thousands of transparent strokes as opaque
-        color = "#" + "".join(f"{255 - (255 - int(color[i : i + 2], 16)) * 3 // 10:02x}" for i in (1, 3, 5))
-    marker = "o" if len(line.x) == 1 and line.kind != "raw" else ""
-    own = {"color": color, "linestyle": ("-", "--", ":", "-.")[max(line.run, 0) // 7 % 4], "marker": marker}
-    return own | KINDS[line.kind]
+    text = aligned([columns, *([row.get(column, "-") for column in columns] for row in rows)])
+    return "\n".join([text, *(remark for of in runs for remark in remarks(of))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -478,61 +314,58 @@ STYLE = {
     "legend.frameon": False, "legend.fontsize": 8.5, "lines.markersize": 2.8, "svg.hashsalt": "plot_log",
     "text.parse_math": False,  # a $ in a name is a $
 }  # fmt: skip
+KINDS = {  # of lines, and how they look; the later over the earlier
+    "mark": {"color": GREY, "linewidth": 0.9, "linestyle": ":"},
+    "raw": {"label": "each step", "linewidth": 0.7},
+    "resumed": {"label": "resumed", "linewidth": 1, "linestyle": ":"},
+    "reference": {"label": "reference (GPT-2 124M recipe on FineWeb-Edu)", "linewidth": 1, "linestyle": "--"},
+    "smooth": {"label": "smoothed", "linewidth": 1.5},
+    "exact": {"label": "_", "linewidth": 1.5},  # its panel's title names it
+    "joined": {"label": "evaluation", "linewidth": 1, "marker": "o"},
+    "points": {"label": "evaluation", "linewidth": 0, "marker": "o"},
+    "bad": {"label": "NaN or infinite", "linewidth": 0, "marker": "x"},
+}
+TITLES = {  # of the streams with a panel of their own, besides a fork's
+    "hella": "HellaSwag acc_norm ± s.e.", "lr": "Learning rate", "norm": "Gradient norm", "ms": "Tokens per second",
+}  # fmt: skip
 
 
 def draw_runs(runs: list[Run], axis: str):
-    """A matplotlib Figure: the losses across the top, below them the other panels, two or three a row."""
+    """A matplotlib Figure: the losses across the top, then a panel for each other stream, a fork's own ones last."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    panels = make_panels(runs, axis)
-    across = 3 if len(panels) == 4 else 2
-    rows = 1 + math.ceil((len(panels) - 1) / across)
-    right = max(line.x[-1] for panel in panels for line in panel.lines if line.run >= 0) or 1
+    own = {stream for of in runs for stream in of.streams} - {"train", "val", "bpb", "hella_se", *TITLES}
+    streams = [stream for stream in (*TITLES, *sorted(own)) if any(len(of.finite(stream)[0]) for of in runs)]
+    across = 3 if len(streams) == 3 and "hella" not in streams else 2  # its title is long
+    rows = 1 + math.ceil(len(streams) / across)
+    right = max(positions(of, np.array([of.last_step]), axis)[0] for of in runs) or 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(dpi=DPI, layout="constrained")
         grid = figure.add_gridspec(rows, across, height_ratios=[1.75] + [1] * (rows - 1))
-        for i, panel in enumerate(panels):
+        for i, stream in enumerate(["", *streams]):
             row, column = divmod(i + across - 1, across)
-            whole = i == 0 or (column == 0 and i == len(panels) - 1)  # the loss, and a last one without neighbours
+            whole = i == 0 or (column == 0 and i == len(streams))  # the loss, and a last one without neighbours
             ax = figure.add_subplot(grid[row, :] if whole else grid[row, column])
-            draw_panel(ax, panel, runs)
-            ax.set_xlim(-0.01 * right, 1.01 * right)
+            draw_stream(ax, runs, axis, stream) if stream else draw_loss(ax, runs, axis)
+            ax.set(xlim=(-0.01 * right, 1.01 * right), xlabel=axis if row == rows - 1 else "")
             ticks = {"nbins": 8 if whole else 7 - across, "steps": [1, 2, 2.5, 5, 10], "integer": axis == "steps"}
             ax.xaxis.set_major_locator(MaxNLocator(**ticks))
             ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if axis == "steps" else short(x))
-            if row == rows - 1:
-                ax.set_xlabel(axis_name(axis))
-        legend_rows = add_header(figure, runs[0].name if len(runs) == 1 else f"{len(runs)} runs", describe(runs))
+            if ax.get_ylim()[1] >= 1_000:
+                ax.yaxis.set_major_formatter(lambda y, _: short(y))
+        legend_rows = add_header(figure, title_of(runs), describe(runs))
         figure.set_size_inches(WIDTH, 3.85 + 1.85 * (rows - 1) + 0.19 * legend_rows)
     return figure
-
-
-def draw_panel(ax, panel: Panel, runs: list[Run]) -> None:
-    ax.set_title(panel.title)
-    for line in panel.lines:
-        style, order = look(line, len(runs) == 1), 2 + [*KINDS].index(line.kind) / 10
-        named = len(runs) == 1 or line.kind not in ("raw", "points")
-        style["label"] = label(line, runs) if named else None
-        ax.plot(line.x, line.y, **style, zorder=order, rasterized=len(line.x) > 5_000)  # so that SVGs stay small
-        if np.any(line.error):
-            ax.vlines(line.x, line.y - line.error, line.y + line.error, color=style["color"], linewidth=0.7)
-    for name, y in panel.marks.items():  # in the margin, where no curve is
-        ax.axhline(y, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.2)), zorder=1.5)
-        ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
-                    va="center", fontsize=7.5, color=GREY, annotation_clip=False)  # fmt: skip
-    low, high = panel.frame()
-    ax.set_ylim(low, high)
-    if high >= 1_000:
-        ax.yaxis.set_major_formatter(lambda y, _: short(y))
 
 
 def add_header(figure, title: str, subtitle: str) -> int:
     """Title and legend above, what is shared below; returns the number of the legend's rows."""
     entries = {}
-    for ax in figure.axes:
-        entries = {name: handle for handle, name in zip(*ax.get_legend_handles_labels())} | entries
+    for ax in reversed(figure.axes):  # so that the losses decide how a name is shown, and of their lines the boldest
+        lines = [line for line in ax.get_legend_handles_labels()[0] if line.get_gid() != "mark"]
+        entries |= {line.get_label(): line for line in sorted(lines, key=lambda line: line.get_linewidth())}
     widths = [0.5 + 0.075 * len(name) for name in entries]  # inches, a little more than it takes
     columns = len(entries) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
     figure.legend(entries.values(), entries, ncols=columns, loc="outside upper left", alignment="left",
@@ -541,99 +374,215 @@ def add_header(figure, title: str, subtitle: str) -> int:
     return math.ceil(len(entries) / columns)
 
 
+def draw_loss(ax, runs: list[Run], axis: str) -> None:
+    """Training loss, validation, what to compare with, restarts, and where it was not finite."""
+    unit, scales = loss_unit(runs)
+    ax.set_title(f"Loss, {unit}")
+    for i, (of, scale) in enumerate(zip(runs, scales)):
+        steps, train = of.finite("train")
+        draw_noisy(ax, runs, i, positions(of, steps, axis), train * scale)
+        steps, val = of.finite("val")
+        # Joined only where no training curve shows the way: chords between a few points would cut its bends.
+        draw(ax, runs, i, "points" if len(train) else "joined", positions(of, steps, axis), val * scale)
+    set_frame(ax)
+    comparable = all(map(on_fineweb_edu, runs)) and any(len(of.finite("val")[0]) for of in runs)
+    if comparable and ax.get_ylim()[1] > GPT2_LOSS:
+        mark(ax, f"GPT-2 124M\n{GPT2_LOSS}", GPT2_LOSS)
+    low, high = ax.get_ylim()
+    for i, of in enumerate(runs):
+        bad = positions(of, np.array(of.bad("train"), dtype=int), axis)
+        draw(ax, runs, i, "bad", bad, np.full(len(bad), high - 0.03 * (high - low)))
+        for x in positions(of, np.array(of.restarts, dtype=int), axis):
+            draw(ax, runs, i, "resumed", [x, x], [low, high])
+    settings = [{**of.comments["config"], **of.comments["model"]} for of in runs]
+    if comparable and any(map(reference.follows_recipe, settings)) and axis in ("steps", "tokens"):
+        steps = np.linspace(0, min(max(REFERENCE_CURVE), max(of.last_step for of in runs)), 600)
+        draw(ax, runs, -1, "reference", steps * (TOKENS_PER_STEP if axis == "tokens" else 1), reference_loss(steps))
+
+
+def loss_unit(runs: list[Run]) -> tuple[str, list[float]]:
+    """The unit of the losses, and what to multiply those of each run by.
+
+    With different tokenizers nats per token can't be compared: tokens differ in length. Bits per byte can; a run's
+    last validation says how many of them its nats are.
+    """
+    if len({str(of.comments["data"].get("tokenizer", "gpt2")) for of in runs}) == 1:
+        return "nats per token", [1.0] * len(runs)
+    scales = []
+    for of in runs:
+        val, bpb = dict(zip(*of.finite("val"))), dict(zip(*of.finite("bpb")))
+        step = max((step for step in val.keys() & bpb.keys() if val[step]), default=None)
+        scales.append(math.nan if step is None else bpb[step] / val[step])
+    if np.isfinite(scales).all():
+        return "bits per byte", scales
+    return "nats per token, which different tokenizers make incomparable", [1.0] * len(runs)
+
+
+def draw_stream(ax, runs: list[Run], axis: str, stream: str) -> None:
+    """Any stream but the losses."""
+    ax.set_title(TITLES.get(stream, stream))
+    ax.margins(y=0.1)
+    for i, of in enumerate(runs):
+        steps, values = of.finite(stream)
+        x = positions(of, steps, axis)
+        if stream == "ms":
+            draw_noisy(ax, runs, i, x, tokens_per_second(of, values))
+        elif stream == "norm" or (stream not in TITLES and 2 * len(steps) > of.last_step):
+            draw_noisy(ax, runs, i, x, values)
+        else:
+            draw(ax, runs, i, "exact" if stream == "lr" else "joined", x, values)
+        if stream == "hella" and len(x):
+            errors, color = standard_errors(of), ax.lines[-1].get_color()
+            ax.vlines(x, values - errors, values + errors, color=color, linewidth=0.7)
+    set_frame(ax, from_zero=stream in ("lr", "norm", "ms"))
+    if stream == "hella" and all(map(on_fineweb_edu, runs)):
+        mark(ax, f"GPT-2 124M\n{GPT2_HELLASWAG}", GPT2_HELLASWAG)
+        mark(ax, f"GPT-3 124M\n{GPT3_HELLASWAG}", GPT3_HELLASWAG, va="bottom")  # clear of GPT-2's name
+    if stream == "hella" and ax.get_ylim()[1] < 0.4:  # above, it's far away, and its name in the way
+        mark(ax, "chance 0.25", 0.25)
+    clips = {of.number("grad_clip") for of in runs} - {0}
+    if stream == "norm" and len(clips) == 1 and min(clips) < 3 * ax.get_ylim()[1]:
+        mark(ax, f"clipped\nto {min(clips):g}", min(clips))
+
+
+def draw(ax, runs: list[Run], i: int, kind: str, x, y) -> None:
+    """A line of run i, or of none if i is -1. The legend names it by what it shows, or by its run if there are several.
+
+    A color a run, and evaluations in another if it is alone; dashes tell more than seven apart.
+    """
+    alone, style = len(runs) == 1, {"color": INK, "linestyle": ("-", "--", ":", "-.")[max(i, 0) // 7 % 4]}
+    style |= KINDS[kind]
+    if i >= 0:
+        style["color"] = COLORS[(i + (alone and kind in ("joined", "points"))) % 7]
+    if kind == "raw":  # pale, rather than transparent: a browser draws thousands of transparent strokes as opaque
+        channels = (int(style["color"][at : at + 2], 16) for at in (1, 3, 5))
+        style["color"] = "#" + "".join(f"{255 - (255 - channel) * 3 // 10:02x}" for channel in channels)
+    if i >= 0 and not alone and kind not in ("resumed", "bad"):
+        name = shortened(runs[i].name, 40)
+        style["label"] = f" {name}" if name.startswith("_") else name  # matplotlib hides names like _run
+    if len(x) == 1 and kind != "raw":
+        style.setdefault("marker", "o")
+    if len(x):
+        order = 2 + [*KINDS].index(kind) / 10
+        ax.plot(x, y, gid=kind, zorder=order, rasterized=len(x) > 5_000, **style)  # so that SVGs stay small
+
+
+def draw_noisy(ax, runs: list[Run], i: int, x: np.ndarray, y: np.ndarray) -> None:
+    """A stream of every step: raw and pale, and smoothed over it."""
+    if len(x):
+        draw(ax, runs, i, "raw", x, y)
+        draw(ax, runs, i, "smooth", x, smooth(y))
+
+
+def set_frame(ax, from_zero: bool = False) -> None:
+    """The vertical limits: those of what is smoothed and evaluated, from the time on when 5% of a run are done.
+
+    A long run falls most of its way before; what users look at, the last tenths of a nat, would be a flat line.
+    """
+    if any(line.get_gid() == "smooth" for line in ax.lines):
+        lines = [line.get_data() for line in ax.lines if line.get_gid() != "raw"]
+        low = 0 if from_zero else min(y.min() for _, y in lines)
+        high = max(y[x >= 0.05 * x[-1]].max() for x, y in lines)
+        margin = max(0.07 * (high - low), 1e-3 * abs(high)) or 0.1
+        ax.set_ylim(low - margin, high + margin)
+    if from_zero:
+        ax.set_ylim(bottom=0)
+
+
+def mark(ax, name: str, y: float, va: str = "center") -> None:
+    """A horizontal line to compare with, and its name in the margin, where no curve is."""
+    low, high = ax.get_ylim()
+    margin = 0.07 * (high - low)
+    ax.set_ylim(min(low, y - margin), max(high, y + margin))
+    draw(ax, [], -1, "mark", [0, ax.dataLim.x1], [y, y])
+    ax.lines[-1].set_label(name)
+    ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                va=va, fontsize=7.5, color=GREY, annotation_clip=False)  # fmt: skip
+
+
+def title_of(runs: list[Run]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Page
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy"
       content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 sans-serif; color: #222; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse; font-size: 13px }}
-td, th {{ border-bottom: 1px solid #ddd; padding: 2px 12px 2px 0; text-align: left; overflow-wrap: anywhere }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6em 1em; margin: .4em 0 }}
-summary {{ cursor: pointer }}
+body {{ font: 15px/1.5 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
+pre {{ background: #f5f5f5; padding: 0.5em 1em; overflow-x: auto }}
+.text {{ white-space: pre-wrap }}
 </style>
 {library}
-</head>
-<body>
 <h1>{title}</h1>
 <p>{facts}</p>
-{table}
-{remarks}
+<pre>{table}</pre>
 <p>Drag to zoom; the panels move together. A click on a legend hides a line.</p>
 {curves}
 <h2>Samples</h2>
 {samples}
 <h2>Configuration</h2>
-{settings}
-</body>
+<pre>{settings}</pre>
 </html>
 """
 
 
 def make_page(runs: list[Run], axis: str) -> str:
-    """The panels, samples and settings of the runs as one HTML page that loads nothing and runs nothing of theirs."""
+    """The picture's lines, samples and settings as one HTML page that loads nothing and runs nothing of theirs."""
     from bokeh.embed import components
     from bokeh.layouts import layout
     from bokeh.resources import Resources
 
-    plots, text = [], html.escape
-    for panel in make_panels(runs, axis):
-        plots.append(plot_panel(panel, runs, axis))
-        plots[-1].x_range = plots[0].x_range
-    rows = [plots[:1], *(plots[i : i + 2] for i in range(1, len(plots), 2))]
-    script, place = components(layout(rows, sizing_mode="stretch_width"))
+    plots = [plot_panel(ax, axis) for ax in draw_runs(runs, axis).axes]
+    for plot in plots:
+        plot.x_range = plots[0].x_range
+    pairs = [plots[i : i + 2] for i in range(1, len(plots), 2)]
+    script, place = components(layout([plots[:1], *pairs], sizing_mode="stretch_width"))
     samples = ""
     for of in runs:
-        samples += f"<h3>{text(of.name)}</h3>\n" if of.samples else ""
         for step, texts in sorted(of.samples.items()):
-            blocks = "".join(f"<pre>{text(sample)}</pre>" for sample in texts)
             state = "open" if step == max(of.samples) else ""
-            samples += f"<details {state}><summary>step {step:,}</summary>{blocks}</details>\n"
+            samples += f"<details {state}><summary>{html.escape(of.name)}, step {step:,}</summary>\n"
+            samples += "".join(f'<pre class="text">{html.escape(text)}</pre>\n' for text in texts) + "</details>\n"
     keys = dict.fromkeys((kind, key) for of in runs for kind in of.comments for key in of.comments[kind])
-    settings = [[f"{kind}: {key}", *(str(of.comments[kind].get(key, "-")) for of in runs)] for kind, key in keys]
-    settings.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs first
-    return PAGE.format(
-        title=text(runs[0].name if len(runs) == 1 else f"{len(runs)} runs"),
-        library=Resources(mode="inline", components=["bokeh"]).render(), facts=text(describe(runs)),
-        table=html_table(table(runs)), remarks="".join(f"<p>{text(r)}</p>" for of in runs for r in remarks(of)),
-        curves=place + script, samples=samples or "<p>The log holds none: lines of <code># samples</code>.</p>",
-        settings=html_table([["", *(of.name for of in runs)], *settings]),
-    )  # fmt: skip
+    rows = [[f"{kind}: {key}", *(shortened(str(of.comments[kind].get(key, "-")), 60) for of in runs)]
+            for kind, key in keys]  # fmt: skip
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs first
+    settings = aligned([["", *(of.name for of in runs)], *rows])
+    facts = {"title": title_of(runs), "facts": describe(runs), "table": table(runs), "settings": settings}
+    return PAGE.format(**{name: html.escape(text) for name, text in facts.items()}, curves=place + script,
+                       samples=samples or "The log has none: no lines of <code># samples</code>.",
+                       library=Resources(mode="inline", components=["bokeh"]).render())  # fmt: skip
 
 
-def html_table(rows: list[list[str]]) -> str:
-    cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>\n" + "".join(f"<tr>{row}</tr>\n" for row in cells) + "</table>"
-
-
-def plot_panel(panel: Panel, runs: list[Run], axis: str):
-    """A panel as a figure of bokeh."""
+def plot_panel(ax, axis: str):
+    """A panel of the picture as a figure of bokeh."""
     from bokeh.models import NumeralTickFormatter
     from bokeh.plotting import figure
+    from matplotlib.colors import to_hex
 
-    tips = [("", "$name"), (axis_name(axis), "@x{0,0.[00]}"), (panel.title, "@y{0.[0000]}")]
-    plot = figure(title=panel.title, x_axis_label=axis_name(axis), y_range=panel.frame(), height=400, tooltips=tips,
+    title = ax.get_title(loc="left")
+    tips = [("", "$name"), (axis, "@x{0,0.[00]}"), (title, "@y{0.[0000]}")]
+    plot = figure(title=title, x_axis_label=axis, y_range=ax.get_ylim(), height=400, tooltips=tips,
                   tools="box_zoom,pan,wheel_zoom,reset,save", active_drag="box_zoom")  # fmt: skip
     dashes = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashdot"}
-    for line in sorted(panel.lines, key=lambda line: [*KINDS].index(line.kind)):
-        style, name = look(line, len(runs) == 1), label(line, runs) or panel.title
-        x, y, error = (np.asarray(values, np.float32) for values in (line.x, line.y, line.error))  # half the page
-        same = {"color": style["color"], "legend_label": name, "name": name}
-        if style["linestyle"] != "none":
-            plot.line(x, y, line_width=style["linewidth"], line_dash=dashes[style["linestyle"]], **same)
-        if style["marker"]:
-            plot.scatter(x, y, marker={"o": "circle", "x": "x"}[style["marker"]], size=6, **same)
-        if error.any():
-            plot.segment(x, y - error, x, y + error, **same)
-    for name, y in panel.marks.items():
-        plot.line([0, max(line.x[-1] for line in panel.lines)], y, color=GREY, line_dash="dotted",
-                  legend_label=name.replace("\n", " "))  # fmt: skip
+    for line in sorted(ax.lines, key=lambda line: line.get_zorder()):
+        x, y = np.asarray(line.get_data(), np.float32)  # half the page of float64
+        name = line.get_label().replace("\n", " ")
+        name = title if name.startswith("_") else name
+        style = {"color": line.get_color(), "legend_label": name, "name": name}
+        if line.get_linewidth():
+            plot.line(x, y, line_width=line.get_linewidth(), line_dash=dashes[line.get_linestyle()], **style)
+        if line.get_marker() in ("o", "x"):
+            plot.scatter(x, y, marker={"o": "circle", "x": "x"}[line.get_marker()], size=6, **style)
+    for bars in ax.collections:
+        ends = np.array(bars.get_segments(), np.float32)  # (n, 2 ends, x and y)
+        plot.segment(*ends[:, 0].T, *ends[:, 1].T, color=to_hex(bars.get_color()[0]))
     plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")  # 2.5k
     plot.yaxis.formatter = NumeralTickFormatter(format="0.[000000]a")
     plot.legend.update(click_policy="hide", ncols=3)
@@ -645,7 +594,6 @@ def plot_panel(panel: Panel, runs: list[Run], axis: str):
 # Inside a checkpoint: L layers, nh heads, T positions
 
 MAX_PROMPT = 32  # tokens: more can't be labelled legibly
-MAX_LAYERS = 12  # more are thinned out evenly
 
 
 def attention_maps(shape: dict, state: dict, ids: list[int]) -> np.ndarray:
@@ -678,9 +626,9 @@ def draw_model(shape: dict, state: dict, title: str, prompt: str):
     from matplotlib.figure import Figure
 
     ids, words = tokenize_prompt(prompt, shape["n_tokens"], shape["block_size"])
-    maps = np.where(np.tri(len(ids), dtype=bool), attention_maps(shape, state, ids), math.nan)  # the future stays white
-    layers = np.unique(np.linspace(0, len(maps) - 1, min(len(maps), MAX_LAYERS)).round().astype(int))
-    lower = 0.35 + max(min(0.9, (WIDTH - 1.6) / maps.shape[1]) * len(layers), 0.6)  # inches
+    T, future = len(ids), ~np.tri(len(ids), dtype=bool)
+    maps = np.where(future, math.nan, attention_maps(shape, state, ids))  # (L, nh, T, T); the future is left white
+    lower = 0.35 + max(min(0.9, (WIDTH - 1.6) / shape["n_head"]) * shape["n_layer"], 0.6)  # inches
     wpe = state["transformer.wpe.weight"].detach().float().numpy()
     unit = wpe / np.maximum(np.linalg.norm(wpe, axis=-1, keepdims=True), 1e-12)
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
@@ -693,34 +641,27 @@ def draw_model(shape: dict, state: dict, title: str, prompt: str):
         heatmap(ax, "Position embeddings, cosine similarity", unit @ unit.T, "position", "position", bar=True)
         ax = figure.add_subplot(grid[0, 1])
         heatmap(ax, "Attention, mean of all layers and heads", maps.mean((0, 1)), "key", "query", bar=True, gamma=0.5)
-        size = min(8.5, 150 / len(words))
-        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=size)
-        ax.set_yticks(range(len(words)), words, fontsize=size)
-        draw_heads(figure.add_subplot(grid[1, :]), maps[layers], layers)
+        ax.set_xticks(range(T), words, rotation=90, fontsize=min(8.5, 150 / T))
+        ax.set_yticks(range(T), words, fontsize=min(8.5, 150 / T))
+        ax = figure.add_subplot(grid[1, :])  # a small map for each head, as one image with blank seams
+        cell = T + max(1, T // 10)
+        mosaic = np.pad(maps, [(0, 0), (0, 0), (0, cell - T), (0, cell - T)], constant_values=math.nan)
+        mosaic = mosaic.transpose(0, 2, 1, 3).reshape(shape["n_layer"] * cell, shape["n_head"] * cell)
+        heatmap(ax, "Attention of each head", mosaic, "head", "layer", gamma=0.5)
+        ax.set_xticks((T - 1) / 2 + np.arange(shape["n_head"]) * cell, range(shape["n_head"]))
+        ax.set_yticks((T - 1) / 2 + np.arange(shape["n_layer"]) * cell, range(shape["n_layer"]))
     return figure
 
 
 def heatmap(ax, title: str, values: np.ndarray, xlabel: str, ylabel: str, bar=False, gamma=1.0) -> None:
     from matplotlib.colors import PowerNorm
 
-    ax.set_title(title)
     low, shown = min(0, float(np.nanmin(values))), "nearest" if len(values) <= 512 else "auto"
     image = ax.imshow(values, cmap="cividis", norm=PowerNorm(gamma, low, 1), interpolation=shown)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if bar:
         place = {"orientation": "horizontal", "shrink": 0.7, "aspect": 40, "pad": 0.02}
         ax.get_figure().colorbar(image, ax=ax, **place).outline.set_visible(False)
-
-
-def draw_heads(ax, maps: np.ndarray, layers: np.ndarray) -> None:
-    """A small map for each head, a row a layer, as one image with blank seams; (L, nh, T, T)."""
-    rows, heads, T, _ = maps.shape
-    seam = max(1, T // 10)
-    mosaic = np.pad(maps, [(0, 0), (0, 0), (0, seam), (0, seam)], constant_values=math.nan)
-    mosaic = mosaic.transpose(0, 2, 1, 3).reshape(rows * (T + seam), heads * (T + seam))
-    heatmap(ax, "Attention of each head", mosaic, "head", "layer", gamma=0.5)
-    ax.set_xticks((T - 1) / 2 + np.arange(heads) * (T + seam), range(heads))
-    ax.set_yticks((T - 1) / 2 + np.arange(rows) * (T + seam), layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -749,7 +690,7 @@ def draw_curves(logs: list[tuple[str, Path]], axis: str, out: Path) -> list[Run]
     runs = [read_log(path, name) for name, path in logs]
     drawable = [of for of in runs if len(of.finite("train")[0]) or len(of.finite("val")[0])]
     if not drawable:
-        counts = [f"{of.path} ({sum(len(steps) for steps, _ in of.streams.values()):,} values)" for of in runs]
+        counts = [f"{of.path} ({sum(map(len, of.streams.values())):,} values)" for of in runs]
         raise UserError(f"nothing to draw in {', '.join(counts)}: no finite value of train or val; "
                         "a log has lines of `step stream value`, such as `0 train 10.95`")  # fmt: skip
     for of in runs:
@@ -757,7 +698,7 @@ def draw_curves(logs: list[tuple[str, Path]], axis: str, out: Path) -> list[Run]
             print(f"{of.name}: nothing to draw in {of.path}")
         elif axis == "hours" and not len(of.finite("ms")[0]):
             raise UserError(f"{of.path} has no `ms` lines to tell hours by; use --x steps or --x tokens")
-    print(report(drawable), flush=True)
+    print(table(drawable), flush=True)
     save((make_page if out.suffix.lower() == ".html" else draw_runs)(drawable, axis), out)
     return drawable
 
