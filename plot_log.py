@@ -520,7 +520,7 @@ pre {{ background: #f5f5f5; padding: 0.5em 1em; overflow-x: auto }}
 </style>
 {library}
 <h1>{title}</h1>
-<p>{facts}</p>
+<p class="text">{facts}</p>
 <pre>{table}</pre>
 <p>Drag to zoom; the panels move together. A click on a legend hides a line.</p>
 {curves}

@@ -1,12 +1,16 @@
 """plot_log.py: what a log says is what is drawn, nothing overlaps, and a user's mistake costs one line."""
 
+import html
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
 import xml.etree.ElementTree
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
@@ -116,6 +120,14 @@ def test_a_torn_or_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     assert run.streams["train"] == {0: 9, 1: 8, 2: 7.5}
     assert run.restarts == [1] and run.comments["config"] == {} and run.unreadable == 6
     assert "6 unreadable lines" in plot_log.table([run])
+
+
+def test_samples_are_kept_by_step_and_a_restart_takes_back_the_later_ones(tmp_path):
+    lines = [{"step": 0, "texts": ["a", "b\nc"]}, {"step": 5, "texts": ["d"]}, {"step": 4, "texts": [1, None]}]
+    lines = [f"# samples {json.dumps(line)}\n" for line in [*lines, {"step": "x", "texts": []}, {"step": 6}]]
+    lines.insert(2, '# restart {"step": 2}\n')
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", "".join(lines)), "r")
+    assert run.samples == {0: ["a", "b\nc"], 4: ["1", "None"]} and run.unreadable == 2
 
 
 def test_what_is_no_record_is_left_out_and_counted(tmp_path):
@@ -417,6 +429,125 @@ def test_several_runs_are_told_apart(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Page
+
+EVIL = "</script><script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">&amp; $$x$$"
+PROBE = """<script>
+const errors = [], tips = new Set();
+addEventListener("error", event => errors.push(event.message));
+document.addEventListener("securitypolicyviolation", event => errors.push(event.blockedURI));
+function* within(root, selector) {
+  yield* root.querySelectorAll(selector);
+  for (const element of root.querySelectorAll("*"))
+    if (element.shadowRoot) yield* within(element.shadowRoot, selector);
+}
+const ranges = () => [...Bokeh.documents[0]._all_models.values()].filter(model => model.type == "Figure")
+  .map(figure => [figure.x_range.start, figure.x_range.end]);
+function point(type, area, x, y, buttons) {
+  const box = area.getBoundingClientRect(), clientX = box.left + x * box.width, clientY = box.top + y * box.height;
+  area.dispatchEvent(new PointerEvent(type, {bubbles: true, composed: true, pointerId: 1, isPrimary: true, buttons,
+                                             clientX, clientY}));
+}
+setTimeout(() => {
+  const before = ranges(), area = [...within(document, ".bk-events")][0];
+  for (let i = 0; i < 1500; i++) {
+    point("pointermove", area, i % 50 / 50, i / 1500, 0);
+    for (const tip of within(document, ".bk-tooltip-row-value")) tips.add(tip.textContent.trim());
+  }
+  point("pointerdown", area, 0.3, 0.3, 1);
+  for (const share of [0.4, 0.5, 0.6]) point("pointermove", area, share, 0.5, 1);
+  point("pointerup", area, 0.6, 0.5, 0);
+  setTimeout(() => {
+    const texts = [...document.querySelectorAll("details .text")].map(element => element.textContent);
+    const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+    const found = document.createElement("pre");
+    found.id = "found";
+    found.textContent = JSON.stringify({title: document.title, errors, tips: [...tips], before, after: ranges(), texts,
+                                        loaded});
+    document.body.append(found);
+  }, 500);
+}, 1500);
+</script>"""
+
+
+def evil_runs(folder: Path) -> list[plot_log.Run]:
+    """Two runs of which whatever can be text is a script."""
+    runs = []
+    for name in ("a", "b"):
+        path = make_log(folder / name, 80, {"sample_prompt": EVIL}, source=EVIL)
+        with path.open("a") as file:
+            file.write(f"# samples {json.dumps({'step': 40, 'texts': [EVIL, 'plain']})}\n")
+            file.write(f"# {name} {json.dumps({EVIL: EVIL})}\n")
+        runs.append(plot_log.read_log(path, f"{name} {EVIL}"))
+    return runs
+
+
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes, and its text outside of scripts."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += "" if self.tags and self.tags[-1][0] == "script" else data
+
+
+def test_the_page_is_one_file_that_loads_and_runs_nothing_of_the_logs(tmp_path, capsys):
+    page = Tags(plot_log.make_page(evil_runs(tmp_path), "steps"))
+    assert not [attrs for _, attrs in page.tags if {"src", "href", "onerror", "data"} & attrs.keys()]
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none';") and "http" not in policy
+    plain = Tags(plot_log.make_page([plot_log.read_log(make_log(tmp_path / "c", 80), "c")], "steps"))
+    scripts = [[tag for tag, _ in parsed.tags].count("script") for parsed in (page, plain)]
+    assert scripts[0] == scripts[1] and not [tag for tag, _ in page.tags if tag == "img"]
+    assert page.text.count(EVIL) >= 4 and "The log has none" in plain.text and "config: max_lr" in plain.text
+    command(tmp_path / "c", "--out", tmp_path / "run.html")
+    assert "wrote" in capsys.readouterr().out and (tmp_path / "run.html").stat().st_size < 2e6
+    assert "must end in .png, .svg, .pdf" in failure(capsys, "--model", tmp_path, "--out", tmp_path / "model.html")
+
+
+def test_the_page_has_the_lines_of_the_picture(tmp_path):
+    runs = [plot_log.read_log(make_log(tmp_path / name, 80, restart=40), name) for name in ("a", "b")]
+    for ax in plot_log.draw_runs(runs, "tokens").axes:
+        plot = plot_log.plot_panel(ax, "tokens")
+        drawn = [glyph.data_source.data for glyph in plot.renderers if "x" in glyph.data_source.data]
+        lines = [line.get_xydata() for line in sorted(ax.lines, key=lambda line: line.get_zorder())]
+        both = [line for line in ax.lines if line.get_linewidth() and line.get_marker() == "o"]
+        assert len(drawn) == len(lines) + len(both) and plot.y_range.start == ax.get_ylim()[0]
+        for line in lines:
+            assert any(np.allclose(line.T, [data["x"], data["y"]]) for data in drawn if len(data["x"]) == len(line))
+        bars = [glyph.data_source.data for glyph in plot.renderers if "x0" in glyph.data_source.data]
+        if ax.get_title(loc="left").startswith("HellaSwag"):
+            for data, run in zip(bars, runs):
+                np.testing.assert_allclose(data["y1"] - data["y0"], 2 * plot_log.standard_errors(run), atol=1e-6)
+        assert len(bars) == 2 * ax.get_title(loc="left").startswith("HellaSwag")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium: apt-get install chromium")
+def test_the_page_zooms_in_a_browser(tmp_path):
+    """A drag over the losses zooms every panel; nothing is loaded, no script of a log runs, not even in a tooltip."""
+    runs = evil_runs(tmp_path)
+    (tmp_path / "page.html").write_text(plot_log.make_page(runs, "steps") + PROBE, encoding="utf-8")
+    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [*chromium, "--window-size=1200,1500", "--virtual-time-budget=20000", "--dump-dom"]
+    done = subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, timeout=300)
+    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout.decode(), re.DOTALL)
+    assert match, done.stderr.decode()[-2000:]
+    found = json.loads(html.unescape(match[1]))
+    assert found["title"] == "2 runs" and found["errors"] == [] and found["loaded"] == []
+    assert found["texts"] == [EVIL, "plain"] * 2
+    assert set(found["tips"]) >= {plot_log.shortened(run.name, 40) for run in runs}
+    assert len(found["after"]) == 5 and len(set(map(tuple, found["after"]))) == 1, "the panels move together"
+    (left, right), (low, high) = found["before"][0], found["after"][0]
+    assert left < low < high < right and high - low < 0.5 * (right - left)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
@@ -448,7 +579,8 @@ def test_mistakes_cost_one_line(tmp_path, capsys):
     assert "nowhere" in failure(capsys, tmp_path / "nowhere")
     empty, nans = write_log(tmp_path / "empty.txt", ""), write_log(tmp_path / "nans.txt", "0 train nan\n")
     assert "nothing to draw" in failure(capsys, empty) and "(1 values)" in failure(capsys, nans)
-    assert "must end in .png, .svg, .pdf, .html" in failure(capsys, tmp_path / "log" / "demo", "--out", tmp_path / "curves.jpg")
+    line = failure(capsys, tmp_path / "log" / "demo", "--out", tmp_path / "curves.jpg")
+    assert "must end in .png, .svg, .pdf, .html" in line
     bare = write_log(tmp_path / "bare.txt", BUILD_NANOGPT)
     assert "--x steps" in failure(capsys, bare, "--x", "hours")
     assert "ckpt.pt is not there" in failure(capsys, "--model", tmp_path / "ckpt.pt")
