@@ -170,8 +170,8 @@ def positions(of: Run, steps: np.ndarray, axis: str) -> np.ndarray:
         return steps
     if axis == "tokens":
         return steps * float(of.tokens_per_step)
-    timed, ms = of.finite("ms")
-    hours = np.cumsum(np.diff(timed, prepend=-1) * ms) / 3.6e6  # a step without its own time took as long as the next
+    timed, ms = of.finite("ms")  # a step without its own time took as long as the next
+    hours = np.cumsum(np.diff(timed, prepend=-1) * np.maximum(ms, 0)) / 3.6e6
     return np.interp(steps, [0, *(timed + 1)], [0, *hours])
 
 
@@ -331,32 +331,28 @@ TITLES = {  # of the streams with a panel of their own, besides a fork's
 
 
 def draw_runs(runs: list[Run], axis: str):
-    """A matplotlib Figure: the losses across the top, then a panel for each other stream, a fork's own ones last."""
+    """A matplotlib Figure: the losses, and below them a panel for each other stream, a fork's own ones last."""
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     own = {stream for of in runs for stream in of.streams} - {"train", "val", "bpb", "hella_se", *TITLES}
     streams = [stream for stream in (*TITLES, *sorted(own)) if any(len(of.finite(stream)[0]) for of in runs)]
-    across = 3 if len(streams) == 3 and "hella" not in streams else 2  # its title is long
-    rows = 1 + math.ceil(len(streams) / across)
     right = max(positions(of, np.array([of.last_step]), axis)[0] for of in runs) or 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(dpi=DPI, layout="constrained")
-        grid = figure.add_gridspec(rows, across, height_ratios=[1.75] + [1] * (rows - 1))
-        for i, stream in enumerate(["", *streams]):
-            row, column = divmod(i + across - 1, across)
-            whole = i == 0 or (column == 0 and i == len(streams))  # the loss, and a last one without neighbours
-            ax = figure.add_subplot(grid[row, :] if whole else grid[row, column])
-            draw_stream(ax, runs, axis, stream) if stream else draw_loss(ax, runs, axis)
-            ax.set(xlim=(-0.01 * right, 1.01 * right), xlabel=axis if row == rows - 1 else "")
-            ticks = {"nbins": 8 if whole else 7 - across, "steps": [1, 2, 2.5, 5, 10], "integer": axis == "steps"}
-            ax.xaxis.set_major_locator(MaxNLocator(**ticks))
-            ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if axis == "steps" else short(x))
+        heights = [2.4, *(1 for _ in streams)]
+        panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        draw_loss(panels[0], runs, axis)
+        for ax, stream in zip(panels[1:], streams):
+            draw_stream(ax, runs, axis, stream)
+        for ax in panels:
             if ax.get_ylim()[1] >= 1_000:
                 ax.yaxis.set_major_formatter(lambda y, _: short(y))
+        panels[-1].set(xlim=(-0.01 * right, 1.01 * right), xlabel=axis)  # of all: they share the axis
+        panels[-1].xaxis.get_major_locator().set_params(integer=axis == "steps")
+        panels[-1].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if axis == "steps" else short(x))
         legend_rows = add_header(figure, title_of(runs), describe(runs))
-        figure.set_size_inches(WIDTH, 3.85 + 1.85 * (rows - 1) + 0.19 * legend_rows)
+        figure.set_size_inches(WIDTH, 0.9 + 0.19 * legend_rows + 1.25 * sum(heights))
     return figure
 
 
@@ -387,7 +383,7 @@ def draw_loss(ax, runs: list[Run], axis: str) -> None:
     set_frame(ax)
     comparable = all(map(on_fineweb_edu, runs)) and any(len(of.finite("val")[0]) for of in runs)
     if comparable and ax.get_ylim()[1] > GPT2_LOSS:
-        mark(ax, f"GPT-2 124M\n{GPT2_LOSS}", GPT2_LOSS)
+        mark(ax, f"GPT-2 124M {GPT2_LOSS}", GPT2_LOSS)
     low, high = ax.get_ylim()
     for i, of in enumerate(runs):
         bad = positions(of, np.array(of.bad("train"), dtype=int), axis)
@@ -436,13 +432,13 @@ def draw_stream(ax, runs: list[Run], axis: str, stream: str) -> None:
             ax.vlines(x, values - errors, values + errors, color=color, linewidth=0.7)
     set_frame(ax, from_zero=stream in ("lr", "norm", "ms"))
     if stream == "hella" and all(map(on_fineweb_edu, runs)):
-        mark(ax, f"GPT-2 124M\n{GPT2_HELLASWAG}", GPT2_HELLASWAG)
-        mark(ax, f"GPT-3 124M\n{GPT3_HELLASWAG}", GPT3_HELLASWAG, va="bottom")  # clear of GPT-2's name
+        mark(ax, f"GPT-2 124M {GPT2_HELLASWAG}", GPT2_HELLASWAG)
+        mark(ax, f"GPT-3 124M {GPT3_HELLASWAG}", GPT3_HELLASWAG, va="bottom")  # clear of GPT-2's name
     if stream == "hella" and ax.get_ylim()[1] < 0.4:  # above, it's far away, and its name in the way
         mark(ax, "chance 0.25", 0.25)
     clips = {of.number("grad_clip") for of in runs} - {0}
     if stream == "norm" and len(clips) == 1 and min(clips) < 3 * ax.get_ylim()[1]:
-        mark(ax, f"clipped\nto {min(clips):g}", min(clips))
+        mark(ax, f"clipped to {min(clips):g}", min(clips))
 
 
 def draw(ax, runs: list[Run], i: int, kind: str, x, y) -> None:
@@ -535,14 +531,14 @@ pre {{ background: #f5f5f5; padding: 0.5em 1em; overflow-x: auto }}
 def make_page(runs: list[Run], axis: str) -> str:
     """The picture's lines, samples and settings as one HTML page that loads nothing and runs nothing of theirs."""
     from bokeh.embed import components
-    from bokeh.layouts import layout
+    from bokeh.layouts import gridplot
     from bokeh.resources import Resources
 
     plots = [plot_panel(ax, axis) for ax in draw_runs(runs, axis).axes]
+    plots[0].height = 480
     for plot in plots:
         plot.x_range = plots[0].x_range
-    pairs = [plots[i : i + 2] for i in range(1, len(plots), 2)]
-    script, place = components(layout([plots[:1], *pairs], sizing_mode="stretch_width"))
+    script, place = components(gridplot(plots, ncols=1, sizing_mode="stretch_width"))
     samples = ""
     for of in runs:
         for step, texts in sorted(of.samples.items()):
@@ -568,13 +564,12 @@ def plot_panel(ax, axis: str):
 
     title = ax.get_title(loc="left")
     tips = [("", "$name"), (axis, "@x{0,0.[00]}"), (title, "@y{0.[0000]}")]
-    plot = figure(title=title, x_axis_label=axis, y_range=ax.get_ylim(), height=400, tooltips=tips,
+    plot = figure(title=title, x_axis_label=axis, y_range=ax.get_ylim(), height=300, tooltips=tips,
                   tools="box_zoom,pan,wheel_zoom,reset,save", active_drag="box_zoom")  # fmt: skip
     dashes = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashdot"}
     for line in sorted(ax.lines, key=lambda line: line.get_zorder()):
         x, y = np.asarray(line.get_data(), np.float32)  # half the page of float64
-        name = line.get_label().replace("\n", " ")
-        name = title if name.startswith("_") else name
+        name = title if line.get_label().startswith("_") else line.get_label()
         style = {"color": line.get_color(), "legend_label": name, "name": name}
         if line.get_linewidth():
             plot.line(x, y, line_width=line.get_linewidth(), line_dash=dashes[line.get_linestyle()], **style)
@@ -585,8 +580,8 @@ def plot_panel(ax, axis: str):
         plot.segment(*ends[:, 0].T, *ends[:, 1].T, color=to_hex(bars.get_color()[0]))
     plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")  # 2.5k
     plot.yaxis.formatter = NumeralTickFormatter(format="0.[000000]a")
-    plot.legend.update(click_policy="hide", ncols=3)
-    plot.add_layout(plot.legend[0], "below")
+    plot.legend.update(click_policy="hide", ncols=4, location="left")
+    plot.add_layout(plot.legend[0], "above")
     return plot
 
 

@@ -261,7 +261,7 @@ def test_the_table_says_where_a_run_is(tmp_path):
 def named(figure) -> set[str]:
     """Everything that a picture has a name for: its legend, and the names of its horizontal lines."""
     legend = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
-    return legend | {text.get_text().replace("\n", " ") for ax in figure.axes for text in ax.texts}
+    return legend | {text.get_text() for ax in figure.axes for text in ax.texts}
 
 
 @pytest.mark.parametrize(
