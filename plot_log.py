@@ -1,27 +1,30 @@
 """
-Plot runs: log files in, a picture and a table out.
+Plot runs: log files in, a table and a picture or a page out.
 
     python plot_log.py log/                                    # writes log/curves.png
     python plot_log.py log/a log/b log/c --out compare.svg     # several runs over one another
+    python plot_log.py log/ --out run.html                     # curves that zoom, samples, configuration: one file
     python plot_log.py log/ --x hours --watch                  # redraw a live run every few seconds
     python plot_log.py --model log/ckpt_019073.pt              # what is inside a checkpoint
 
 A log is lines of `step stream value`, of which the last value of a step wins, and lines that begin with `#`: the run's
-config, its data and its restarts, each a word and a JSON object. build-nanogpt's log files, which have no `#` lines,
-are read as they are. Nothing but files is read: neither the trainer nor a GPU is needed.
+config, its data, its samples and its restarts, each a word and a JSON object. build-nanogpt's log files, which have no
+`#` lines, are read as they are. Nothing but files is read: neither the trainer nor a GPU is needed.
 
-Contents: Config · Logs · Summary · Picture · Panels · Inside a checkpoint · Commands
+Contents: Config · Logs · Summary · Picture · Page · Inside a checkpoint · Commands
 """
 
+import html
 import json
 import math
 import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -37,7 +40,7 @@ class Config:
     """All settings; each is a flag of the same name, and the run directories stand without one."""
 
     run_dirs: tyro.conf.Positional[list[str]] = field(default_factory=lambda: ["log"])  # run directories, or log files
-    out: str = ""  # where to, .png, .svg or .pdf; curves.png beside the first log if not given
+    out: str = ""  # where to: .html for a page, else .png, .svg or .pdf; curves.png beside the first log if not given
     x: Literal["steps", "tokens", "hours"] = "steps"  # horizontal axis; hours are of training, without evaluations
     watch: bool = False  # redraw whenever a log has grown, until every run is done or Ctrl-C
     model: str = ""  # draw a model instead, of whatever sample.py reads: position embeddings and attention
@@ -45,7 +48,6 @@ class Config:
     """text whose attention is drawn"""
 
 
-FORMATS = (".png", ".svg", ".pdf")
 WATCH_SECONDS = 3
 HELLASWAG_EXAMPLES = 10_042
 LARGEST = 1e30  # of a value: a larger one is treated as infinite, for matplotlib's arithmetic would overflow
@@ -57,30 +59,28 @@ LARGEST = 1e30  # of a value: a larger one is treated as infinite, for matplotli
 
 @dataclass
 class Run:
-    """What one log file says. streams[name] is (steps, values), steps ascending; a value that can't be drawn is NaN."""
+    """What one log file says. A value that can't be drawn is NaN."""
 
     name: str
     path: Path
-    streams: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    comments: dict[str, dict] = field(default_factory=dict)  # the last of each kind: config, model, data, done, ...
+    streams: dict[str, dict[int, float]] = field(default_factory=dict)  # stream -> step -> value
+    comments: defaultdict[str, dict] = field(default_factory=lambda: defaultdict(dict))  # the last of each kind
+    samples: dict[int, list[str]] = field(default_factory=dict)  # step -> texts
     restarts: list[int] = field(default_factory=list)
     unreadable: int = 0  # lines that are neither values nor comments
 
-    def __getitem__(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a stream, NaNs included; empty arrays if the log has none of it."""
-        return self.streams.get(stream, (np.empty(0), np.empty(0)))
-
     def finite(self, stream: str) -> tuple[np.ndarray, np.ndarray]:
-        steps, values = self[stream]
-        return steps[np.isfinite(values)], values[np.isfinite(values)]
+        """Steps, ascending, and values of a stream where they are finite; empty arrays if the log has none of it."""
+        found = sorted((step, v) for step, v in self.streams.get(stream, {}).items() if math.isfinite(v))
+        return np.array([step for step, _ in found], dtype=np.int64), np.array([v for _, v in found], dtype=float)
 
-    @property
-    def config(self) -> dict:
-        return self.comments.get("config", {})
+    def bad(self, stream: str) -> list[int]:
+        """The steps where it is not finite."""
+        return sorted(step for step, value in self.streams.get(stream, {}).items() if not math.isfinite(value))
 
     def number(self, setting: str) -> float:
         """A setting that is a positive number; 0 if the log doesn't have it or has something else."""
-        value = self.config.get(setting)
+        value = self.comments["config"].get(setting)
         return value if type(value) in (int, float) and 0 < value < 1e15 else 0
 
     @property
@@ -89,7 +89,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return int(max((steps[-1] for steps, _ in self.streams.values()), default=0))
+        return max((max(of) for of in self.streams.values()), default=0)
 
 
 def find_logs(run_dirs: list[str]) -> list[tuple[str, Path]]:
@@ -112,34 +112,37 @@ def read_log(path: Path, name: str) -> Run:
         nearby = sorted(str(log.parent) for log in path.parent.glob("*/log.txt")) if os.path.isdir(path.parent) else []
         hint = f"there is one in {', '.join(nearby[:5])}" if nearby else "give the --log_dir of a run, or a log file"
         raise UserError(f"no log file {str(path)!r}; {hint}")
-    run, values = Run(name, path), {}  # values: stream -> step -> value
     # A last line without its newline is still being written: "3.2" may become "3.2516", so it doesn't count.
     try:
         text, _, _ = path.read_bytes().decode("utf-8-sig", errors="replace").rpartition("\n")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}; give another log") from error
+    run = Run(name, path)
     for line in text.split("\n"):
         data, hash_sign, comment = line.partition("#")
         if hash_sign:
             kind, payload = parse_comment(comment)
-            if kind == "restart" and type(step := payload.get("step")) is int and 0 <= step < 10**12:
+            step = payload.get("step")
+            is_step = type(step) is int and 0 <= step < 10**12
+            if kind == "restart" and is_step:
                 run.restarts.append(step)
                 run.comments.pop("done", None)
-                values = {stream: {s: v for s, v in of.items() if s <= step} for stream, of in values.items()}
-            elif kind == "restart":
+                for later in (*run.streams.values(), run.samples):
+                    for s in [s for s in later if s > step]:
+                        del later[s]
+            elif kind == "samples" and is_step and isinstance(payload.get("texts"), list):
+                run.samples[step] = [str(text) for text in payload["texts"]]
+            elif kind in ("restart", "samples"):
                 run.unreadable += 1
             elif kind:
                 run.comments[kind] = payload
             data = ""  # a line that a crash cut short has no newline, so the comment of the restart follows on it
         if match := LINE.fullmatch(data):
             value = float(match[3])
-            values.setdefault(match[2], {})[int(match[1])] = value if abs(value) <= LARGEST else math.nan
+            run.streams.setdefault(match[2], {})[int(match[1])] = value if abs(value) <= LARGEST else math.nan
         elif data.strip():
             run.unreadable += 1
-    for stream, of in values.items():
-        if of:
-            steps = np.array(sorted(of))
-            run.streams[stream] = steps, np.array([of[step] for step in steps.tolist()])
+    run.streams = {stream: of for stream, of in run.streams.items() if of}
     return run
 
 
@@ -157,62 +160,54 @@ def parse_comment(text: str) -> tuple[str, dict]:
     return (kind, value) if isinstance(value, dict) else ("", {})
 
 
-def positions(of: Run, steps: np.ndarray, axis: str) -> np.ndarray:
-    """Where `steps` stand on the horizontal axis: steps, tokens, hours or minutes of training before that step."""
-    if axis == "steps":
-        return steps
-    if axis == "tokens":
-        return steps * float(of.tokens_per_step)
-    timed, ms = of.finite("ms")
-    hours = np.cumsum(np.diff(timed, prepend=-1) * ms) / 3.6e6  # a step without its own time took as long as the next
-    return np.interp(steps, [0, *(timed + 1)], [0, *hours]) * (60 if axis == "minutes" else 1)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Summary
 
 
+def positions(of: Run, steps: np.ndarray, axis: str) -> np.ndarray:
+    """Where `steps` stand on the horizontal axis: steps, tokens, or hours of training before that step."""
+    if axis == "steps":
+        return steps
+    if axis == "tokens":
+        return steps * float(of.tokens_per_step)
+    timed, ms = of.finite("ms")  # a step without its own time took as long as the next
+    hours = np.cumsum(np.diff(timed, prepend=-1) * np.maximum(ms, 0)) / 3.6e6
+    return np.interp(steps, [0, *(timed + 1)], [0, *hours])
+
+
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of up to `half_window` neighbours on either side, NaNs left out; (n,) -> (n,).
+    """Rolling median over 2% of the values, which spikes don't move; at 1,000 places, joined; (n,) -> (n,), n > 0.
 
     At the start the window is kept symmetrical, so that the steep fall there is not smeared; at the end it reaches back
-    only, so that the last point is a mean too.
+    only, so that the last point is a median too.
     """
-    i, known = np.arange(len(values)), np.isfinite(values)
-    back = np.minimum(half_window(values), i)
-    lo, hi = i - back, np.minimum(i + back, len(values) - 1) + 1
-    sums, counts = (np.append(0, np.cumsum(x)) for x in (np.where(known, values, 0), known))
-    return np.where(known, (sums[hi] - sums[lo]) / np.maximum(counts[hi] - counts[lo], 1), math.nan)
-
-
-def rolling_median(values: np.ndarray) -> np.ndarray:
-    """As `smooth`, for streams whose spikes say nothing of their level; at 1,000 places, joined; (n,) -> (n,)."""
-    half = half_window(values)
-    places = np.unique(np.linspace(0, max(len(values) - 1, 0), min(len(values), 1_000)).astype(int))
-    medians = [np.median(values[max(0, at - half) : at + half + 1]) for at in places]
+    half = max(2, len(values) // 100)
+    places = np.unique(np.linspace(0, len(values) - 1, min(len(values), 1_000)).astype(int))
+    medians = [np.median(values[i - min(i, half) : i + min(i, half) + 1]) for i in places]
     return np.interp(np.arange(len(values)), places, medians)
-
-
-def half_window(values: np.ndarray) -> int:
-    return max(2, len(values) // 100)
 
 
 def standard_errors(of: Run) -> np.ndarray:
     """Of each finite HellaSwag accuracy: as the log says, else that of a share of all examples, or of --hella_limit."""
     steps, accuracy = of.finite("hella")
-    logged = dict(zip(*map(np.ndarray.tolist, of.finite("hella_se"))))
-    p = np.clip(accuracy, 0, 1)
+    p, logged = np.clip(accuracy, 0, 1), dict(zip(*of.finite("hella_se")))
     binomial = np.sqrt(p * (1 - p) / (of.number("hella_limit") or HELLASWAG_EXAMPLES))
-    return np.abs([logged.get(step, se) for step, se in zip(steps.tolist(), binomial)])
+    return np.abs([logged.get(step, se) for step, se in zip(steps, binomial)])
 
 
 def tokens_per_second(of: Run, ms: np.ndarray) -> np.ndarray:
     return of.tokens_per_step / (np.maximum(ms, 1e-6) / 1000)
 
 
+def on_fineweb_edu(of: Run) -> bool:
+    """Is the validation loss comparable with GPT-2's? A log without configuration is build-nanogpt's: yes."""
+    data = of.comments["data"]
+    return not of.comments["config"] or reference.on_fineweb_edu(data.get("source"), data.get("tokenizer"))
+
+
 def source_name(of: Run) -> str:
     """Of the text: a data set, or the first of the user's own files and how many more; "" if the log doesn't say."""
-    source = of.comments.get("data", {}).get("source") or ""
+    source = of.comments["data"].get("source") or ""
     if not isinstance(source, dict):
         return str(source)
     files = source.get("files") if isinstance(source.get("files"), list) else []
@@ -221,47 +216,56 @@ def source_name(of: Run) -> str:
     return str(source.get("dataset") or (f"file {names[0]}{more}" if names else ""))
 
 
-def on_fineweb_edu(of: Run) -> bool:
-    """Is the validation loss comparable with GPT-2's? A log without configuration is build-nanogpt's: yes."""
-    data = of.comments.get("data", {})
-    return "config" not in of.comments or reference.on_fineweb_edu(data.get("source"), data.get("tokenizer"))
+def describe(runs: list[Run]) -> str:
+    """What all runs share of model, data and batch, and how far they are."""
+    facts = []
+    for of in runs:
+        model = {"n_layer": 0, "n_head": 0, "n_embd": 0, **of.comments["config"], **of.comments["model"]}
+        sizes = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**model)
+        assumed = "" if of.number("total_batch_size") else " (assumed)"
+        facts.append(["" if sizes.startswith("0 ") else shortened(sizes, 60), shortened(source_name(of), 38),
+                      f"{of.tokens_per_step:,} tokens a step{assumed}", f"step {summary(of)['step']}"])  # fmt: skip
+    shared = [values[0] for values in zip(*facts) if values[0] and len(set(values)) == 1]
+    legend = "\npale: each step   ·   dots: evaluations" if len(runs) > 1 else ""
+    return ("   ·   ".join(shared) or "models, data and batches differ") + legend
 
 
-def follows_recipe(of: Run) -> bool:
-    """Is the run the one that REFERENCE_CURVE belongs to?"""
-    return on_fineweb_edu(of) and reference.follows_recipe({**of.config, **of.comments.get("model", {})})
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
 
 
 def short(number: float) -> str:
     """524288 -> "524k", 9.96e9 -> "9.96B": three digits at most."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size * 0.9995:
-            digits = 2 if abs(number) < 9.995 * size else 1 if abs(number) < 99.95 * size else 0
-            text = f"{number / size:.{digits}f}"
-            return (text.rstrip("0").rstrip(".") if "." in text else text) + unit
+            return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 
 
+COLUMNS = {  # stream -> the column of its last value
+    "train": "train, smoothed", "val": "val", "bpb": "bpb", "hella": "HellaSwag", "ms": "tokens/s",
+}  # fmt: skip
+
+
 def summary(of: Run) -> dict[str, str]:
-    """One row of the table, column -> text; a column it has nothing for is "-"."""
+    """One row of the table, column -> text."""
     steps = f" of {of.number('max_steps'):,}" if of.number("max_steps") else ""
     row = {"run": of.name, "step": f"{of.last_step:,}{steps}", "tokens": short(of.last_step * of.tokens_per_step)}
-    row |= dict.fromkeys(("train", "val", "best val", "bpb", "HellaSwag", "tokens/s", "time"), "-")
-    last = {stream: of.finite(stream)[1][-1] for stream in of.streams if len(of.finite(stream)[1])}
-    if "train" in last:
-        row["train"] = f"{smooth(of.finite('train')[1])[-1]:.4f}"
-    if "val" in last:
-        steps, val = of.finite("val")
-        row |= {"val": f"{last['val']:.4f}", "best val": f"{val.min():.4f} at {steps[val.argmin()]:,}"}
-    if "bpb" in last:
-        row["bpb"] = f"{last['bpb']:.4f}"
-    if "hella" in last:
-        row["HellaSwag"] = f"{last['hella']:.4f} +- {standard_errors(of)[-1]:.4f}"
-    if "ms" in last:
-        steps, ms = of.finite("ms")
-        minutes = positions(of, steps[-1:] + 1, "minutes")[0]
-        row["tokens/s"] = short(tokens_per_second(of, np.median(ms)))
-        row["time"] = f"{minutes / 60:.1f} h" if minutes >= 120 else f"{minutes:.1f} min"
+    for stream in (*COLUMNS, *sorted(of.streams.keys() - {*COLUMNS, "hella_se", "lr", "norm"})):
+        steps, values = of.finite(stream)
+        if not len(values):
+            continue
+        row[COLUMNS.get(stream, stream)] = f"{values[-1]:.4f}"
+        if stream == "train":
+            row[COLUMNS[stream]] = f"{smooth(values)[-1]:.4f}"
+        elif stream == "val":
+            row["best val"] = f"{values.min():.4f} at {steps[values.argmin()]:,}"
+        elif stream == "hella":
+            row[COLUMNS[stream]] += f" +- {standard_errors(of)[-1]:.4f}"
+        elif stream == "ms":
+            hours = positions(of, steps[-1:] + 1, "hours")[0]
+            row[COLUMNS[stream]] = short(tokens_per_second(of, np.median(values)))
+            row["time"] = f"{hours:.1f} h" if hours >= 2 else f"{hours * 60:.1f} min"
     return row
 
 
@@ -272,23 +276,26 @@ def remarks(of: Run) -> list[str]:
         found.append(f"its config line gives no batch size, so {TOKENS_PER_STEP:,} tokens a step are assumed")
     if of.restarts:
         found.append(f"resumed at step {', '.join(f'{step:,}' for step in of.restarts)}")
-    for stream, (steps, values) in of.streams.items():
-        bad = ~np.isfinite(values)
-        if bad.any():
-            where = f"{bad.sum():,} steps, first at {steps[bad.argmax()]:,}"
-            found.append(f"{stream} is NaN, infinite or over 1e30 at {where}")
+    for stream in of.streams:
+        if bad := of.bad(stream):
+            found.append(f"{stream} is NaN, infinite or over 1e30 at {len(bad):,} steps, first at {bad[0]:,}")
     if of.unreadable:
         found.append(f"{of.unreadable:,} unreadable lines left out")
     return [f"{of.name}: {remark}" for remark in found]
 
 
+def aligned(rows: list[list[str]]) -> str:
+    """Rows as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in rows)
+
+
 def table(runs: list[Run]) -> str:
-    """A row a run, the columns that any has something for, then the remarks."""
+    """The columns that any run has something for, a row a run, then the remarks."""
     rows = [summary(of) for of in runs]
-    columns = [[name, *(row[name] for row in rows)] for name in rows[0] if any(row[name] != "-" for row in rows)]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in zip(*columns)]
-    return "\n".join([*lines, *(remark for of in runs for remark in remarks(of))])
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = aligned([columns, *([row.get(column, "-") for column in columns] for row in rows)])
+    return "\n".join([text, *(remark for of in runs for remark in remarks(of))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,290 +306,289 @@ DPI = 200
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left",
-    "axes.titlepad": 7, "axes.titleweight": "bold", "text.color": INK, "axes.titlecolor": INK,
-    "axes.edgecolor": "#b0b0b0",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": PALE,
-    "grid.linewidth": 0.7, "xtick.color": GREY, "ytick.color": GREY, "xtick.major.size": 3, "ytick.major.size": 0,
-    "axes.labelcolor": GREY, "axes.labelsize": 8.5, "legend.frameon": False, "legend.fontsize": 8.5,
-    "legend.handlelength": 1.8, "legend.borderpad": 0, "legend.borderaxespad": 0, "svg.hashsalt": "plot_log",
+    "font.family": "DejaVu Sans", "font.size": 8.5, "figure.titlesize": 13, "figure.titleweight": "bold",
+    "figure.labelsize": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "text.color": INK, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": "#b0b0b0",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "axes.formatter.useoffset": False, "grid.color": PALE, "grid.linewidth": 0.7, "ytick.major.size": 0,
+    "legend.frameon": False, "legend.fontsize": 8.5, "lines.markersize": 2.8, "svg.hashsalt": "plot_log",
     "text.parse_math": False,  # a $ in a name is a $
+}  # fmt: skip
+KINDS = {  # of lines, and how they look; the later over the earlier
+    "mark": {"color": GREY, "linewidth": 0.9, "linestyle": ":"},
+    "raw": {"label": "each step", "linewidth": 0.7},
+    "resumed": {"label": "resumed", "linewidth": 1, "linestyle": ":"},
+    "reference": {"label": "reference (GPT-2 124M recipe on FineWeb-Edu)", "linewidth": 1, "linestyle": "--"},
+    "smooth": {"label": "smoothed", "linewidth": 1.5},
+    "exact": {"label": "_", "linewidth": 1.5},  # its panel's title names it
+    "joined": {"label": "evaluation", "linewidth": 1, "marker": "o"},
+    "points": {"label": "evaluation", "linewidth": 0, "marker": "o"},
+    "bad": {"label": "NaN or infinite", "linewidth": 0, "marker": "x"},
 }
-
-
-class Look(NamedTuple):
-    """How a run is drawn. `name` is "" where there is only one: the lines are then called by what they show."""
-
-    name: str
-    color: str
-    marks: str  # color of its evaluations
-    dashes: str
-
-
-def looks(runs: list[Run]) -> list[Look]:
-    """A color a run, and evaluations in another if there is only one run; dashes tell more than seven apart."""
-    if len(runs) == 1:
-        return [Look("", COLORS[0], COLORS[1], "-")]
-    names = [shortened(of.name, 40) for of in runs]
-    names = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides names like _run
-    dashes = ("-", "--", ":", "-.")
-    return [Look(name, COLORS[i % 7], COLORS[i % 7], dashes[i // 7 % 4]) for i, name in enumerate(names)]
+TITLES = {  # of the streams with a panel of their own, besides a fork's
+    "hella": "HellaSwag acc_norm ± s.e.", "lr": "Learning rate", "norm": "Gradient norm", "ms": "Tokens per second",
+}  # fmt: skip
 
 
 def draw_runs(runs: list[Run], axis: str):
-    """A matplotlib Figure: the losses across the top, below them a panel for each other stream that any run has."""
+    """A matplotlib Figure: the losses, and below them a panel for each other stream, a fork's own ones last."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [draw for stream, draw in PANELS.items() if any(len(of.finite(stream)[0]) for of in runs)]
-    rows = [1, *{0: [], 1: [1], 2: [2], 3: [1, 2] if draw_hella in panels else [3], 4: [2, 2]}[len(panels)]]
-    if axis == "hours" and span(runs, axis) < 2:
-        axis = "minutes"
+    own = {stream for of in runs for stream in of.streams} - {"train", "val", "bpb", "hella_se", *TITLES}
+    streams = [stream for stream in (*TITLES, *sorted(own)) if any(len(of.finite(stream)[0]) for of in runs)]
+    right = max(positions(of, np.array([of.last_step]), axis)[0] for of in runs) or 1
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 20), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(len(rows), 6, height_ratios=[1.75] + [1] * (len(rows) - 1))
-        axes = [figure.add_subplot(grid[row, i * 6 // count : (i + 1) * 6 // count])
-                for row, count in enumerate(rows) for i in range(count)]
-        styled = list(zip(runs, looks(runs)))
-        for ax, draw in zip(axes, [draw_loss, *panels]):
-            draw(ax, styled, axis)
-        right = span(runs, axis) or 1
-        for ax, count in zip(axes, [across for across in rows for _ in range(across)]):
-            ax.set_xlim(-0.005 * right, 1.005 * right)
-            format_x(ax, axis, ticks={1: 8, 2: 5, 3: 4}[count])
-        for ax in axes[-rows[-1] :]:
-            ax.set_xlabel(axis if axis in ("steps", "tokens") else f"{axis} of training")
-        header = add_header(figure, runs, axes)
-        height = header + 3.1 + 1.85 * (len(rows) - 1)
-        figure.set_size_inches(WIDTH, height)
-        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - header / height), w_pad=0.1, h_pad=0.08, wspace=0.02)
+        figure = Figure(dpi=DPI, layout="constrained")
+        heights = [2.4, *(1 for _ in streams)]
+        panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        draw_loss(panels[0], runs, axis)
+        for ax, stream in zip(panels[1:], streams):
+            draw_stream(ax, runs, axis, stream)
+        for ax in panels:
+            if ax.get_ylim()[1] >= 1_000:
+                ax.yaxis.set_major_formatter(lambda y, _: short(y))
+        panels[-1].set(xlim=(-0.01 * right, 1.01 * right), xlabel=axis)  # of all: they share the axis
+        panels[-1].xaxis.get_major_locator().set_params(integer=axis == "steps")
+        panels[-1].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if axis == "steps" else short(x))
+        legend_rows = add_header(figure, title_of(runs), describe(runs))
+        figure.set_size_inches(WIDTH, 0.9 + 0.19 * legend_rows + 1.25 * sum(heights))
     return figure
 
 
-def span(runs: list[Run], axis: str) -> float:
-    return float(max(positions(of, np.array([of.last_step]), axis)[0] for of in runs))
+def add_header(figure, title: str, subtitle: str) -> int:
+    """Title and legend above, what is shared below; returns the number of the legend's rows."""
+    entries = {}
+    for ax in reversed(figure.axes):  # so that the losses decide how a name is shown, and of their lines the boldest
+        lines = [line for line in ax.get_legend_handles_labels()[0] if line.get_gid() != "mark"]
+        entries |= {line.get_label(): line for line in sorted(lines, key=lambda line: line.get_linewidth())}
+    widths = [0.5 + 0.075 * len(name) for name in entries]  # inches, a little more than it takes
+    columns = len(entries) if sum(widths) < WIDTH else max(1, int(WIDTH / max(widths)))
+    figure.legend(entries.values(), entries, ncols=columns, loc="outside upper left", alignment="left",
+                  title=shortened(title, 60), title_fontproperties={"size": 13, "weight": "bold"})  # fmt: skip
+    figure.supxlabel(subtitle, x=0.012, ha="left", color=GREY)
+    return math.ceil(len(entries) / columns)
 
 
-def format_x(ax, axis: str, ticks: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10], integer=axis == "steps"))
-    ax.xaxis.set_major_formatter({"steps": lambda x, _: f"{x:,.0f}", "tokens": lambda x, _: short(x)}.get(
-        axis, lambda x, _: f"{x:g}"))
-
-
-def add_header(figure, runs: list[Run], axes) -> float:
-    """Title, the line under it and the one legend, which has as many columns as fit; returns their height in inches."""
-    from_top = write_title(figure, runs[0].name if len(runs) == 1 else f"{len(runs)} runs", describe(runs))
-    handles, names = {}, {look.name for look in looks(runs)}
-    for ax in axes:
-        handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels())} | handles
-    handles = dict(sorted(handles.items(), key=lambda item: item[0] not in names))  # the runs before all else
-    for columns in range(len(handles), 0, -1):
-        legend = figure.legend(handles.values(), handles, ncols=columns, loc="upper left", columnspacing=1.6,
-                               bbox_to_anchor=(0.15, -0.68), bbox_transform=from_top)
-        legend.set_in_layout(False)
-        extent = legend.get_window_extent()
-        if columns == 1 or extent.width / DPI <= WIDTH - 0.3:
-            return 0.68 + extent.height / DPI + 0.14
-        legend.remove()
-
-
-def write_title(figure, title: str, subtitle: str):
-    """Two lines at the top; returns the transform from inches right and up of the top left corner."""
-    from matplotlib.transforms import ScaledTranslation
-
-    from_top = figure.dpi_scale_trans + ScaledTranslation(0, 1, figure.transFigure)
-    place = {"transform": from_top, "in_layout": False}
-    figure.text(0.15, -0.32, shortened(title, 60), fontsize=13, fontweight="bold", **place)
-    figure.text(0.15, -0.54, subtitle, color=GREY, **place)
-    return from_top
+def draw_loss(ax, runs: list[Run], axis: str) -> None:
+    """Training loss, validation, what to compare with, restarts, and where it was not finite."""
+    unit, scales = loss_unit(runs)
+    ax.set_title(f"Loss, {unit}")
+    for i, (of, scale) in enumerate(zip(runs, scales)):
+        steps, train = of.finite("train")
+        draw_noisy(ax, runs, i, positions(of, steps, axis), train * scale)
+        steps, val = of.finite("val")
+        # Joined only where no training curve shows the way: chords between a few points would cut its bends.
+        draw(ax, runs, i, "points" if len(train) else "joined", positions(of, steps, axis), val * scale)
+    set_frame(ax)
+    comparable = all(map(on_fineweb_edu, runs)) and any(len(of.finite("val")[0]) for of in runs)
+    if comparable and ax.get_ylim()[1] > GPT2_LOSS:
+        mark(ax, f"GPT-2 124M {GPT2_LOSS}", GPT2_LOSS)
+    low, high = ax.get_ylim()
+    for i, of in enumerate(runs):
+        bad = positions(of, np.array(of.bad("train"), dtype=int), axis)
+        draw(ax, runs, i, "bad", bad, np.full(len(bad), high - 0.03 * (high - low)))
+        for x in positions(of, np.array(of.restarts, dtype=int), axis):
+            draw(ax, runs, i, "resumed", [x, x], [low, high])
+    settings = [{**of.comments["config"], **of.comments["model"]} for of in runs]
+    if comparable and any(map(reference.follows_recipe, settings)) and axis in ("steps", "tokens"):
+        steps = np.linspace(0, min(max(REFERENCE_CURVE), max(of.last_step for of in runs)), 600)
+        draw(ax, runs, -1, "reference", steps * (TOKENS_PER_STEP if axis == "tokens" else 1), reference_loss(steps))
 
 
-def describe(runs: list[Run]) -> str:
-    """The line under the title: what all runs share of model, data and batch; and how far a single one is."""
-    facts = []
+def loss_unit(runs: list[Run]) -> tuple[str, list[float]]:
+    """The unit of the losses, and what to multiply those of each run by.
+
+    With different tokenizers nats per token can't be compared: tokens differ in length. Bits per byte can; a run's
+    last validation says how many of them its nats are.
+    """
+    if len({str(of.comments["data"].get("tokenizer", "gpt2")) for of in runs}) == 1:
+        return "nats per token", [1.0] * len(runs)
+    scales = []
     for of in runs:
-        model = {"n_layer": 0, "n_head": 0, "n_embd": 0, **of.config, **of.comments.get("model", {})}
-        sizes = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**model)
-        assumed = "" if of.number("total_batch_size") else " (assumed)"
-        step = f"step {summary(of)['step']}" if len(runs) == 1 else ""
-        facts.append(["" if sizes.startswith("0 ") else shortened(sizes, 60), shortened(source_name(of), 38),
-                      f"{of.tokens_per_step:,} tokens a step{assumed}", step])  # fmt: skip
-    shared = [values[0] for values in zip(*facts) if values[0] and len(set(values)) == 1]
-    return "   ·   ".join(shared) or "models, data and batches differ"
+        val, bpb = dict(zip(*of.finite("val"))), dict(zip(*of.finite("bpb")))
+        step = max((step for step in val.keys() & bpb.keys() if val[step]), default=None)
+        scales.append(math.nan if step is None else bpb[step] / val[step])
+    if np.isfinite(scales).all():
+        return "bits per byte", scales
+    return "nats per token, which different tokenizers make incomparable", [1.0] * len(runs)
 
 
-def shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length // 2 - 1]}…{text[len(text) - length // 2 :]}"
+def draw_stream(ax, runs: list[Run], axis: str, stream: str) -> None:
+    """Any stream but the losses."""
+    ax.set_title(TITLES.get(stream, stream))
+    ax.margins(y=0.1)
+    for i, of in enumerate(runs):
+        steps, values = of.finite(stream)
+        x = positions(of, steps, axis)
+        if stream == "ms":
+            draw_noisy(ax, runs, i, x, tokens_per_second(of, values))
+        elif stream == "norm" or (stream not in TITLES and 2 * len(steps) > of.last_step):
+            draw_noisy(ax, runs, i, x, values)
+        else:
+            draw(ax, runs, i, "exact" if stream == "lr" else "joined", x, values)
+        if stream == "hella" and len(x):
+            errors, color = standard_errors(of), ax.lines[-1].get_color()
+            ax.vlines(x, values - errors, values + errors, color=color, linewidth=0.7)
+    set_frame(ax, from_zero=stream in ("lr", "norm", "ms"))
+    if stream == "hella" and all(map(on_fineweb_edu, runs)):
+        mark(ax, f"GPT-2 124M {GPT2_HELLASWAG}", GPT2_HELLASWAG)
+        mark(ax, f"GPT-3 124M {GPT3_HELLASWAG}", GPT3_HELLASWAG, va="bottom")  # clear of GPT-2's name
+    if stream == "hella" and ax.get_ylim()[1] < 0.4:  # above, it's far away, and its name in the way
+        mark(ax, "chance 0.25", 0.25)
+    clips = {of.number("grad_clip") for of in runs} - {0}
+    if stream == "norm" and len(clips) == 1 and min(clips) < 3 * ax.get_ylim()[1]:
+        mark(ax, f"clipped to {min(clips):g}", min(clips))
 
 
-def save(figure, path: Path) -> None:
-    """Write the picture whole or not at all: a viewer that follows it never sees half of one."""
-    import matplotlib
+def draw(ax, runs: list[Run], i: int, kind: str, x, y) -> None:
+    """A line of run i, or of none if i is -1. The legend names it by what it shows, or by its run if there are several.
 
-    kind = path.suffix[1:].lower()
-    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same log gives the same bytes
-    try:
-        with atomic_file(path) as file, matplotlib.rc_context(STYLE):
-            figure.savefig(file, format=kind, metadata=metadata)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}; choose another --out") from error
+    A color a run, and evaluations in another if it is alone; dashes tell more than seven apart.
+    """
+    alone, style = len(runs) == 1, {"color": INK, "linestyle": ("-", "--", ":", "-.")[max(i, 0) // 7 % 4]}
+    style |= KINDS[kind]
+    if i >= 0:
+        style["color"] = COLORS[(i + (alone and kind in ("joined", "points"))) % 7]
+    if kind == "raw":  # pale, rather than transparent: a browser draws thousands of transparent strokes as opaque
+        channels = (int(style["color"][at : at + 2], 16) for at in (1, 3, 5))
+        style["color"] = "#" + "".join(f"{255 - (255 - channel) * 3 // 10:02x}" for channel in channels)
+    if i >= 0 and not alone and kind not in ("resumed", "bad"):
+        name = shortened(runs[i].name, 40)
+        style["label"] = f" {name}" if name.startswith("_") else name  # matplotlib hides names like _run
+    if len(x) == 1 and kind != "raw":
+        style.setdefault("marker", "o")
+    if len(x):
+        order = 2 + [*KINDS].index(kind) / 10
+        ax.plot(x, y, gid=kind, zorder=order, rasterized=len(x) > 5_000, **style)  # so that SVGs stay small
+
+
+def draw_noisy(ax, runs: list[Run], i: int, x: np.ndarray, y: np.ndarray) -> None:
+    """A stream of every step: raw and pale, and smoothed over it."""
+    if len(x):
+        draw(ax, runs, i, "raw", x, y)
+        draw(ax, runs, i, "smooth", x, smooth(y))
+
+
+def set_frame(ax, from_zero: bool = False) -> None:
+    """The vertical limits: those of what is smoothed and evaluated, from the time on when 5% of a run are done.
+
+    A long run falls most of its way before; what users look at, the last tenths of a nat, would be a flat line.
+    """
+    if any(line.get_gid() == "smooth" for line in ax.lines):
+        lines = [line.get_data() for line in ax.lines if line.get_gid() != "raw"]
+        low = 0 if from_zero else min(y.min() for _, y in lines)
+        high = max(y[x >= 0.05 * x[-1]].max() for x, y in lines)
+        margin = max(0.07 * (high - low), 1e-3 * abs(high)) or 0.1
+        ax.set_ylim(low - margin, high + margin)
+    if from_zero:
+        ax.set_ylim(bottom=0)
+
+
+def mark(ax, name: str, y: float, va: str = "center") -> None:
+    """A horizontal line to compare with, and its name in the margin, where no curve is."""
+    low, high = ax.get_ylim()
+    margin = 0.07 * (high - low)
+    ax.set_ylim(min(low, y - margin), max(high, y + margin))
+    draw(ax, [], -1, "mark", [0, ax.dataLim.x1], [y, y])
+    ax.lines[-1].set_label(name)
+    ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
+                va=va, fontsize=7.5, color=GREY, annotation_clip=False)  # fmt: skip
+
+
+def title_of(runs: list[Run]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Panels: each takes (ax, [(run, look), ...], axis)
+# Page
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
+pre {{ background: #f5f5f5; padding: 0.5em 1em; overflow-x: auto }}
+.text {{ white-space: pre-wrap }}
+</style>
+{library}
+<h1>{title}</h1>
+<p class="text">{facts}</p>
+<pre>{table}</pre>
+<p>Drag to zoom; the panels move together. A click on a legend hides a line.</p>
+{curves}
+<h2>Samples</h2>
+{samples}
+<h2>Configuration</h2>
+<pre>{settings}</pre>
+</html>
+"""
 
 
-def draw_loss(ax, styled, axis: str) -> None:
-    """Training loss, raw and smoothed, validation, what to compare with, restarts, and where it was not finite."""
-    runs = [of for of, _ in styled]
-    ax.set_title("Loss, nats per token")
-    for of, look in styled:
-        steps, train = of["train"]
-        draw_trace(ax, look, positions(of, steps, axis), train, smooth(train))
-        at, val = of.finite("val")
-        marks = {"marker": "o", "markersize": 3.8, "markeredgewidth": 0.5, "markeredgecolor": "white"}
-        # Joined only where no training curve shows the way: chords between a few points would cut its bends.
-        ax.plot(positions(of, at, axis), val, color=look.marks, linestyle="none" if len(train) else look.dashes,
-                zorder=4, label=None if look.name else "validation", **marks)
-        if look.name and len(train):
-            ax.plot([], [], color=INK, alpha=0.28, linewidth=0.7, label="each step")
-        if look.name and len(val):
-            ax.plot([], [], color=INK, linestyle="none", label="validation", **marks)
-        bad = steps[~np.isfinite(train)]
-        ax.plot(positions(of, bad, axis), np.full(len(bad), 0.97), transform=ax.get_xaxis_transform(), color=look.color,
-                linestyle="none", marker="x", markersize=4, label="NaN or infinite" if len(bad) else None)
-        for step in of.restarts:
-            ax.axvline(positions(of, np.array([step]), axis)[0], color=look.color, linestyle=(0, (1, 2)), linewidth=1,
-                       zorder=1.5, label="resumed")
-    low, high, top = loss_limits(runs)
-    comparable = all(map(on_fineweb_edu, runs)) and any(len(of.finite("val")[0]) for of in runs)
-    if comparable and any(map(follows_recipe, runs)) and axis in ("steps", "tokens"):
-        draw_reference(ax, axis, max(of.last_step for of in runs))
-    if comparable and high > GPT2_LOSS:
-        low = min(low, GPT2_LOSS)
-        reference_line(ax, GPT2_LOSS, f"GPT-2 124M\n{GPT2_LOSS}")
-    margin = max(0.06 * (high - low), 1e-3 * abs(high)) or 0.1
-    ax.set_ylim(low - margin, high + margin)
-    if top > high + margin:
-        ax.set_title(f"from {top:.2f} at the start, above the frame", loc="right", fontsize=8.5, color=GREY,
-                     fontweight="normal")
+def make_page(runs: list[Run], axis: str) -> str:
+    """The picture's lines, samples and settings as one HTML page that loads nothing and runs nothing of theirs."""
+    from bokeh.embed import components
+    from bokeh.layouts import gridplot
+    from bokeh.resources import Resources
 
-
-def loss_limits(runs: list[Run]) -> tuple[float, float, float]:
-    """(low, high, top): the frame, and where the highest curve begins.
-
-    A long run falls most of its way in the first hundredths of it; the frame then begins where 5% of the run are done,
-    or what users look at, the last tenths of a nat, would be a flat line at the bottom.
-    """
-    lows, highs, tops, early = [], [], [], []
+    plots = [plot_panel(ax, axis) for ax in draw_runs(runs, axis).axes]
+    plots[0].height = 480
+    for plot in plots:
+        plot.x_range = plots[0].x_range
+    script, place = components(gridplot(plots, ncols=1, sizing_mode="stretch_width"))
+    samples = ""
     for of in runs:
-        for stream in ("train", "val"):
-            steps, values = of.finite(stream)
-            if not len(values):
-                continue
-            smoothed = smooth(values) if stream == "train" else values
-            late = smoothed[steps >= 0.05 * of.last_step]
-            lows.append(min(values.min() if stream == "val" else np.quantile(values, 0.002), smoothed.min()))
-            tops.append(values[0])
-            highs.append(values.max() if stream == "val" else max(smoothed.max(), values[0]))
-            early.append(late.max() if len(late) else values.max())
-    low, high = min(lows), max(early)
-    return (low, high, max(tops)) if high - low < 0.5 * (max(highs) - low) else (low, max(highs), max(tops))
+        for step, texts in sorted(of.samples.items()):
+            state = "open" if step == max(of.samples) else ""
+            samples += f"<details {state}><summary>{html.escape(of.name)}, step {step:,}</summary>\n"
+            samples += "".join(f'<pre class="text">{html.escape(text)}</pre>\n' for text in texts) + "</details>\n"
+    keys = dict.fromkeys((kind, key) for of in runs for kind in of.comments for key in of.comments[kind])
+    rows = [[f"{kind}: {key}", *(shortened(str(of.comments[kind].get(key, "-")), 60) for of in runs)]
+            for kind, key in keys]  # fmt: skip
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs first
+    settings = aligned([["", *(of.name for of in runs)], *rows])
+    facts = {"title": title_of(runs), "facts": describe(runs), "table": table(runs), "settings": settings}
+    return PAGE.format(**{name: html.escape(text) for name, text in facts.items()}, curves=place + script,
+                       samples=samples or "The log has none: no lines of <code># samples</code>.",
+                       library=Resources(mode="inline", components=["bokeh"]).render())  # fmt: skip
 
 
-def draw_reference(ax, axis: str, last_step: int) -> None:
-    """The published points of the recipe, and a line between them."""
-    scale = TOKENS_PER_STEP if axis == "tokens" else 1
-    steps = np.unique(np.linspace(0, min(max(REFERENCE_CURVE), max(last_step, 1)), 600))
-    ax.plot(steps * scale, reference_loss(steps), color=INK, linestyle=(0, (4, 2)), linewidth=1, zorder=3,
-            label="reference (GPT-2 124M recipe on FineWeb-Edu)")
-    points = np.array([step for step in REFERENCE_CURVE if step <= last_step])
-    ax.plot(points * scale, reference_loss(points), color=INK, linestyle="none", marker="D", markersize=2.6, zorder=3)
+def plot_panel(ax, axis: str):
+    """A panel of the picture as a figure of bokeh."""
+    from bokeh.models import NumeralTickFormatter
+    from bokeh.plotting import figure
+    from matplotlib.colors import to_hex
 
-
-def reference_line(ax, y: float, text: str, va: str = "center") -> None:
-    """A horizontal line to compare with, and its name in the margin, where no curve is."""
-    ax.axhline(y, color=GREY, linewidth=0.9, linestyle=(0, (1, 1.2)), zorder=1.5)
-    ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points", va=va,
-                fontsize=7.5, color=GREY, annotation_clip=False)
-
-
-def draw_trace(ax, look: Look, x: np.ndarray, raw: np.ndarray, smoothed: np.ndarray) -> None:
-    """A stream of every step: raw and faint, and smoothed over it. Raw is rasterized: SVGs stay small."""
-    if len(x):
-        ax.plot(x, raw, color=look.color, alpha=0.16 if look.name else 0.28, linewidth=0.7, zorder=2,
-                label=None if look.name else "each step", rasterized=len(x) > 5_000)
-        label = look.name or f"smoothed over {2 * half_window(raw) + 1} steps"
-        ax.plot(x, smoothed, color=look.color, linestyle=look.dashes, linewidth=1.5, zorder=3.5, label=label,
-                marker="o" if len(x) < 3 else None, markersize=3)
-
-
-def draw_hella(ax, styled, axis: str) -> None:
-    ax.set_title("HellaSwag acc_norm ± s.e.")
-    ax.margins(y=0.12)  # or the name of the lowest line would reach down to the ticks of the axis
-    runs = [of for of, _ in styled]
-    for of, look in styled:
-        steps, accuracy = of.finite("hella")
-        ax.errorbar(positions(of, steps, axis), accuracy, yerr=standard_errors(of), color=look.marks, markersize=2.6,
-                    linestyle=look.dashes, linewidth=1.2, elinewidth=0.7, capsize=1.6, capthick=0.7, marker="o")
-    if all(map(on_fineweb_edu, runs)):
-        reference_line(ax, GPT2_HELLASWAG, f"GPT-2 124M\n{GPT2_HELLASWAG}")
-        reference_line(ax, GPT3_HELLASWAG, f"GPT-3 124M\n{GPT3_HELLASWAG}", va="bottom")
-    if max(of.finite("hella")[1].max(initial=0) for of in runs) < 0.4:  # above, it's far away, and its name in the way
-        reference_line(ax, 0.25, "chance 0.25")
-
-
-def draw_lr(ax, styled, axis: str) -> None:
-    ax.set_title("Learning rate")
-    for of, look in styled:
-        steps, rate = of.finite("lr")
-        ax.plot(positions(of, steps, axis), rate, color=look.color, linestyle=look.dashes, linewidth=1.5,
-                marker="o" if len(rate) < 3 else None, markersize=3)
-    ax.set_ylim(bottom=0)
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:.1e}".replace(".0e", "e").replace("e-0", "e-") if y else "0")
-
-
-def draw_norm(ax, styled, axis: str) -> None:
-    """Gradient norm before clipping; the first steps' spikes are let out of the frame."""
-    ax.set_title("Gradient norm")
-    high = draw_spiky(ax, styled, axis, "norm", lambda of, norm: norm)
-    clips = {of.number("grad_clip") for of, _ in styled} - {0}
-    if len(clips) == 1 and min(clips) < 3 * high:
-        high = max(high, *clips)
-        reference_line(ax, min(clips), f"clipped\nto {min(clips):g}")
-    ax.set_ylim(0, 1.12 * high or 1)
-
-
-def draw_throughput(ax, styled, axis: str) -> None:
-    ax.set_title("Tokens per second")
-    ax.set_ylim(0, 1.15 * draw_spiky(ax, styled, axis, "ms", tokens_per_second) or 1)
-    ax.yaxis.set_major_formatter(lambda y, _: short(y))
-
-
-def draw_spiky(ax, styled, axis: str, stream: str, convert: Callable) -> float:
-    """A stream with a rolling median over it; returns the 99th percentile, so that spikes don't set the frame."""
-    tops = []
-    for of, look in styled:
-        steps, values = of.finite(stream)
-        if len(values):
-            values = convert(of, values)
-            draw_trace(ax, look, positions(of, steps, axis), values, rolling_median(values))
-            tops.append(np.quantile(values, 0.99))
-    return float(max(tops))
-
-
-PANELS: dict[str, Callable] = {"hella": draw_hella, "lr": draw_lr, "norm": draw_norm, "ms": draw_throughput}
+    title = ax.get_title(loc="left")
+    tips = [("", "$name"), (axis, "@x{0,0.[00]}"), (title, "@y{0.[0000]}")]
+    plot = figure(title=title, x_axis_label=axis, y_range=ax.get_ylim(), height=300, tooltips=tips,
+                  tools="box_zoom,pan,wheel_zoom,reset,save", active_drag="box_zoom")  # fmt: skip
+    dashes = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashdot"}
+    for line in sorted(ax.lines, key=lambda line: line.get_zorder()):
+        x, y = np.asarray(line.get_data(), np.float32)  # half the page of float64
+        name = title if line.get_label().startswith("_") else line.get_label()
+        style = {"color": line.get_color(), "legend_label": name, "name": name}
+        if line.get_linewidth():
+            plot.line(x, y, line_width=line.get_linewidth(), line_dash=dashes[line.get_linestyle()], **style)
+        if line.get_marker() in ("o", "x"):
+            plot.scatter(x, y, marker={"o": "circle", "x": "x"}[line.get_marker()], size=6, **style)
+    for bars in ax.collections:
+        ends = np.array(bars.get_segments(), np.float32)  # (n, 2 ends, x and y)
+        plot.segment(*ends[:, 0].T, *ends[:, 1].T, color=to_hex(bars.get_color()[0]))
+    plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")  # 2.5k
+    plot.yaxis.formatter = NumeralTickFormatter(format="0.[000000]a")
+    plot.legend.update(click_policy="hide", ncols=4, location="left")
+    plot.add_layout(plot.legend[0], "above")
+    return plot
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Inside a checkpoint: L layers, nh heads, T positions
 
 MAX_PROMPT = 32  # tokens: more can't be labelled legibly
-MAX_LAYERS = 12  # more are thinned out evenly
 
 
 def attention_maps(shape: dict, state: dict, ids: list[int]) -> np.ndarray:
@@ -615,72 +621,80 @@ def draw_model(shape: dict, state: dict, title: str, prompt: str):
     from matplotlib.figure import Figure
 
     ids, words = tokenize_prompt(prompt, shape["n_tokens"], shape["block_size"])
-    maps = attention_maps(shape, state, ids)
-    layers = np.unique(np.linspace(0, len(maps) - 1, min(len(maps), MAX_LAYERS)).round().astype(int))
-    cell = min(0.9, (WIDTH - 1.6) / maps.shape[1])
-    height = 0.9 + 4.3 + 0.75 + max(cell * len(layers), 0.6)
+    T, future = len(ids), ~np.tri(len(ids), dtype=bool)
+    maps = np.where(future, math.nan, attention_maps(shape, state, ids))  # (L, nh, T, T); the future is left white
+    lower = 0.35 + max(min(0.9, (WIDTH - 1.6) / shape["n_head"]) * shape["n_layer"], 0.6)  # inches
     wpe = state["transformer.wpe.weight"].detach().float().numpy()
     unit = wpe / np.maximum(np.linalg.norm(wpe, axis=-1, keepdims=True), 1e-12)
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.66 / height), w_pad=0.1, h_pad=0.08)
-        write_title(figure, title, "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**shape))
-        grid = figure.add_gridspec(2, 2, height_ratios=[4.3, 0.35 + max(cell * len(layers), 0.6)])
+        figure = Figure(figsize=(WIDTH, 5.6 + lower), dpi=DPI, layout="constrained")
+        figure.suptitle(shortened(title, 60), x=0.012, ha="left")
+        sizes = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**shape)
+        figure.supxlabel(sizes, x=0.012, ha="left", color=GREY)
+        grid = figure.add_gridspec(2, 2, height_ratios=[4.3, lower])
         ax = figure.add_subplot(grid[0, 0])  # an untrained model shows one bright line, a trained one bands around it
         heatmap(ax, "Position embeddings, cosine similarity", unit @ unit.T, "position", "position", bar=True)
         ax = figure.add_subplot(grid[0, 1])
-        seen = np.where(np.tri(len(ids), dtype=bool), maps, math.nan)  # the future is left white
-        heatmap(ax, "Attention, mean of all layers and heads", seen.mean((0, 1)), "key", "query", bar=True, gamma=0.5)
-        size = min(8.5, 150 / len(words))
-        ax.set_xticks(range(len(words)), words, rotation=90, fontsize=size)
-        ax.set_yticks(range(len(words)), words, fontsize=size)
-        draw_heads(figure.add_subplot(grid[1, :]), seen[layers], layers)
+        heatmap(ax, "Attention, mean of all layers and heads", maps.mean((0, 1)), "key", "query", bar=True, gamma=0.5)
+        ax.set_xticks(range(T), words, rotation=90, fontsize=min(8.5, 150 / T))
+        ax.set_yticks(range(T), words, fontsize=min(8.5, 150 / T))
+        ax = figure.add_subplot(grid[1, :])  # a small map for each head, as one image with blank seams
+        cell = T + max(1, T // 10)
+        mosaic = np.pad(maps, [(0, 0), (0, 0), (0, cell - T), (0, cell - T)], constant_values=math.nan)
+        mosaic = mosaic.transpose(0, 2, 1, 3).reshape(shape["n_layer"] * cell, shape["n_head"] * cell)
+        heatmap(ax, "Attention of each head", mosaic, "head", "layer", gamma=0.5)
+        ax.set_xticks((T - 1) / 2 + np.arange(shape["n_head"]) * cell, range(shape["n_head"]))
+        ax.set_yticks((T - 1) / 2 + np.arange(shape["n_layer"]) * cell, range(shape["n_layer"]))
     return figure
 
 
 def heatmap(ax, title: str, values: np.ndarray, xlabel: str, ylabel: str, bar=False, gamma=1.0) -> None:
     from matplotlib.colors import PowerNorm
 
-    ax.set_title(title)
     low, shown = min(0, float(np.nanmin(values))), "nearest" if len(values) <= 512 else "auto"
     image = ax.imshow(values, cmap="cividis", norm=PowerNorm(gamma, low, 1), interpolation=shown)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if bar:
         place = {"orientation": "horizontal", "shrink": 0.7, "aspect": 40, "pad": 0.02}
         ax.get_figure().colorbar(image, ax=ax, **place).outline.set_visible(False)
-
-
-def draw_heads(ax, maps: np.ndarray, layers: np.ndarray) -> None:
-    """A small map for each head, a row a layer, as one image with blank seams; (L, nh, T, T)."""
-    rows, heads, T, _ = maps.shape
-    seam = max(1, T // 10)
-    mosaic = np.pad(maps, [(0, 0), (0, 0), (0, seam), (0, seam)], constant_values=math.nan)
-    mosaic = mosaic.transpose(0, 2, 1, 3).reshape(rows * (T + seam), heads * (T + seam))
-    heatmap(ax, "Attention of each head", mosaic, "head", "layer", gamma=0.5)
-    ax.set_xticks((T - 1) / 2 + np.arange(heads) * (T + seam), range(heads))
-    ax.set_yticks((T - 1) / 2 + np.arange(rows) * (T + seam), layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
+def save(drawing, out: Path) -> None:
+    """Write a Figure or the text of a page whole or not at all: a viewer that follows it never sees half of one."""
+    import matplotlib
+
+    kind = out.suffix[1:].lower()
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same log gives the same bytes
+    try:
+        with atomic_file(out) as file, matplotlib.rc_context(STYLE):
+            if isinstance(drawing, str):
+                file.write(drawing.encode())
+            else:
+                drawing.savefig(file, format=kind, metadata=metadata)
+    except OSError as error:
+        raise UserError(f"can't write {out}: {error.strerror}; choose another --out") from error
+    print(f"wrote {out}", flush=True)
+
+
 def draw_curves(logs: list[tuple[str, Path]], axis: str, out: Path) -> list[Run]:
-    """Read the logs, print the table, write the picture of those that have something to draw."""
+    """Read the logs, print the table, write the picture or page of those that have something to draw."""
     runs = [read_log(path, name) for name, path in logs]
     drawable = [of for of in runs if len(of.finite("train")[0]) or len(of.finite("val")[0])]
     if not drawable:
-        counts = [f"{of.path} ({sum(len(steps) for steps, _ in of.streams.values()):,} values)" for of in runs]
+        counts = [f"{of.path} ({sum(map(len, of.streams.values())):,} values)" for of in runs]
         raise UserError(f"nothing to draw in {', '.join(counts)}: no finite value of train or val; "
-                        "a log has lines of `step stream value`, such as `0 train 10.95`")
+                        "a log has lines of `step stream value`, such as `0 train 10.95`")  # fmt: skip
     for of in runs:
         if of not in drawable:
             print(f"{of.name}: nothing to draw in {of.path}")
         elif axis == "hours" and not len(of.finite("ms")[0]):
             raise UserError(f"{of.path} has no `ms` lines to tell hours by; use --x steps or --x tokens")
     print(table(drawable), flush=True)
-    save(draw_runs(drawable, axis), out)
-    print(f"wrote {out}", flush=True)
+    save((make_page if out.suffix.lower() == ".html" else draw_runs)(drawable, axis), out)
     return drawable
 
 
@@ -700,30 +714,19 @@ def watch(logs: list[tuple[str, Path]], axis: str, out: Path, sleep: Callable[[f
         sleep(WATCH_SECONDS)
 
 
-def check_out(out: Path) -> None:
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {str(out)!r} must end in {', '.join(FORMATS)}")
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise UserError(f"can't write {out}: name a file in a directory that is there and may be written to with --out")
-
-
 def main(config: Config) -> None:
-    logs, source, out = find_logs(config.run_dirs), config.model, Path(config.out)
-    if not source:
-        if not config.out and not config.watch:
-            read_log(logs[0][1], "")  # that there is no log is said before that nothing can be written there
-        out = out if config.out else logs[0][1].parent / "curves.png"
-        check_out(out)
-        (watch if config.watch else draw_curves)(logs, config.x, out)
+    formats = (".png", ".svg", ".pdf") if config.model else (".png", ".svg", ".pdf", ".html")
+    if config.out and not config.out.lower().endswith(formats):
+        raise UserError(f"--out {config.out!r} must end in {', '.join(formats)}")
+    if not config.model:
+        logs = find_logs(config.run_dirs)
+        (watch if config.watch else draw_curves)(logs, config.x, Path(config.out or logs[0][1].parent / "curves.png"))
         return
     from extras.checkpoints import find_checkpoint, load_any
 
-    path = find_checkpoint(source) or Path(source if os.path.exists(source) else os.path.basename(source), "model")
-    path = path if path.parent.is_dir() else path.parent  # of a hub name, the picture is put here
-    out = out if config.out else path.with_suffix(".png")
-    check_out(out)
-    save(draw_model(*load_any(source), "/".join(path.absolute().parts[-2:]), config.prompt), out)
-    print(f"wrote {out}")
+    path = find_checkpoint(config.model)
+    figure = draw_model(*load_any(config.model), config.model, config.prompt)
+    save(figure, Path(config.out or (path.with_suffix(".png") if path else "model.png")))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ from pathlib import Path
 from extras.cli import UserError
 from extras.files import atomic_file
 
-TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+HINTS = {
+    "tensorboard": "mend that",
+    "wandb": "WANDB_MODE=offline needs no account and no network",
+    "mlflow": "MLFLOW_TRACKING_URI=sqlite:///mlflow.db needs no server",
+}
 
 
 def require_tracker(name: str) -> None:
@@ -33,7 +37,7 @@ def require_tracker(name: str) -> None:
 
 @dataclass
 class Tracker:
-    """Called with (step, {stream: value}) while the run goes."""
+    """Called with (step, {stream: value}) while the run goes. What a tracker raises is said, and does not end it."""
 
     tell: Callable[[int, dict], None]
     close: Callable[[bool], None]
@@ -41,12 +45,11 @@ class Tracker:
     def __call__(self, step: int, values: dict) -> None:
         try:
             self.tell(step, values)
-        except Exception as error:  # whatever a tracker raises, the run is worth more than it
+        except Exception as error:
             self.tell = lambda step, values: None
             print(f"WARNING: the tracker failed and is left alone from now on: {error}", file=sys.stderr, flush=True)
 
     def end(self, finished: bool) -> None:
-        """The run has ended, or was stopped. Whatever the tracker raises is said and no more: all is saved by then."""
         try:
             self.close(finished)
         except Exception as error:
@@ -63,13 +66,6 @@ def open_tracker(name: str, log_dir: str, config: dict, start: int) -> Tracker |
         raise UserError(f"{name} refuses: {error}; {HINTS[name]}, or leave --track out") from error
 
 
-HINTS = {
-    "tensorboard": "mend that",
-    "wandb": "WANDB_MODE=offline needs no account and no network",
-    "mlflow": "MLFLOW_TRACKING_URI=sqlite:///mlflow.db needs no server",
-}
-
-
 def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
     """The id under which the tracker knows the run of this directory, made by `new` the first time."""
     path = Path(log_dir) / "track.json"
@@ -83,11 +79,6 @@ def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
 
 def setting(variable: str, default: str) -> str:
     return os.environ.get(variable) or default
-
-
-def run_name(log_dir: str) -> str:
-    """The directory's own name, with a slash behind it or as `.` too."""
-    return Path(log_dir).resolve().name or "gpt2"
 
 
 def to_tensorboard(log_dir: str, config: dict, start: int) -> Tracker:
@@ -110,7 +101,7 @@ def to_wandb(log_dir: str, config: dict, start: int) -> Tracker:
     import wandb
 
     run_id = kept_id(log_dir, "wandb", lambda: uuid.uuid4().hex[:8])
-    names = {"project": setting("WANDB_PROJECT", "gpt2"), "name": setting("WANDB_NAME", run_name(log_dir))}
+    names = {"project": setting("WANDB_PROJECT", "gpt2"), "name": setting("WANDB_NAME", Path(log_dir).resolve().name)}
     run = wandb.init(**names, id=run_id, resume="allow", dir=log_dir, config=config)
     run.define_metric("*", step_metric="step")
     return Tracker(lambda step, values: run.log(values | {"step": step}), lambda finished: run.finish(not finished))
@@ -121,7 +112,7 @@ def to_mlflow(log_dir: str, config: dict, start: int) -> Tracker:
 
     client = mlflow.MlflowClient()
     experiment = mlflow.set_experiment(setting("MLFLOW_EXPERIMENT_NAME", "gpt2")).experiment_id
-    name = setting("MLFLOW_RUN_NAME", run_name(log_dir))
+    name = setting("MLFLOW_RUN_NAME", Path(log_dir).resolve().name)
     run_id = kept_id(log_dir, "mlflow", lambda: client.create_run(experiment, run_name=name).info.run_id)
     client.update_run(run_id, status="RUNNING")
     if start == 0:

@@ -1,12 +1,16 @@
 """plot_log.py: what a log says is what is drawn, nothing overlaps, and a user's mistake costs one line."""
 
+import html
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
 import xml.etree.ElementTree
+from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
@@ -59,10 +63,6 @@ def make_log(folder: Path, steps: int, config=None, source=FINEWEB, skip=(), res
     return write_log(folder / "log.txt", "\n".join(lines) + "\n")
 
 
-def values_of(run: plot_log.Run, stream: str) -> dict:
-    return dict(zip(*map(np.ndarray.tolist, run[stream])))
-
-
 def command(*argv) -> None:
     cli.run(plot_log.main, plot_log.Config, plot_log.__doc__, [str(word) for word in argv])
 
@@ -82,9 +82,9 @@ def failure(capsys, *argv) -> str:
 
 def test_a_log_says_what_its_lines_say(tmp_path):
     run = plot_log.read_log(write_log(tmp_path / "log.txt", BUILD_NANOGPT), "r")
-    assert values_of(run, "train") == {0: 10.955029, 1: 9.632, 2: 9.1}
-    assert values_of(run, "val") == {0: 10.9504, 2: 9.25} and values_of(run, "hella") == {0: 0.2463, 2: 0.25}
-    assert run.config == {} and run.tokens_per_step == 524288 and run.last_step == 2 and run.unreadable == 0
+    assert run.streams["train"] == {0: 10.955029, 1: 9.632, 2: 9.1}
+    assert run.streams["val"] == {0: 10.9504, 2: 9.25} and run.streams["hella"] == {0: 0.2463, 2: 0.25}
+    assert run.comments["config"] == {} and run.tokens_per_step == 524288 and run.last_step == 2 and run.unreadable == 0
 
 
 def test_the_last_value_of_a_step_wins_and_a_restart_takes_back_what_came_after(tmp_path):
@@ -103,12 +103,12 @@ def test_the_last_value_of_a_step_wins_and_a_restart_takes_back_what_came_after(
         "3 train 6.25",
     ]
     run = plot_log.read_log(write_log(tmp_path / "log.txt", "\n".join(lines) + "\n"), "r")
-    assert values_of(run, "train") == {0: 9, 1: 8, 2: 7.5, 3: 6.25}
-    assert values_of(run, "val") == {2: 6.5}, "what was measured at the step of the checkpoint stands"
+    assert run.streams["train"] == {0: 9, 1: 8, 2: 7.5, 3: 6.25}
+    assert run.streams["val"] == {2: 6.5}, "what was measured at the step of the checkpoint stands"
     assert run.restarts == [2] and run.tokens_per_step == 64 and "done" not in run.comments
     assert "resumed at step 2" in plot_log.table([run])
     run = plot_log.read_log(write_log(tmp_path / "log.txt", "0 train 9\n1 train 8\n0 train 7\n"), "r")
-    assert values_of(run, "train") == {0: 7, 1: 8}, "without the comment too"
+    assert run.streams["train"] == {0: 7, 1: 8}, "without the comment too"
 
 
 def test_a_torn_or_damaged_log_is_read_as_far_as_it_goes(tmp_path):
@@ -117,9 +117,17 @@ def test_a_torn_or_damaged_log_is_read_as_far_as_it_goes(tmp_path):
     text += "6 train 6"  # torn by a crash; then the run goes on
     text += '# restart {"step": 1}\n2 train 7.5\n3 train 6'  # and this is being written: 6.2?
     run = plot_log.read_log(write_log(tmp_path / "log.txt", text), "r")
-    assert values_of(run, "train") == {0: 9, 1: 8, 2: 7.5}
-    assert run.restarts == [1] and run.config == {} and run.unreadable == 6
+    assert run.streams["train"] == {0: 9, 1: 8, 2: 7.5}
+    assert run.restarts == [1] and run.comments["config"] == {} and run.unreadable == 6
     assert "6 unreadable lines" in plot_log.table([run])
+
+
+def test_samples_are_kept_by_step_and_a_restart_takes_back_the_later_ones(tmp_path):
+    lines = [{"step": 0, "texts": ["a", "b\nc"]}, {"step": 5, "texts": ["d"]}, {"step": 4, "texts": [1, None]}]
+    lines = [f"# samples {json.dumps(line)}\n" for line in [*lines, {"step": "x", "texts": []}, {"step": 6}]]
+    lines.insert(2, '# restart {"step": 2}\n')
+    run = plot_log.read_log(write_log(tmp_path / "log.txt", "".join(lines)), "r")
+    assert run.samples == {0: ["a", "b\nc"], 4: ["1", "None"]} and run.unreadable == 2
 
 
 def test_what_is_no_record_is_left_out_and_counted(tmp_path):
@@ -130,7 +138,7 @@ def test_what_is_no_record_is_left_out_and_counted(tmp_path):
     path = tmp_path / "log.txt"
     path.write_bytes(b"\n".join(lines))
     run = plot_log.read_log(path, "r")
-    assert values_of(run, "train") == {0: 9, 5: 6, 6: 5.5} and run.unreadable == 8 and run.restarts == []
+    assert run.streams["train"] == {0: 9, 5: 6, 6: 5.5} and run.unreadable == 8 and run.restarts == []
     assert "8 unreadable lines left out" in plot_log.table([run]) and path.read_bytes() == b"\n".join(lines)
 
 
@@ -191,25 +199,16 @@ def test_runs_are_named_by_as_much_of_their_path_as_it_takes(tmp_path):
 # Numbers
 
 
-def test_smoothing_is_a_mean_that_neither_lags_nor_swallows_nans():
+def test_smoothing_is_a_median_that_neither_lags_nor_moves_with_spikes():
     values = np.random.default_rng(0).normal(size=700).cumsum()
-    values[[5, 300, 301]] = math.nan
-    half, expected = 7, []
-    for i in range(700):
-        back = min(i, half)
-        window = values[i - back : min(i + back, 699) + 1]
-        expected.append(math.nan if math.isnan(values[i]) else np.nanmean(window))
-    np.testing.assert_allclose(plot_log.smooth(values), expected, atol=1e-9)
+    expected = [np.median(values[i - min(i, 7) : i + min(i, 7) + 1]) for i in range(700)]
+    np.testing.assert_allclose(plot_log.smooth(values), expected)
     line = np.arange(300.0)
     np.testing.assert_allclose(plot_log.smooth(line)[:-3], line[:-3])
-
-
-def test_spikes_do_not_move_the_median():
+    np.testing.assert_allclose(plot_log.smooth(np.arange(5000.0))[100:-100], np.arange(5000)[100:-100])
     values = np.full(5000, 2.0)
-    values[::40] = 1000
-    assert plot_log.rolling_median(values).tolist() == [2.0] * 5000
-    assert plot_log.rolling_median(np.array([3.0])).tolist() == [3.0]
-    np.testing.assert_allclose(plot_log.rolling_median(np.arange(5000.0))[100:-100], np.arange(5000)[100:-100])
+    values[20::40] = 1000
+    assert plot_log.smooth(values).tolist() == [2.0] * 5000 and plot_log.smooth(np.array([3.0])).tolist() == [3.0]
 
 
 def test_the_axis_of_tokens_and_of_hours(tmp_path):
@@ -218,7 +217,6 @@ def test_the_axis_of_tokens_and_of_hours(tmp_path):
     steps = np.array([0, 1, 2, 3, 4])
     assert plot_log.positions(run, steps, "tokens").tolist() == [0, 1000, 2000, 3000, 4000]
     assert plot_log.positions(run, steps, "hours").tolist() == [0, 2, 3, 3.5, 4], "step 2 took as long as step 3"
-    assert plot_log.positions(run, steps, "minutes").tolist() == [0, 120, 180, 210, 240]
     assert "4.0 h" in plot_log.table([run]) and plot_log.tokens_per_second(run, np.array(500.0)) == 2000
 
 
@@ -226,7 +224,7 @@ def test_error_bars_are_the_logs_or_those_of_a_share(tmp_path):
     log = "0 train 9\n0 hella 0.2955\n1 hella 0.3\n1 hella_se 0.0123\n"
     run = plot_log.read_log(write_log(tmp_path / "log.txt", log), "r")
     np.testing.assert_allclose(plot_log.standard_errors(run), [0.00455308, 0.0123], rtol=1e-4)
-    bars = plot_log.draw_runs([run], "steps").axes[1].containers[0][2][0].get_segments()
+    bars = plot_log.draw_runs([run], "steps").axes[1].collections[0].get_segments()
     np.testing.assert_allclose(bars[1], [[1, 0.3 - 0.0123], [1, 0.3 + 0.0123]])
     run = plot_log.read_log(write_log(tmp_path / "log.txt", '# config {"hella_limit": 100}\n' + log), "r")
     np.testing.assert_allclose(plot_log.standard_errors(run)[0], 0.0456, rtol=1e-2)
@@ -250,8 +248,8 @@ def test_short_numbers():
 def test_the_table_says_where_a_run_is(tmp_path):
     run = plot_log.read_log(make_log(tmp_path / "mine", 83, {"total_batch_size": 2048}), "mine")
     head, row = plot_log.table([run]).splitlines()
-    assert " ".join(head.split()) == "run step tokens train val best val bpb HellaSwag tokens/s time"
-    train = f"{run['train'][1][-3:].mean():.4f}"  # as drawn: the mean of the last three
+    assert " ".join(head.split()) == "run step tokens train, smoothed val best val bpb HellaSwag tokens/s time"
+    train = f"{np.median(run.finite('train')[1][-3:]):.4f}"  # as drawn: the median of the last three
     assert row.split()[:6] == ["mine", "83", "of", "83", "170k", train] and "0.3078 +- 0.0046" in row
     assert row.split()[-3:] == ["5.97k", "0.5", "min"] and "2.9801 at 80" in row
 
@@ -263,7 +261,7 @@ def test_the_table_says_where_a_run_is(tmp_path):
 def named(figure) -> set[str]:
     """Everything that a picture has a name for: its legend, and the names of its horizontal lines."""
     legend = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
-    return legend | {text.get_text().replace("\n", " ") for ax in figure.axes for text in ax.texts}
+    return legend | {text.get_text() for ax in figure.axes for text in ax.texts}
 
 
 @pytest.mark.parametrize(
@@ -299,9 +297,9 @@ def test_build_nanogpts_logs_are_compared_and_the_batch_is_assumed_aloud(tmp_pat
     run = plot_log.read_log(write_log(tmp_path / "log.txt", BUILD_NANOGPT), "r")
     figure = plot_log.draw_runs([run], "tokens")
     assert any("reference" in name for name in named(figure)) and len(figure.axes) == 2
-    assert "524,288 tokens a step (assumed)" in figure.texts[1].get_text()
+    assert "524,288 tokens a step (assumed)" in figure.get_supxlabel()
     assert "524,288 tokens a step are assumed" in plot_log.table([run])
-    (validation,) = [line for line in figure.axes[0].lines if line.get_label() == "validation"]
+    (validation,) = [line for line in figure.axes[0].lines if line.get_label() == "evaluation"]
     assert validation.get_xdata().tolist() == [0, 2 * 524288] and validation.get_ydata().tolist() == [10.9504, 9.25]
 
 
@@ -311,13 +309,39 @@ def test_the_reference_curve_goes_through_its_points():
     assert (np.diff(plot_log.reference_loss(np.arange(19073))) < 0).all()
 
 
-def test_a_long_run_is_shown_where_it_matters_and_a_short_one_whole(tmp_path):
-    long = plot_log.draw_runs([plot_log.read_log(make_log(tmp_path / "long", 2000), "long")], "steps").axes[0]
-    assert 4 < long.get_ylim()[1] < 8 and long.get_title(loc="right").startswith("from 11.00 at the start")
-    text = "".join(f"{step} train {5 + 6 * math.exp(-step / 30)}\n" for step in range(100))
-    short = plot_log.read_log(write_log(tmp_path / "log.txt", text), "short")
-    short = plot_log.draw_runs([short], "steps").axes[0]
-    assert short.get_ylim()[1] > 11 and short.get_title(loc="right") == ""
+def test_a_run_is_shown_where_it_matters(tmp_path):
+    """From 5% of it on, what is smoothed and evaluated; the fall before that is above the frame."""
+    run = plot_log.read_log(make_log(tmp_path, 2000), "long")
+    low, high = plot_log.draw_runs([run], "steps").axes[0].get_ylim()
+    assert 2.5 < low < 3 and 4 < high < 8
+    run.streams["val"][1000] = 11.0  # a validation that comes later is not left out
+    assert plot_log.draw_runs([run], "steps").axes[0].get_ylim()[1] > 11
+
+
+def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
+    runs = [plot_log.read_log(make_log(tmp_path / name, 80), name) for name in ("gpt2", "bytes")]
+    assert plot_log.loss_unit(runs) == ("nats per token", [1, 1])
+    runs[1].comments["data"]["tokenizer"] = "bytes"
+    runs[1].streams["bpb"] = {step: 2 * value for step, value in runs[1].streams["val"].items()}
+    ax = plot_log.draw_runs(runs, "steps").axes[0]
+    assert ax.get_title(loc="left") == "Loss, bits per byte" and not ax.texts, "GPT-2's loss is in nats"
+    for kind, stream in (("points", "val"), ("raw", "train")):
+        first, second = (line.get_ydata() for line in ax.lines if line.get_gid() == kind)
+        np.testing.assert_allclose(first, runs[0].finite(stream)[1] / 3.2, rtol=1e-5)
+        np.testing.assert_allclose(second, runs[1].finite(stream)[1] * 2, rtol=1e-5)
+    del runs[1].streams["bpb"]
+    title = plot_log.draw_runs(runs, "steps").axes[0].get_title(loc="left")
+    assert title == "Loss, nats per token, which different tokenizers make incomparable"
+
+
+def test_a_stream_of_ones_own_is_drawn_and_in_the_table(tmp_path):
+    run = plot_log.read_log(make_log(tmp_path, 80), "r")
+    run.streams |= {"wnorm": {0: 5.0, 80: -7.5}, "entropy": {step: 2.0 + step for step in range(80)}}
+    panels = {ax.get_title(loc="left"): ax for ax in plot_log.draw_runs([run], "steps").axes}
+    (line,) = panels["wnorm"].lines
+    assert line.get_xydata().tolist() == [[0, 5], [80, -7.5]] and line.get_marker() == "o"
+    assert [line.get_gid() for line in panels["entropy"].lines] == ["raw", "smooth"], "as every stream of every step"
+    assert "-7.5000" in plot_log.table([run]) and "wnorm" in plot_log.table([run])
 
 
 def scenes(folder: Path) -> dict:
@@ -334,7 +358,7 @@ def scenes(folder: Path) -> dict:
     for i, run in enumerate(many):
         run.name = long % i
     large = read("large", 200)
-    large["hella"][1][:] *= 2
+    large.streams["hella"] = {step: 2 * value for step, value in large.streams["hella"].items()}
     return {
         "large": [large],
         "demo": [no_hella],
@@ -354,18 +378,27 @@ def test_nothing_overlaps_and_every_line_is_named(tmp_path, axis):
             continue
         figure = plot_log.draw_runs(runs, axis)
         assert_tidy(figure, name)
-        legend = {handle.get_color() for handle in figure.legends[0].legend_handles}
+        colors = {text.get_text(): handle.get_color() for legend in figure.legends
+                  for text, handle in zip(legend.get_texts(), legend.legend_handles)}  # fmt: skip
         for ax in figure.axes:
-            drawn = [line for line in ax.lines if len(line.get_xdata())]
-            unnamed = [line for line in drawn if line.get_color() not in legend]
-            assert len(unnamed) == len(ax.texts), f"{name}: {ax.get_title(loc='left')}"
+            where, (*lines,) = f"{name}: {ax.get_title(loc='left')}", ax.lines
+            marks = [line.get_label() for line in lines if line.get_gid() == "mark"]
+            assert marks == [text.get_text() for text in ax.texts], where
+            for line in lines:
+                if line.get_gid() == "exact" and len(runs) == 1:
+                    assert line.get_color() == colors["smoothed"], "its panel's title names it"
+                elif line.get_gid() not in ("mark", "raw"):
+                    assert line.get_color() == colors[line.get_label()], where
+                assert line.get_gid() != "raw" or line.get_label() in colors, where
 
 
 def assert_tidy(figure, name: str) -> None:
     """No text over another or beyond the edge; none but a panel's own over the panel."""
     with matplotlib.rc_context(plot_log.STYLE):
         figure.draw_without_rendering()
-    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
+    texts = [*figure.texts]
+    for legend in figure.legends:
+        texts += [legend.get_title(), *legend.get_texts()]
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):
             low, high = sorted(axis.get_view_interval())
@@ -391,8 +424,127 @@ def test_several_runs_are_told_apart(tmp_path):
     runs = [plot_log.read_log(make_log(tmp_path / f"{i}", 40), f"_run{i}") for i in range(9)]
     figure = plot_log.draw_runs(runs, "steps")
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == [*(f" _run{i}" for i in range(9)), "each step", "validation"]
+    assert names == [f" _run{i}" for i in range(9)] and "pale: each step" in figure.get_supxlabel()
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.legends[0].legend_handles[:9]}) == 9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Page
+
+EVIL = "</script><script>document.title = 'ran'</script><img src=x onerror=\"document.title = 'ran'\">&amp; $$x$$"
+PROBE = """<script>
+const errors = [], tips = new Set();
+addEventListener("error", event => errors.push(event.message));
+document.addEventListener("securitypolicyviolation", event => errors.push(event.blockedURI));
+function* within(root, selector) {
+  yield* root.querySelectorAll(selector);
+  for (const element of root.querySelectorAll("*"))
+    if (element.shadowRoot) yield* within(element.shadowRoot, selector);
+}
+const ranges = () => [...Bokeh.documents[0]._all_models.values()].filter(model => model.type == "Figure")
+  .map(figure => [figure.x_range.start, figure.x_range.end]);
+function point(type, area, x, y, buttons) {
+  const box = area.getBoundingClientRect(), clientX = box.left + x * box.width, clientY = box.top + y * box.height;
+  area.dispatchEvent(new PointerEvent(type, {bubbles: true, composed: true, pointerId: 1, isPrimary: true, buttons,
+                                             clientX, clientY}));
+}
+setTimeout(() => {
+  const before = ranges(), area = [...within(document, ".bk-events")][0];
+  for (let i = 0; i < 1500; i++) {
+    point("pointermove", area, i % 50 / 50, i / 1500, 0);
+    for (const tip of within(document, ".bk-tooltip-row-value")) tips.add(tip.textContent.trim());
+  }
+  point("pointerdown", area, 0.3, 0.3, 1);
+  for (const share of [0.4, 0.5, 0.6]) point("pointermove", area, share, 0.5, 1);
+  point("pointerup", area, 0.6, 0.5, 0);
+  setTimeout(() => {
+    const texts = [...document.querySelectorAll("details .text")].map(element => element.textContent);
+    const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+    const found = document.createElement("pre");
+    found.id = "found";
+    found.textContent = JSON.stringify({title: document.title, errors, tips: [...tips], before, after: ranges(), texts,
+                                        loaded});
+    document.body.append(found);
+  }, 500);
+}, 1500);
+</script>"""
+
+
+def evil_runs(folder: Path) -> list[plot_log.Run]:
+    """Two runs of which whatever can be text is a script."""
+    runs = []
+    for name in ("a", "b"):
+        path = make_log(folder / name, 80, {"sample_prompt": EVIL}, source=EVIL)
+        with path.open("a") as file:
+            file.write(f"# samples {json.dumps({'step': 40, 'texts': [EVIL, 'plain']})}\n")
+            file.write(f"# {name} {json.dumps({EVIL: EVIL})}\n")
+        runs.append(plot_log.read_log(path, f"{name} {EVIL}"))
+    return runs
+
+
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes, and its text outside of scripts."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += "" if self.tags and self.tags[-1][0] == "script" else data
+
+
+def test_the_page_is_one_file_that_loads_and_runs_nothing_of_the_logs(tmp_path, capsys):
+    page = Tags(plot_log.make_page(evil_runs(tmp_path), "steps"))
+    assert not [attrs for _, attrs in page.tags if {"src", "href", "onerror", "data"} & attrs.keys()]
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none';") and "http" not in policy
+    plain = Tags(plot_log.make_page([plot_log.read_log(make_log(tmp_path / "c", 80), "c")], "steps"))
+    scripts = [[tag for tag, _ in parsed.tags].count("script") for parsed in (page, plain)]
+    assert scripts[0] == scripts[1] and not [tag for tag, _ in page.tags if tag == "img"]
+    assert page.text.count(EVIL) >= 4 and "The log has none" in plain.text and "config: max_lr" in plain.text
+    command(tmp_path / "c", "--out", tmp_path / "run.html")
+    assert "wrote" in capsys.readouterr().out and (tmp_path / "run.html").stat().st_size < 2e6
+    assert "must end in .png, .svg, .pdf" in failure(capsys, "--model", tmp_path, "--out", tmp_path / "model.html")
+
+
+def test_the_page_has_the_lines_of_the_picture(tmp_path):
+    runs = [plot_log.read_log(make_log(tmp_path / name, 80, restart=40), name) for name in ("a", "b")]
+    for ax in plot_log.draw_runs(runs, "tokens").axes:
+        plot = plot_log.plot_panel(ax, "tokens")
+        drawn = [glyph.data_source.data for glyph in plot.renderers if "x" in glyph.data_source.data]
+        lines = [line.get_xydata() for line in sorted(ax.lines, key=lambda line: line.get_zorder())]
+        both = [line for line in ax.lines if line.get_linewidth() and line.get_marker() == "o"]
+        assert len(drawn) == len(lines) + len(both) and plot.y_range.start == ax.get_ylim()[0]
+        for line in lines:
+            assert any(np.allclose(line.T, [data["x"], data["y"]]) for data in drawn if len(data["x"]) == len(line))
+        bars = [glyph.data_source.data for glyph in plot.renderers if "x0" in glyph.data_source.data]
+        if ax.get_title(loc="left").startswith("HellaSwag"):
+            for data, run in zip(bars, runs):
+                np.testing.assert_allclose(data["y1"] - data["y0"], 2 * plot_log.standard_errors(run), atol=1e-6)
+        assert len(bars) == 2 * ax.get_title(loc="left").startswith("HellaSwag")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium: apt-get install chromium")
+def test_the_page_zooms_in_a_browser(tmp_path):
+    """A drag over the losses zooms every panel; nothing is loaded, no script of a log runs, not even in a tooltip."""
+    runs = evil_runs(tmp_path)
+    (tmp_path / "page.html").write_text(plot_log.make_page(runs, "steps") + PROBE, encoding="utf-8")
+    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [*chromium, "--window-size=1200,1500", "--virtual-time-budget=20000", "--dump-dom"]
+    done = subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, timeout=300)
+    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout.decode(), re.DOTALL)
+    assert match, done.stderr.decode()[-2000:]
+    found = json.loads(html.unescape(match[1]))
+    assert found["title"] == "2 runs" and found["errors"] == [] and found["loaded"] == []
+    assert found["texts"] == [EVIL, "plain"] * 2
+    assert set(found["tips"]) >= {plot_log.shortened(run.name, 40) for run in runs}
+    assert len(found["after"]) == 5 and len(set(map(tuple, found["after"]))) == 1, "the panels move together"
+    (left, right), (low, high) = found["before"][0], found["after"][0]
+    assert left < low < high < right and high - low < 0.5 * (right - left)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -427,7 +579,8 @@ def test_mistakes_cost_one_line(tmp_path, capsys):
     assert "nowhere" in failure(capsys, tmp_path / "nowhere")
     empty, nans = write_log(tmp_path / "empty.txt", ""), write_log(tmp_path / "nans.txt", "0 train nan\n")
     assert "nothing to draw" in failure(capsys, empty) and "(1 values)" in failure(capsys, nans)
-    assert "must end in .png" in failure(capsys, tmp_path / "log" / "demo", "--out", tmp_path / "curves.jpg")
+    line = failure(capsys, tmp_path / "log" / "demo", "--out", tmp_path / "curves.jpg")
+    assert "must end in .png, .svg, .pdf, .html" in line
     bare = write_log(tmp_path / "bare.txt", BUILD_NANOGPT)
     assert "--x steps" in failure(capsys, bare, "--x", "hours")
     assert "ckpt.pt is not there" in failure(capsys, "--model", tmp_path / "ckpt.pt")
@@ -458,7 +611,7 @@ def test_watching_waits_follows_and_ends(tmp_path, capsys):
 
 
 def test_importing_is_silent_and_light():
-    code = "import sys, plot_log; print({'matplotlib', 'torch', 'tiktoken'} & set(sys.modules))"
+    code = "import sys, plot_log; print({'matplotlib', 'bokeh', 'torch', 'tiktoken'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(plot_log.__file__).parent
     )
@@ -546,7 +699,7 @@ def test_whatever_sample_reads_is_drawn(tmp_path, monkeypatch):
     compiled = {f"_orig_mod.{name}": tensor for name, tensor in state["model"].items()}
     torch.save({"model": compiled, "model_args": state["model_config"]}, "nano/ckpt.pt")
     command("--model", "nano/", "--out", "a.png")
-    assert (tmp_path / "exported" / "model.png").is_file() and (tmp_path / "a.png").is_file()
+    assert (tmp_path / "model.png").is_file() and (tmp_path / "a.png").is_file()
 
 
 def test_the_prompt_of_a_byte_level_model_is_bytes():

@@ -29,8 +29,7 @@ def resumed(tmp_path):
         main(config)
         (log_dir / "ckpt_000008.pt").unlink()
         main(Config(**vars(config) | {"max_steps": 10, "resume": True}))
-        streams = plot_log.read_log(log_dir / "log.txt", "log").streams
-        values = {stream: dict(zip(steps.tolist(), found.tolist())) for stream, (steps, found) in streams.items()}
+        values = plot_log.read_log(log_dir / "log.txt", "log").streams
         assert set(values["val"]) == {0, 5, 10} and set(values["train"]) == set(range(10))
         return log_dir, values
 
