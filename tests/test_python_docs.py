@@ -60,8 +60,10 @@ def test_docstrings_are_found_without_importing(tmp_path):
         '    def f(self):\n        """Return it, in\n        two lines."""\n'
         "    async def g(self):\n        'Wait for it.'\n"
     )
+    (tmp_path / "b.py").write_text("def f():\n    'First of all, by its path.'")
     (tmp_path / "package/a.py").write_text("'''Another module.'''")
     assert list(python_docs.module_docs(tmp_path)) == [
+        ["First of all, by its path."],
         ["The module.", "Return it, in\ntwo lines.", "Wait for it."],
         ["Another module."],
     ]
