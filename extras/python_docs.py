@@ -66,7 +66,7 @@ def docs_source() -> Source:
 
 
 def module_docs(library: Path) -> Iterator[list[str]]:
-    """The docstrings of each module in `library`, if it has any; sorted by name.
+    """The docstrings of each class in `library`, and of what else is in each module, if there are any; by path.
 
     The files are parsed, never imported: importing a standard library module can open a browser.
     """
@@ -81,9 +81,12 @@ def module_docs(library: Path) -> Iterator[list[str]]:
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):  # templates and test data
             continue
-        docs = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
-        if docs := list(filter(None, docs)):
-            yield docs
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        tree.body = [node for node in tree.body if node not in classes]
+        for part in (tree, *classes):
+            docs = (ast.get_docstring(node) for node in ast.walk(part) if isinstance(node, documented))
+            if docs := list(filter(None, docs)):
+                yield docs
 
 
 def prose(documents: list[list[str]]) -> list[str]:
