@@ -27,7 +27,7 @@ VERSION = 2  # of the rules below; a set made by other rules is another set
 PACKAGES = ("matplotlib", "networkx", "numpy", "pandas")  # much prose, and parsed in seconds
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "pydoc_data"}
 LIST_MARK = re.compile(r"^ *([-*+•]|\(?\d{1,2}[.)]) +(?=\S)")
-ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)\s*(?:<[^`]*>)?`")  # :class:`~a.B` is a.B, :ref:`text <label>` is text
+ROLE = re.compile(r":[\w:+-]+:`~?([^`<]+?)\s*(?:<[^`]*>)?`")  # :class:`~a.B` is a.B, :ref:`text <label>` is text
 PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "…": "...", "–": "-", "—": "-", "`": None})
 COMMON = re.compile(
     r"\b(a|all|an|and|any|are|as|at|be|but|by|can|for|from|has|have|if|in|into|is|it|its|may|must|no|not|of|on|only|or|"

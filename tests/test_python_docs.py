@@ -3,7 +3,6 @@
 import json
 import platform
 import re
-import shutil
 from importlib import metadata
 
 import numpy as np
@@ -21,7 +20,7 @@ FUNCTION = '''
     Parameters
     ----------
     first, second : list of str
-        The lists to take the items from. See :class:`~a.List` and :ref:`the notes <notes>`.
+        The lists to take the items from. See :class:`~a.List`, :ref:`the notes <notes>` and ``:a:``.
     size : int
 
         ======  =======================
@@ -43,7 +42,7 @@ FUNCTION = '''
 '''
 PROSE = [
     "Return the items of a list in the order in which they were given.",
-    "The lists to take the items from. See a.List and the notes.",
+    "The lists to take the items from. See a.List, the notes and :a:.",
     'The first of them is in the list "a", and so is this.',
     "The second of them is in the list.",
 ]
@@ -64,7 +63,8 @@ def test_docstrings_are_found_without_importing(tmp_path):
     (tmp_path / "package/a.py").write_text("'''Another module.'''")
     assert list(python_docs.module_docs(tmp_path)) == [
         ["First of all, by its path."],
-        ["The module.", "Return it, in\ntwo lines.", "Wait for it."],
+        ["The module."],
+        ["Return it, in\ntwo lines.", "Wait for it."],
         ["Another module."],
     ]
 
@@ -96,48 +96,54 @@ def test_what_is_no_prose(paragraph):
     assert python_docs.is_prose("It is one of the sentences that are to be kept.")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    out = tmp_path_factory.mktemp("corpus") / "out"
-    fineweb.main(fineweb.Config(dataset="python-docs", out=str(out), workers=0))
-    return out
+def revision(packages) -> str:
+    versions = [f"{name} {metadata.version(name)}" for name in packages]
+    return ", ".join([f"Python {platform.python_version()}", *versions, f"corpus version {python_docs.VERSION}"])
 
 
-def test_python_docs(corpus):
+def test_python_docs(tmp_path):
     """No network; and any stretch of it is like any other."""
-    manifest = json.loads((corpus / "manifest.json").read_text())
-    tokens = np.concatenate([np.load(corpus / shard["name"]) for shard in manifest["shards"]])
-    versions = [f"{name} {metadata.version(name)}" for name in python_docs.PACKAGES]
-    revision = ", ".join([f"Python {platform.python_version()}", *versions, f"corpus version {python_docs.VERSION}"])
-    assert manifest["source"]["revision"] == revision
+    fineweb.main(fineweb.Config(dataset="python-docs", out=str(tmp_path / "out"), workers=0))
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["source"]["revision"] == revision(python_docs.PACKAGES)
+    tokens = np.concatenate([np.load(tmp_path / "out" / shard["name"]) for shard in manifest["shards"]])
     assert 600_000 < len(tokens) < 1_500_000
     assert 0.02 < manifest["shards"][0]["tokens"] / len(tokens) < 0.08
     texts = load_tokenizer("gpt2").decode(tokens).split("<|endoftext|>")[1:]
     paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
-    assert len(texts) > 1000 and len(paragraphs) == len(set(paragraphs))
-    assert not [p for p in paragraphs if re.search(r"\s{2}|\n|>>>|----|====", p)]
-    of_arrays = [len(re.findall(r"\b(?:array|DataFrame|graph|axes)\b", text, re.IGNORECASE)) > 0 for text in texts]
-    assert 0.5 < sum(of_arrays[:300]) / sum(of_arrays[-300:]) < 2  # the packages are mixed
+    assert len(texts) > 2000 and len(paragraphs) == len(set(paragraphs))
+    assert not [paragraph for paragraph in paragraphs if re.search(r"\s{2}|\n|>>>|----|====", paragraph)]
+    of_packages = [bool(re.search(r"\b(array|DataFrame|graph|axes)\b", text, re.IGNORECASE)) for text in texts]
+    assert 0.5 < sum(of_packages[:500]) / sum(of_packages[-500:]) < 2  # mixed with Python's
 
 
-def test_a_set_of_another_version_is_refused(corpus, tmp_path, monkeypatch):
-    out = shutil.copytree(corpus, tmp_path / "out")
-    config = fineweb.Config(dataset="python-docs", out=str(out), workers=0)
-    fineweb.main(config)  # the same again: nothing to do
+@pytest.fixture
+def short(monkeypatch):
+    """A corpus of a few paragraphs; returns the folders that were searched."""
+    folders = []
+
+    def module_docs(folder):
+        folders.append(folder.name)
+        return [["It is one of the sentences that are to be kept."], ["This is another of the sentences."]]
+
+    monkeypatch.setattr(python_docs, "module_docs", module_docs)
+    return folders
+
+
+def test_a_set_of_another_version_is_refused(short, tmp_path, monkeypatch, capsys):
+    config = fineweb.Config(dataset="python-docs", out=str(tmp_path / "out"), workers=0)
+    fineweb.main(config)
+    fineweb.main(config)
+    assert "is complete" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr(python_docs, "VERSION", python_docs.VERSION + 1)
     with pytest.raises(UserError, match=r"begun with .*version 2, and this is .*version 3; choose another --out"):
         fineweb.main(config)
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["source"]["revision"] = f"Python {platform.python_version()}"  # as before there were versions
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"begun with Python [\d.]+, and this is Python .*; choose another --out"):
-        fineweb.main(config)
-    for path in corpus.glob("*.npy"):
-        assert path.read_bytes() == (out / path.name).read_bytes()
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
-def test_without_the_packages_it_is_python_alone(monkeypatch):
-    monkeypatch.setattr(python_docs, "PACKAGES", ("a_package_that_nobody_has",))
+def test_a_package_that_is_not_installed_is_left_out_and_not_in_the_revision(short, monkeypatch):
+    monkeypatch.setattr(python_docs, "PACKAGES", ("a_package_that_nobody_has", "numpy"))
     record = python_docs.docs_source().record
-    assert record.revision == f"Python {platform.python_version()}, corpus version {python_docs.VERSION}"
-    assert 500_000 < record.files[0][1] < 3_000_000
+    assert record.revision == revision(["numpy"])
+    assert len(short) == 2 and short[1] == "numpy"
