@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := log/demo
 PROMPT := Return a list of the names of the files in the directory
+SAFE := --temperature 0.7 --repetition_penalty 1.1
 READY := .venv/ready
 # two processes, unless there is one accelerator to share
 RANKS = $(shell $(BIN)/python -c "import torch as t; print(1 if t.cuda.device_count() == 1 or t.backends.mps.is_available() else 2)")
@@ -14,12 +15,24 @@ demo: $(READY)
 	$(BIN)/python fineweb.py --dataset python-docs --out data/python-docs
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt2.py \
 	    --data_dir data/python-docs --log_dir $(DEMO) \
-	    --n_layer 4 --n_head 4 --n_embd 128 --seq_len 256 --total_batch_size 512 --micro_batch 1 \
-	    --max_steps 1000 --warmup_steps 20 --max_lr 4e-3 --min_lr 0 --val_every 100 --sample_every 500 --hella_every 0 \
-	    --save_every 500 --sample_prompt "The function returns"
-	$(BIN)/python sample.py --model $(DEMO) --prompt "Return a list of" --max_new_tokens 60
+	    --n_layer 4 --n_head 4 --n_embd 128 --seq_len 256 --total_batch_size 1024 --micro_batch 2 --recipe fast \
+	    --max_steps 700 --warmup_steps 20 --max_lr 1e-2 --muon_lr 5e-3 --val_every 175 --sample_every 350 \
+	    --hella_every 0 --save_every 350 --sample_prompt "The function returns"
+	$(BIN)/python sample.py --model $(DEMO) --prompt "Return a list of" $(SAFE)
 	$(BIN)/python plot_log.py $(DEMO) --out $(DEMO)/curves.png
 	$(BIN)/python plot_log.py --model $(DEMO) --out $(DEMO)/inside.png --prompt "$(PROMPT)"
+	@echo
+	@echo "What you have now: a small GPT-2 in $(DEMO), which writes in the style of Python's documentation; its losses and"
+	@echo "samples in $(DEMO)/log.txt, drawn in $(DEMO)/curves.png; its attention in $(DEMO)/inside.png. What to try next:"
+	@echo
+	@echo "  $(BIN)/python sample.py --model $(DEMO) $(SAFE)"
+	@echo "      continue prompts that you type"
+	@echo "  $(BIN)/python sample.py --model $(DEMO) --export exported"
+	@echo "      the weights in the form of Hugging Face transformers"
+	@echo "  $(BIN)/python bench/finetune_demo.py"
+	@echo "      teach it to answer questions, in minutes"
+	@echo
+	@echo "README.md goes on with your own text, and with GPT-2 124M on GPUs."
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile

@@ -2,7 +2,7 @@
 Text -> token shards, the food of train_gpt2.py.
 
     python fineweb.py                                               # FineWeb-Edu sample-10BT: 10B GPT-2 tokens, 20 GB
-    python fineweb.py --dataset python-docs --out data/python-docs  # the English every Python carries: no network
+    python fineweb.py --dataset python-docs --out data/python-docs  # Python's own documentation: no network
     python fineweb.py --input books/ --out data/books               # .parquet .jsonl .json .txt, also .gz and .zst
     python fineweb.py --input chats.jsonl --format chat --out data/chats  # to finetune on: only the answers are learned
     python fineweb.py --verify                                      # is the set on disk what the manifest says?
@@ -52,8 +52,9 @@ from extras import sources
 from extras.cli import UserError, run
 from extras.files import atomic_file, exclusive
 from extras.manifest import Cursor, Manifest, Shard, manifest_name, parse_part, read_manifest, write_manifest
+from extras.python_docs import PYTHON_DOCS, docs_source
 from extras.readers import Chunk, Options, chunks_of
-from extras.sources import PYTHON_DOCS, Fetcher, Source, SourceFile
+from extras.sources import Fetcher, Source, SourceFile
 from extras.tokenize_workers import Tokens, pick_backend, tokenize_all, tokenize_chunk
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -304,7 +305,7 @@ def open_sources(config: Config, manifest: Manifest | None, out: Path) -> tuple[
     if config.input:
         source = sources.local_source(config.input)
     elif config.dataset == PYTHON_DOCS:
-        source = sources.docs_source()
+        source = docs_source()
     else:
         enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; an English token has 4.6
         source = sources.hub_source(config.dataset, config.revision, manifest and manifest.source, enough)

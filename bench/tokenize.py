@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from extras.cli import run
-from extras.sources import module_docs
+from extras.python_docs import module_docs
 from extras.tokenizer import load_tokenizer
 
 SHARD = 100_000_000  # tokens, fineweb.py's default
@@ -161,7 +161,8 @@ def built_in_corpus(folder: Path) -> str:
     import pyarrow.parquet as pq
 
     packages = Path(np.__file__).parent.parent
-    texts = [text for package in sorted(packages.iterdir()) if package.is_dir() for text in module_docs(package)]
+    folders = [package for package in sorted(packages.iterdir()) if package.is_dir()]
+    texts = ["\n\n\n".join(docs) for folder in folders for docs in module_docs(folder)]
     counts = [len(load_tokenizer("gpt2").encode(text)) for text in texts]
     path = folder / "docstrings.parquet"
     table = pa.table({"text": texts, "id": [str(i) for i in range(len(texts))], "token_count": counts})

@@ -1,28 +1,23 @@
 """
-Where text comes from: local files, datasets of the Hugging Face hub, and the English text that comes with Python.
+Where text comes from: local files and datasets of the Hugging Face hub; extras/python_docs.py has the built-in corpus.
 
 A source is a list of files. A file that can't be read from the middle where it is (on the hub, compressed, a JSON
 array) is first written to a scratch directory; `Fetcher` does that one file ahead and removes the file after its use.
 Scratch names contain a hash of the file's identity, so leftovers of a killed run are never taken for another version.
 """
 
-import ast
 import errno
 import functools
 import glob
 import gzip
 import hashlib
-import inspect
 import json
 import os
-import random
 import re
 import shutil
 import sys
-import sysconfig
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -32,7 +27,6 @@ from extras.cli import UserError
 from extras.files import atomic_file
 from extras.manifest import SourceRecord
 
-PYTHON_DOCS = "python-docs"
 KINDS = ("parquet", "jsonl", "txt")  # how a file is read
 KIND_OF_SUFFIX = {kind: kind for kind in KINDS} | {"ndjson": "jsonl", "json": "jsonl"}  # before .gz or .zst
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?(:[^\\]+)?")
@@ -396,59 +390,3 @@ def glob_regex(pattern: str) -> str:
     """`data/**/train-*.parquet` as a regular expression; `*` stays within a folder, as on the hub."""
     pieces = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return "".join(pieces.get(piece) or re.escape(piece) for piece in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The built-in corpus: help topics and docstrings that come with every Python
-
-
-def docs_source() -> Source:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
-        topics = {}
-    texts = [topics[name].strip() for name in sorted(topics)] + module_docs(Path(sysconfig.get_path("stdlib")))
-    random.Random(0).shuffle(texts)  # the order depends on the Python version alone
-    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-
-    def make(target):
-        with atomic_file(target) as file:
-            file.write(data)
-
-    name, version = f"{PYTHON_DOCS}.jsonl", f"Python {'.'.join(map(str, sys.version_info[:3]))}"
-    record = SourceRecord(dataset=PYTHON_DOCS, revision=version, files=[(name, len(data))])
-    return Source(record, [SourceFile(name, len(data), scratch_name(name, version, len(data)), make)])
-
-
-def module_docs(library: Path, shortest: int = 40) -> list[str]:
-    """One document per module in `library`: its docstrings of at least `shortest` characters, under qualified names.
-
-    The files are parsed, never imported: importing a standard library module can open a browser.
-    """
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "pydoc_data"}
-    texts = []
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
-        parts = path.relative_to(library).with_suffix("").parts
-        if skipped & set(parts) or parts[0].startswith("config-"):
-            continue
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in old modules
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError, OSError):  # templates and test data
-            continue
-        docs = [f"{title}\n\n{doc}" for title, doc in docstrings(tree, name) if len(doc) >= shortest]
-        if docs:
-            texts.append("\n\n\n".join(docs))
-    return texts
-
-
-def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a module and everything defined in it."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, documented) and (doc := ast.get_docstring(node)):
-        yield name, inspect.cleandoc(doc).strip()
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, documented):
-            yield from docstrings(child, f"{name}.{child.name}")

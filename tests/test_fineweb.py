@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -374,40 +373,6 @@ def documents_over_parts(out: Path, count: int) -> list[tuple]:
         joined = np.concatenate([np.load(path) for path in paths]) if paths else np.empty(0)
         found += split_documents(joined)
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The built-in corpus
-
-
-def test_docstrings_are_found_without_importing(tmp_path):
-    (tmp_path / "test").mkdir()
-    (tmp_path / "package").mkdir()
-    (tmp_path / "test/test_it.py").write_text('"""A test package, which is of no interest to anyone at all."""')
-    (tmp_path / "broken.py").write_text("def (")
-    (tmp_path / "package/__init__.py").write_text(
-        '"""Too short."""\nraise SystemExit\nclass A:\n    def f(self):\n'
-        '        """Return what was asked for, in\n        as many words as that takes."""\n'
-        '    async def g(self):\n        "Too short as well"\n'
-    )
-    assert sources.module_docs(tmp_path) == [
-        "package.A.f\n\nReturn what was asked for, in\nas many words as that takes."
-    ]
-
-
-def test_python_docs(tmp_path):
-    """No network; and any stretch of it is like any other."""
-    fineweb.main(fineweb.Config(dataset="python-docs", out=str(tmp_path / "out"), workers=0))
-    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    tokens = stored(tmp_path / "out")
-    assert 400_000 < len(tokens) < 1_500_000
-    assert 0.02 < manifest["shards"][0]["tokens"] / len(tokens) < 0.08
-    text = GPT2.decode(tokens)
-    texts = text.split("<|endoftext|>")[1:]
-    assert len(texts) > 400 and "collections.OrderedDict.popitem\n\nRemove and return" in text
-    is_module = [re.match(r"[\w.]+\n\n", t) is not None for t in texts]
-    assert 0.5 < sum(is_module[:100]) / sum(is_module[-100:]) < 2
-    assert manifest["source"]["revision"] == f"Python {sys.version.split()[0]}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
