@@ -60,7 +60,7 @@ from extras.checkpoints import load_any
 from extras.cli import UserError, run
 from extras.files import atomic_file
 from extras.pretrained import to_transformers
-from extras.tokenizer import load_tokenizer, printable, tokenizer_name
+from extras.tokenizer import printable, tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -590,10 +590,8 @@ def load_model(source: str, device: torch.device):
     """The model of a hub name, run directory, checkpoint or GPT-2 directory as transformers', ready to score, and its
     tokenizer."""
     shape, state = load_any(source)
-    name = tokenizer_name(shape["n_tokens"])
-    if name is None:
-        raise UserError(f"{source} has {shape['n_tokens']} tokens; only GPT-2's 50257 and bytes' 257 can be scored")
-    return to_transformers(shape, state).to(device), load_tokenizer(name)
+    tokenizer = tokenizer_for(shape["n_tokens"], source)
+    return to_transformers(shape, state).to(device), tokenizer
 
 
 def callables(model, n_vocab: int) -> tuple[Callable, Callable]:

@@ -37,13 +37,11 @@ WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpo
 # In: directories and the hub
 
 
-def load(name_or_dir: str, block_size: int | None = None) -> tuple[dict, dict]:
-    """Shape and state dict (float32) of a GPT-2 in a directory or on the hub, the first `block_size` positions of it.
+def load(name_or_dir: str) -> tuple[dict, dict]:
+    """Shape and state dict (float32) of a GPT-2 in a directory or on the hub.
 
     Safetensors are taken before pickles, in one file or in many. UserError unless it is a GPT-2 and every weight fits.
     """
-    if os.path.isfile(name_or_dir):
-        raise UserError(f"{name_or_dir} is a file; GPT.from_checkpoint reads checkpoints, this reads a directory")
     path = find(name_or_dir, "config.json")
     if path is None:
         runs = sorted({str(path.parent) for path in Path(name_or_dir).glob("*/ckpt_*.pt")})
@@ -58,13 +56,7 @@ def load(name_or_dir: str, block_size: int | None = None) -> tuple[dict, dict]:
         state |= read_weights(path)
     state = {name if name == "lm_head.weight" else f"transformer.{name.removeprefix('transformer.')}": tensor
              for name, tensor in unwrapped(state).items()}  # fmt: skip
-    state = fit(transpose_conv1d(state), shape, name_or_dir)
-    if block_size is None:
-        return shape, state
-    if not 0 < block_size <= shape["block_size"]:
-        raise UserError(f"block_size {block_size} is not in 1 .. {shape['block_size']}, the positions of {name_or_dir}")
-    wpe = state["transformer.wpe.weight"][:block_size].clone()
-    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
+    return shape, fit(transpose_conv1d(state), shape, name_or_dir)
 
 
 def find(name_or_dir: str, file: str) -> Path | None:
