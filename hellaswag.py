@@ -54,6 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from extras.checkpoints import load_any
@@ -64,7 +65,6 @@ from extras.tokenizer import printable, tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-EXAMPLES = 10_042
 CACHE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 LONGEST_CONTEXT = 1024  # tokens; a longer one is taken for a mistake in the file, unless the model has a longer block
 BAR = {"desc": "scoring", "file": sys.stderr, "dynamic_ncols": True}
@@ -149,8 +149,6 @@ def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> li
             raise UserError(f"{where}: a value of {task}'s records is missing or of another type: {error}") from error
     if not examples:
         raise UserError(f"{file} has no examples")
-    if not path and len(examples) != EXAMPLES:
-        raise UserError(f"{file} has {len(examples)} examples, not {EXAMPLES}; delete it to download it again")
     if 0 < limit < len(examples):
         examples = [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
     return examples
@@ -166,22 +164,20 @@ def rows_or_none(path: str, limit: int, tokenizer, block_size: int) -> list["Row
 
 def cached_validation_set() -> Path:
     """Where the published file is, after downloading it if need be."""
-    if not CACHE.exists():
-        try:
-            with urlopen(URL, timeout=30) as reply:
-                data = reply.read()
-        except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
-            raise Unavailable(f"no {CACHE}, and {URL} can't be had ({error}); put the file there") from error
+    if CACHE.exists():
+        if hashlib.sha256(CACHE.read_bytes()).hexdigest() != SHA256:
+            raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
+        return CACHE
+    try:
+        with urlopen(URL, timeout=30) as reply:
+            data = reply.read()
         if hashlib.sha256(data).hexdigest() != SHA256:
             raise Unavailable(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
-        try:
-            CACHE.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(CACHE) as file:
-                file.write(data)
-        except OSError as error:
-            raise Unavailable(f"can't write {CACHE} ({error}); give the file with --data") from error
-    elif hashlib.sha256(CACHE.read_bytes()).hexdigest() != SHA256:
-        raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
+        CACHE.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(CACHE) as file:
+            file.write(data)
+    except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
+        raise Unavailable(f"can't fetch {URL} or can't write {CACHE} ({error}); give the file with --data") from error
     return CACHE
 
 
@@ -443,17 +439,16 @@ def score_plainly(features, head, rows, device, autocast=nullcontext, progress=F
     """The reference: an example a forward, each ending behind its own context, all logits, and their cross-entropy."""
     scores = []
     for row in tqdm(rows, **BAR, disable=not progress):
-        K, T = len(row.paths), max(map(len, row.paths))
-        tokens, scored = torch.zeros(K, T, dtype=torch.int64), torch.zeros(K, T, dtype=torch.bool)
-        for i, (path, size) in enumerate(zip(row.paths, row.n_scored)):
-            tokens[i, : len(path)] = torch.from_numpy(path)
-            scored[i, len(path) - size : len(path)] = True
-        tokens, scored = tokens.to(device), scored[:, 1:].to(device)
+        tokens = pad_sequence([torch.from_numpy(path).long() for path in row.paths], batch_first=True)  # (K, T)
+        targets = torch.full_like(tokens, -100)  # which cross_entropy leaves out
+        for target, path, size in zip(targets, row.paths, row.n_scored):
+            target[len(path) - size : len(path)] = torch.from_numpy(path[-size:])
+        tokens, targets = tokens[:, :-1].to(device), targets[:, 1:].to(device)
         with autocast():
-            logits = head(features(tokens[:, :-1])).float()  # (K, T - 1, V)
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(K, T - 1)
-        greedy = (logits.argmax(2) == tokens[:, 1:]) | ~scored
-        scores.append(Score((losses * scored).sum(1).cpu().double().numpy(), greedy.all(1).cpu().numpy()))
+            logits = head(features(tokens)).float().mT  # (K, V, T - 1)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        greedy = (logits.argmax(1) == targets) | (targets < 0)
+        scores.append(Score(losses.sum(1).cpu().double().numpy(), greedy.all(1).cpu().numpy()))
     return scores
 
 
@@ -525,20 +520,19 @@ def compare(paths: list[str]) -> str:
     """Two files of --out, example by example: McNemar's exact test of whether one model is right more often."""
     if len(paths) != 2:
         raise UserError(f"--compare takes two files that --out wrote, not {len(paths)}")
-    a, b = ([record for _, record in read_jsonl(Path(path))] for path in paths)
+    sets = [[record for _, record in read_jsonl(Path(path))] for path in paths]
     try:
-        keys = [[(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in (a, b)]
-        right = {name: [[r[name] == r["label"] for r in x] for x in (a, b)] for name in ("pred", "pred_norm")}
+        a, b = ([(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in sets)
+        chosen = {name: [[r[name] == r["label"] for r in records] for records in sets] for name in ("pred", "pred_norm")}
     except (KeyError, TypeError) as error:
         raise UserError(f"{paths[0]} or {paths[1]} was not written by --out: no {error}") from error
-    if keys[0] != keys[1] or not a:
+    if a != b or not a:
         raise UserError(f"{paths[0]} ({len(a)} lines) and {paths[1]} ({len(b)}) are not of the same examples and style")
-    task, style = keys[0][0][:2]
-    lines = [f"{task} ({style} style), n {len(a)}: A {paths[0]}, B {paths[1]}"]
+    lines = [f"{a[0][0]} ({a[0][1]} style), n {len(a)}: A {paths[0]}, B {paths[1]}"]
     for name, metric in (("pred", "acc"), ("pred_norm", "acc_norm")):
-        in_a, in_b = right[name]
-        only_a, only_b = (sum(x and not y for x, y in zip(*pair)) for pair in ((in_a, in_b), (in_b, in_a)))
-        accs = f"{metric:8s} A {sum(in_a) / len(a):.4f} B {sum(in_b) / len(b):.4f}"
+        in_a, in_b = np.array(chosen[name])
+        only_a, only_b = int((in_a & ~in_b).sum()), int((in_b & ~in_a).sum())
+        accs = f"{metric:8s} A {in_a.mean():.4f} B {in_b.mean():.4f}"
         lines.append(f"  {accs}; right only in A {only_a}, only in B {only_b}: McNemar p {mcnemar(only_a, only_b):.3g}")
     return "\n".join(lines)
 
@@ -555,10 +549,9 @@ def mcnemar(b: int, c: int) -> float:
 
 def find_device(name: str) -> torch.device:
     """The device of that name; auto is the best there is. UserError if it isn't there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=best if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0][:100]
         raise UserError(f"--device {name} can't be used: {reason}; try auto, cuda, mps or cpu") from error
