@@ -12,19 +12,19 @@ The usual way forwards the context four times, once in front of each ending, and
 Here an example is one tree row; positions restart behind the context, and a mask hides the endings from each other, so
 that each of them sees what it would see alone:
 
-                       context      ending 1    ending 2        what a token (row) may look at (column)
-     tokens          A  man  sits   on   a      eats  an            c c c 1 1 2 2      c  context
-     positions       0   1    2     3    4       3    4           c x . . . . . .      1  ending 1
-     segments        0   0    0     1    1       2    2           c x x . . . . .      2  ending 2
-                              |     |    |       |    |           c x x x . . . .
-     next: ending 1           on    a   roof     .    .           1 x x x x . . .
-           ending 2          eats   .    .       an  apple        1 x x x x x . .
-                                                                  2 x x x . . x .
-    The last token of an ending predicts nothing: never fed.      2 x x x . . x x
+                    context  ending 1   ending 2            what a token (row) may look at (column)
+     tokens          A  man  sits on a  sits eats  an          c c 1 1 1 2 2 2      c  context
+     positions       0   1    2   3  4   2    3    4         c x . . . . . . .      1  ending 1
+     segments        0   0    1   1  1   2    2    2         c x x . . . . . .      2  ending 2
+     targets                 on   a roof eats an apple       1 x x x . . . . .
+                                                             1 x x x x . . . .
+     An ending begins with the context's last token, which   1 x x x x x . . .
+     predicts its first one, and ends before its own last,   2 x x . . . x . .
+     which predicts nothing. Only the positions that have    2 x x . . . x x .
+     a target go through the head.                           2 x x . . . x x x
 
-Only positions with something to predict go through the head, the last one of the context once for all endings. Rows
-are sorted by length and batched by tokens. That is 1.6M tokens and 1.15M logit rows for the validation set, where the
-usual way takes 3.3M of both.
+Rows are sorted by length and batched by tokens. That is 1.62M tokens and 1.18M logit rows for the validation set, where
+the usual way takes 3.3M of both.
 
 Two conventions that can't be compared; every number says its style:
 
@@ -54,6 +54,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from extras.checkpoints import load_any
@@ -61,11 +62,10 @@ from extras.cli import UserError, run
 from extras.files import atomic_file
 from extras.hardware import find_device
 from extras.pretrained import to_transformers
-from extras.tokenizer import load_tokenizer, printable, tokenizer_name
+from extras.tokenizer import printable, tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-EXAMPLES = 10_042
 CACHE = Path(__file__).resolve().parent / "hellaswag" / "hellaswag_val.jsonl"
 LONGEST_CONTEXT = 1024  # tokens; a longer one is taken for a mistake in the file, unless the model has a longer block
 BAR = {"desc": "scoring", "file": sys.stderr, "dynamic_ncols": True}
@@ -150,8 +150,6 @@ def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> li
             raise UserError(f"{where}: a value of {task}'s records is missing or of another type: {error}") from error
     if not examples:
         raise UserError(f"{file} has no examples")
-    if not path and len(examples) != EXAMPLES:
-        raise UserError(f"{file} has {len(examples)} examples, not {EXAMPLES}; delete it to download it again")
     if 0 < limit < len(examples):
         examples = [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), limit))]
     return examples
@@ -189,22 +187,20 @@ def score_run(run, stop, all_reduce) -> dict[str, float] | None:
 
 def cached_validation_set() -> Path:
     """Where the published file is, after downloading it if need be."""
-    if not CACHE.exists():
-        try:
-            with urlopen(URL, timeout=30) as reply:
-                status, length, data = reply.status, reply.headers.get("Content-Length"), reply.read()
-        except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
-            raise Unavailable(f"no {CACHE}, and {URL} can't be had ({error}); put the file there") from error
-        if status != 200 or (length and len(data) != int(length)) or hashlib.sha256(data).hexdigest() != SHA256:
-            raise Unavailable(f"{URL} gave {len(data)} bytes, status {status}, that are not HellaSwag's validation set")
-        try:
-            CACHE.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(CACHE) as file:
-                file.write(data)
-        except OSError as error:
-            raise Unavailable(f"can't write {CACHE} ({error}); give the file with --data") from error
-    elif hashlib.sha256(CACHE.read_bytes()).hexdigest() != SHA256:
-        raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
+    if CACHE.exists():
+        if hashlib.sha256(CACHE.read_bytes()).hexdigest() != SHA256:
+            raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
+        return CACHE
+    try:
+        with urlopen(URL, timeout=30) as reply:
+            data = reply.read()
+        if hashlib.sha256(data).hexdigest() != SHA256:
+            raise Unavailable(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
+        CACHE.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(CACHE) as file:
+            file.write(data)
+    except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
+        raise Unavailable(f"can't fetch {URL} or can't write {CACHE} ({error}); give the file with --data") from error
     return CACHE
 
 
@@ -216,17 +212,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
             for line, text in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
                 size += len(text)
                 if len(text) > LONGEST_LINE or size > LARGEST_FILE:
-                    raise UserError(f"{path} line {line}: over {LONGEST_LINE} bytes a line or {LARGEST_FILE} in all")
+                    raise OSError(f"over {LONGEST_LINE} bytes a line or {LARGEST_FILE} in all")
                 if text.strip():
                     yield line, json.loads(text)
-    except FileNotFoundError as error:
-        raise UserError(f"no file {path}") from error
-    except UserError:
-        raise
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"can't read {path}, line {line}: {error}") from error
     except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
         raise UserError(f"{path} line {line}: not JSON: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"can't read {path} after line {line}: {error}") from error
 
 
 # What each task's records look like, as their authors or the hub's mirrors publish them. Prompts are lm-eval's.
@@ -305,18 +297,15 @@ def without_brackets(text: str) -> str:
 
 
 class Row(NamedTuple):
-    """One example, tokenized. K endings; where two of them are the same tokens, both are the first's column."""
+    """One example with K endings, tokenized."""
 
     line: int
     label: int
     paths: list  # K int32 arrays: context + ending, of at most block_size + 1 tokens
     n_scored: np.ndarray  # (K,) tokens of each ending, the last ones of its path
     lengths: np.ndarray  # (K,) what acc_norm divides an ending's loss by
-    columns: np.ndarray  # (K,) which column of `targets` is this ending's
-    trees: list  # int32 arrays (3, T): tokens, positions, segments; one tree but for endings that don't fit the block
-    sources: np.ndarray  # (n, 2): a tree, and a position in it that predicts something
-    targets: np.ndarray  # (n, K): the token that it predicts for each ending, -1 for none
-    dropped: int  # tokens of the context that some ending left no room for
+    first: np.ndarray  # (K,) the first ending of the same tokens: equal endings have equal scores, to the last bit
+    trees: list  # int32 arrays (4, T): tokens, positions, segments, targets; one, unless the endings don't fit the block
 
 
 def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpathy") -> list[Row]:
@@ -338,12 +327,11 @@ def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpa
             longer = f"an ending of {max(sizes)} tokens is over the block size {block_size}"
             raise Unavailable(f"{example['where']}: {longer}")
         # n tokens of context and an ending of m are n + m - 1 fed tokens
-        kept = [min(len(context), block_size + 1 - size) for size in sizes]
-        paths = [np.array(context[len(context) - n :] + e, np.int32) for n, e in zip(kept, endings)]
-        columns = np.array([endings.index(ending) for ending in endings])
-        trees = grow_trees(paths, np.array(sizes), columns, block_size)
-        about, dropped = (example["line"], example["label"]), len(context) - min(kept)
-        rows.append(Row(*about, paths, np.array(sizes), np.array(lengths), columns, *trees, dropped))
+        contexts = [context[max(0, len(context) + size - block_size - 1) :] for size in sizes]
+        paths = [np.array(kept + ending, np.int32) for kept, ending in zip(contexts, endings)]
+        first = np.array([endings.index(ending) for ending in endings])
+        about, trees = (example["line"], example["label"]), grow_trees(paths, sizes, block_size)
+        rows.append(Row(*about, paths, np.array(sizes), np.array(lengths), first, trees))
     return rows
 
 
@@ -362,28 +350,18 @@ def encode(example: dict, tokenizer, style: str) -> tuple[list[int], list[list[i
     return head, endings, [len(choice) for choice in choices]
 
 
-def grow_trees(paths, sizes, columns, block_size) -> tuple[list, np.ndarray, np.ndarray]:
-    """Trees, sources and targets of a Row: endings share a tree if they share a context and it fits the block."""
-    trees, sources, targets = [], [], []
-    open_trees = {}  # length of the context -> its tree: [index, tokens, positions, segments, position of its last one]
-    for i, (path, size) in enumerate(zip(paths, sizes)):
-        if columns[i] != i:
-            continue
-        n = len(path) - size
-        tree = open_trees.get(n)
-        if tree is None or len(tree[0]) + size - 1 > block_size:
-            tree = open_trees[n] = (list(path[:n]), list(range(n)), [0] * n, len(trees), len(sources))
-            trees.append(tree)
-            sources.append((len(trees) - 1, n - 1))
-            targets.append([-1] * len(paths))
-        tokens, positions, segments, index, root = tree
-        targets[root][i] = path[n]
-        sources += [(index, len(tokens) + j) for j in range(size - 1)]
-        targets += [[-1] * i + [token] + [-1] * (len(paths) - i - 1) for token in path[n + 1 :]]
-        tokens += list(path[n:-1])
-        positions += range(n, len(path) - 1)
-        segments += [i + 1] * (size - 1)
-    return [np.array(tree[:3], np.int32) for tree in trees], np.array(sources, np.int32), np.array(targets, np.int32)
+def grow_trees(paths: list, sizes: list[int], block_size: int) -> list[np.ndarray]:
+    """The trees of a Row: an ending joins the last one if that has the same context and room; targets are -1 in it."""
+    trees, before = [], None
+    for i, (path, size) in enumerate(zip(paths, sizes), start=1):
+        n = len(path) - size  # tokens of context
+        if n != before or len(trees[-1][0]) + size > block_size:
+            trees.append((list(path[: n - 1]), list(range(n - 1)), [0] * (n - 1), [-1] * (n - 1)))
+        parts = path[n - 1 : -1], range(n - 1, len(path) - 1), [i] * size, path[n:]
+        for line, part in zip(trees[-1], parts):
+            line.extend(part)
+        before = n
+    return [np.array(tree, np.int32) for tree in trees]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,7 +390,7 @@ def score(features, head, rows, device, rank=0, world_size=1, should_stop=None, 
     """A Score for each of `rows`, None for those of other ranks; or None, as soon as should_stop() says so.
 
     features(tokens (B, T), positions (B, T), mask (B, 1, T, T) bool, True = may attend) -> (B, T, C) after the last
-    norm; head((n, C)) -> (n, V) logits in a new tensor; autocast() gives the context that they run in. Batches don't
+    norm; head((n, C)) -> (n, V) logits; autocast() gives the context that they run in. Batches don't
     depend on the ranks, to whom they are dealt in turn: the results are the same for any number of ranks, and every
     rank calls should_stop equally often, before each of its batches, so that it may be a collective.
     """
@@ -428,11 +406,13 @@ def score(features, head, rows, device, rank=0, world_size=1, should_stop=None, 
                 found.append((batch, *batch_nats(features, head, *tensors, max_logits)))
     scores = [None] * len(rows)
     for batch, nats, greedy in found:  # only now does the host wait for the device
-        nats, greedy = nats.cpu().double().numpy(), greedy.cpu().numpy()
-        starts = np.cumsum([0] + [len(rows[i].sources) for i in batch[:-1]])
-        nats, greedy = np.add.reduceat(nats, starts), np.logical_and.reduceat(greedy, starts)
-        for i, row_nats, row_greedy in zip(batch, nats, greedy):
-            scores[i] = Score(row_nats[rows[i].columns], row_greedy[rows[i].columns])
+        starts = np.cumsum([0, *np.concatenate([rows[i].n_scored for i in batch])])[:-1]
+        nats = np.add.reduceat(nats.cpu().double().numpy(), starts)  # of each ending
+        greedy = np.logical_and.reduceat(greedy.cpu().numpy(), starts)
+        begin = 0
+        for i in batch:
+            scores[i] = Score(nats[begin + rows[i].first], greedy[begin + rows[i].first])
+            begin += len(rows[i].first)
     return scores
 
 
@@ -450,36 +430,30 @@ def plan_batches(rows: list[Row], max_tokens: int) -> list[list[int]]:
 
 
 def collate(rows: list[Row], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Rows -> tokens, positions, segments (3, B, T), sources (n,) into B * T, targets (n, K), on the device."""
+    """Rows -> tokens, positions, segments (3, B, T); (n,) places in B * T that have a target, and the (n,) targets."""
     trees = [tree for row in rows for tree in row.trees]
-    T, K = max(tree.shape[1] for tree in trees), max(len(row.paths) for row in rows)
-    batch = np.zeros((3, len(trees), T), np.int64)  # padding looks like more context, and no token sees it
+    batch = np.zeros((4, len(trees), max(tree.shape[1] for tree in trees)), np.int64)
+    batch[3] = -1  # padding looks like more context, and no token sees it
     for b, tree in enumerate(trees):
         batch[:, b, : tree.shape[1]] = tree
-    first_tree = np.cumsum([0] + [len(row.trees) for row in rows[:-1]])
-    sources = np.concatenate([(b + row.sources[:, 0]) * T + row.sources[:, 1] for b, row in zip(first_tree, rows)])
-    targets = np.concatenate([np.pad(r.targets, ((0, 0), (0, K - len(r.paths))), constant_values=-1) for r in rows])
-    tensors = [torch.from_numpy(array.astype(np.int64, copy=False)) for array in (batch, sources, targets)]
+    sources = np.flatnonzero(batch[3] >= 0)
+    tensors = [torch.from_numpy(array) for array in (batch[:3], sources, batch[3].ravel()[sources])]
     if device.type == "cuda":  # so that the copies queue up behind the batch before, and the host goes on
         tensors = [tensor.pin_memory() for tensor in tensors]
     return tuple(tensor.to(device, non_blocking=device.type == "cuda") for tensor in tensors)
 
 
 def batch_nats(features, head, batch, sources, targets, max_logits) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> nats (n, K) float32 of the targets, 0 where there is none; (n, K) whether each is the likeliest, or none."""
+    """-> (n,) float32 nats of the targets, and whether each is the likeliest token."""
     (tokens, positions, segments), nats, greedy = batch, [], []
     T = tokens.shape[1]
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, T queries, T keys)
     mask = seen & torch.ones(T, T, dtype=torch.bool, device=seen.device).tril()
     x = features(tokens, positions, mask[:, None]).flatten(0, 1)[sources]  # (n, C)
-    for part in range(0, len(x), max_logits):  # (n, V) at once would not fit, nor stay in a cache
-        target = targets[part : part + max_logits]
-        logits = head(x[part : part + max_logits]).float()  # (rows, V)
-        top = logits.amax(1, keepdim=True)
-        right = logits.gather(1, target.clamp(min=0))  # (rows, K)
-        log_z = logits.sub_(top).exp_().sum(1, keepdim=True).log_() + top  # in place: on a CPU fresh memory is dear
-        nats.append(torch.where(target < 0, 0, log_z - right))
-        greedy.append((target < 0) | (right >= top))
+    for rows, target in zip(x.split(max_logits), targets.split(max_logits)):  # (n, V) would not fit
+        logits = head(rows).float()
+        nats.append(F.cross_entropy(logits, target, reduction="none"))
+        greedy.append(logits.gather(1, target[:, None])[:, 0] >= logits.amax(1))
     return torch.cat(nats), torch.cat(greedy)
 
 
@@ -488,17 +462,16 @@ def score_plainly(features, head, rows, device, autocast=nullcontext, progress=F
     """The reference: an example a forward, each ending behind its own context, all logits, and their cross-entropy."""
     scores = []
     for row in tqdm(rows, **BAR, disable=not progress):
-        K, T = len(row.paths), max(map(len, row.paths))
-        tokens, scored = torch.zeros(K, T, dtype=torch.int64), torch.zeros(K, T, dtype=torch.bool)
-        for i, (path, size) in enumerate(zip(row.paths, row.n_scored)):
-            tokens[i, : len(path)] = torch.from_numpy(path)
-            scored[i, len(path) - size : len(path)] = True
-        tokens, scored = tokens.to(device), scored[:, 1:].to(device)
+        tokens = pad_sequence([torch.from_numpy(path).long() for path in row.paths], batch_first=True)  # (K, T)
+        targets = torch.full_like(tokens, -100)  # which cross_entropy leaves out
+        for target, path, size in zip(targets, row.paths, row.n_scored):
+            target[len(path) - size : len(path)] = torch.from_numpy(path[-size:])
+        tokens, targets = tokens[:, :-1].to(device), targets[:, 1:].to(device)
         with autocast():
-            logits = head(features(tokens[:, :-1])).float()  # (K, T - 1, V)
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(K, T - 1)
-        greedy = (logits.argmax(2) == tokens[:, 1:]) | ~scored
-        scores.append(Score((losses * scored).sum(1).cpu().double().numpy(), greedy.all(1).cpu().numpy()))
+            logits = head(features(tokens)).float().mT  # (K, V, T - 1)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        greedy = (logits.argmax(1) == targets) | (targets < 0)
+        scores.append(Score(losses.sum(1).cpu().double().numpy(), greedy.all(1).cpu().numpy()))
     return scores
 
 
@@ -570,20 +543,19 @@ def compare(paths: list[str]) -> str:
     """Two files of --out, example by example: McNemar's exact test of whether one model is right more often."""
     if len(paths) != 2:
         raise UserError(f"--compare takes two files that --out wrote, not {len(paths)}")
-    a, b = ([record for _, record in read_jsonl(Path(path))] for path in paths)
+    sets = [[record for _, record in read_jsonl(Path(path))] for path in paths]
     try:
-        keys = [[(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in (a, b)]
-        right = {name: [[r[name] == r["label"] for r in x] for x in (a, b)] for name in ("pred", "pred_norm")}
+        a, b = ([(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in sets)
+        chosen = {name: [[r[name] == r["label"] for r in records] for records in sets] for name in ("pred", "pred_norm")}
     except (KeyError, TypeError) as error:
         raise UserError(f"{paths[0]} or {paths[1]} was not written by --out: no {error}") from error
-    if keys[0] != keys[1] or not a:
+    if a != b or not a:
         raise UserError(f"{paths[0]} ({len(a)} lines) and {paths[1]} ({len(b)}) are not of the same examples and style")
-    task, style = keys[0][0][:2]
-    lines = [f"{task} ({style} style), n {len(a)}: A {paths[0]}, B {paths[1]}"]
+    lines = [f"{a[0][0]} ({a[0][1]} style), n {len(a)}: A {paths[0]}, B {paths[1]}"]
     for name, metric in (("pred", "acc"), ("pred_norm", "acc_norm")):
-        in_a, in_b = right[name]
-        only_a, only_b = (sum(x and not y for x, y in zip(*pair)) for pair in ((in_a, in_b), (in_b, in_a)))
-        accs = f"{metric:8s} A {sum(in_a) / len(a):.4f} B {sum(in_b) / len(b):.4f}"
+        in_a, in_b = np.array(chosen[name])
+        only_a, only_b = int((in_a & ~in_b).sum()), int((in_b & ~in_a).sum())
+        accs = f"{metric:8s} A {in_a.mean():.4f} B {in_b.mean():.4f}"
         lines.append(f"  {accs}; right only in A {only_a}, only in B {only_b}: McNemar p {mcnemar(only_a, only_b):.3g}")
     return "\n".join(lines)
 
@@ -602,10 +574,8 @@ def load_model(source: str, device: torch.device):
     """The model of a hub name, run directory, checkpoint or GPT-2 directory as transformers', ready to score, and its
     tokenizer."""
     shape, state = load_any(source)
-    name = tokenizer_name(shape["n_tokens"])
-    if name is None:
-        raise UserError(f"{source} has {shape['n_tokens']} tokens; only GPT-2's 50257 and bytes' 257 can be scored")
-    return to_transformers(shape, state).to(device), load_tokenizer(name)
+    tokenizer = tokenizer_for(shape["n_tokens"], source)
+    return to_transformers(shape, state).to(device), tokenizer
 
 
 def callables(model, n_vocab: int) -> tuple[Callable, Callable]:

@@ -5,11 +5,15 @@ Text from a checkpoint of ours, or from pretrained GPT-2 weights.
     python sample.py --model log --prompt ""                        # a document from its beginning: <|endoftext|>
     python sample.py --model gpt2 --num_samples 3 --stream          # no prompt: asks for one, again and again
     python sample.py --model gpt2 --prompt_file prompts.txt         # one prompt, or several between lines of ---
+    python sample.py --model log --format chat --system "Be brief"  # a conversation with a model finetuned on chats
+    python sample.py --model log --format alpaca --prompt "Add 1 2" # an instruction, as fineweb.py --format writes it
     python sample.py --model log --export exported                  # a directory for transformers, lm-eval, llama.cpp
 
 By default a token is drawn at temperature 1.0 from the 50 likeliest, and a sample ends at <|endoftext|>. The samples of
 all prompts are drawn in batches as large as memory allows; with --stream one after the other, so several samples differ
-from those without it, while a single one is the same. Control characters are escaped. Ctrl-C ends it.
+from those without it, while a single one is the same. Control characters are escaped. Ctrl-C ends it; in a conversation it
+ends the answer, and between answers the conversation, as an empty line does. The oldest turns are left out when the
+model can't see them all.
 """
 
 import codecs
@@ -18,17 +22,18 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from extras.checkpoints import load_any
 from extras.cli import UserError, run
-from extras.generation import pad_left, stream, use_onednn
+from extras.generation import continue_texts, stream
 from extras.hardware import find_device, keep_freed_memory
-from extras.tokenizer import encode_prompt, load_tokenizer, printable, tokenizer_name
+from extras.templates import alpaca_prompt, encode_question
+from extras.tokenizer import END, encode_prompt, printable, tokenizer_for, tokenizer_name
 from train_gpt2 import GPT
 
 SAMPLES_BYTES = 2**31  # memory for the keys, values and logits of one batch of samples
@@ -48,10 +53,12 @@ class Config:
     device: str = "auto"  # cuda, mps or cpu
     compile: bool = False  # torch.compile the model: costs a minute, pays for long texts on a GPU
     export: str = ""  # a directory: write the model to it in transformers' form, instead of sampling
+    format: Literal["text", "alpaca", "chat"] = "text"  # what a prompt is: text, or as fineweb.py --format prepared it
+    system: str = ""  # with --format chat: the system's message, before all others
     prompt: str | None = None  # how the text begins; "" or <|endoftext|> begins a document; without it you are asked
     prompt_file: str = ""  # a file with a prompt, or with several between lines of ---
     num_samples: int = 1  # continuations of each prompt
-    max_new_tokens: int = 100  # tokens to add, at most
+    max_new_tokens: int | None = None  # tokens to add, at most (default: 100; in a chat half of those the model sees)
     stream: bool = False  # print as it is drawn, one sample after the other
     temperature: float = 1.0  # below 1 is safer, above 1 wilder; 0 takes the likeliest token
     top_k: int = 50  # draw from the k likeliest tokens; 0 = from all
@@ -62,34 +69,36 @@ class Config:
 
 def main(config: Config) -> None:
     check(config)
-    model = GPT.of(*load_any(config.model))
-    n_tokens = model.config.n_tokens
-    name = tokenizer_name(n_tokens)
+    model = GPT.from_pretrained(config.model)
     if config.export:
         model.save_pretrained(config.export)
-        print(f"wrote {config.export} {READERS[name]}")
+        print(f"wrote {config.export} {READERS[tokenizer_name(model.config.n_tokens)]}")
         return
-    if name is None:
-        raise UserError(
-            f"{config.model} has {n_tokens} tokens, and it is not known which: GPT-2's are 50257, bytes 257; with "
-            "another tokenizer use GPT.generate in Python"
-        )
-    tokenizer, device = load_tokenizer(name), find_device(config.device)
+    tokenizer, device = tokenizer_for(model.config.n_tokens, config.model), find_device(config.device)
+    if config.max_new_tokens is None:
+        config = replace(config, max_new_tokens=model.config.block_size if config.format == "chat" else 100)
     if device.type == "cpu":
         keep_freed_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     draw = stream_samples if config.stream else draw_batches
     try:
         model.to(device).eval()
-        use_onednn(model)
         if config.compile:
             model.features = torch.compile(model.features)
+        if config.format == "chat":
+            return chat(model, tokenizer, itertools.chain.from_iterable(batches_of_prompts(config)), config)
         for asked, prompts in enumerate(batches_of_prompts(config)):  # who asks again wants another answer
+            if config.format == "alpaca":
+                prompts = [END + alpaca_prompt(prompt) for prompt in prompts]
             for text in draw(model, tokenizer, prompts, replace(config, seed=config.seed + asked)):
-                print(printable(text), end="", flush=True)
+                say(text)
     except KeyboardInterrupt:
         print()  # so that the shell's prompt begins a line
         raise
+
+
+def say(text: str) -> None:
+    print(printable(text), end="", flush=True)
 
 
 def check(config: Config) -> None:
@@ -104,8 +113,12 @@ def check(config: Config) -> None:
     if not 0 < config.repetition_penalty < math.inf:
         raise UserError(f"--repetition_penalty is {config.repetition_penalty}; it must be above 0; 1 changes nothing")
     for name, least, bits in (("top_k", 0, 63), ("num_samples", 1, 63), ("max_new_tokens", 1, 31), ("seed", 0, 63)):
-        if not least <= getattr(config, name) < 2**bits:
-            raise UserError(f"--{name} is {getattr(config, name)}; it must be at least {least}, and below 2^{bits}")
+        if (value := getattr(config, name)) is not None and not least <= value < 2**bits:
+            raise UserError(f"--{name} is {value}; it must be at least {least}, and below 2^{bits}")
+    if config.format != "chat" and config.system:
+        raise UserError("--system is for --format chat; leave one out, or give both")
+    if config.format == "chat" and config.num_samples != 1:
+        raise UserError(f"--num_samples is {config.num_samples}; with --format chat there is one answer to each message")
 
 
 def batches_of_prompts(config: Config) -> Iterator[list[str]]:
@@ -123,7 +136,8 @@ def batches_of_prompts(config: Config) -> Iterator[list[str]]:
             raise UserError(f"--prompt_file {config.prompt_file}: {where} is empty; <|endoftext|> begins a document")
         yield prompts
     else:
-        print("A prompt, then Enter; <|endoftext|> begins a document; an empty line ends.", file=sys.stderr)
+        begins = "" if config.format == "chat" else " <|endoftext|> begins a document;"
+        print(f"A prompt, then Enter;{begins} an empty line ends.", file=sys.stderr)
         try:
             while line := input("> " if sys.stdin.isatty() else ""):
                 yield [line]
@@ -133,44 +147,68 @@ def batches_of_prompts(config: Config) -> Iterator[list[str]]:
             raise UserError(f"what was typed is not text: {error}") from error
 
 
-def options(model: GPT, tokenizer, config: Config) -> dict:
+def options(model: GPT, config: Config) -> dict:
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
-    return {name: getattr(config, name) for name in names} | {"stop": tokenizer.eot, "generator": generator}
+    return {name: getattr(config, name) for name in names} | {"generator": generator}
 
 
 def draw_batches(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterator[str]:
-    """Whole samples, drawn in batches: prompt and continuation, up to end-of-text, and a line."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    samples = (prompt for prompt in encoded for _ in range(config.num_samples))
-    tokens = max(len(ids) for ids, _ in encoded) + config.max_new_tokens
-    count, settings = batch_size(model, tokens), options(model, tokenizer, config)
-    while batch := list(itertools.islice(samples, count)):
-        idx, padding = pad_left([ids for ids, _ in batch], model.lm_head.weight.device)
-        drawn = model.generate(idx, config.max_new_tokens, padding=padding, **settings)
-        for (_, text), new in zip(batch, drawn[:, idx.shape[1] :].tolist()):
-            new = new[: new.index(tokenizer.eot) if tokenizer.eot in new else len(new)]
-            yield f"{text}{tokenizer.decode(new)}\n{LINE}\n"
-
-
-def batch_size(model: GPT, tokens: int) -> int:
-    """How many samples of so many tokens to draw at once: their keys and values, and some copies of logits."""
-    c = model.config
-    return max(1, SAMPLES_BYTES // (8 * c.n_layer * c.n_embd * min(tokens, c.block_size) + 24 * c.n_tokens))
+    """Whole samples: prompt and continuation, up to end-of-text, and a line. As many at once as SAMPLES_BYTES hold."""
+    c, settings = model.config, options(model, config)
+    tokens = max(len(encode_prompt(tokenizer, prompt)[0]) for prompt in prompts) + config.max_new_tokens
+    sample_bytes = 8 * c.n_layer * c.n_embd * min(tokens, c.block_size) + 24 * c.n_tokens  # the cache, copies of logits
+    samples = (prompt for prompt in prompts for _ in range(config.num_samples))
+    while batch := list(itertools.islice(samples, max(1, SAMPLES_BYTES // sample_bytes))):
+        for text in continue_texts(model, batch, config.max_new_tokens, **settings):
+            yield f"{text}\n{LINE}\n"
 
 
 def stream_samples(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterator[str]:
-    """Text as it comes, the samples one after the other; a character is shown when all its bytes are there."""
-    settings = options(model, tokenizer, config)
+    """Text as it comes, the samples one after the other."""
+    settings = options(model, config)
     for prompt in (prompt for prompt in prompts for _ in range(config.num_samples)):
         ids, text = encode_prompt(tokenizer, prompt)
-        characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         yield text
-        idx = torch.tensor([ids], device=model.lm_head.weight.device)
-        for token in stream(model, idx, config.max_new_tokens, **settings):
-            if token.item() != tokenizer.eot:
-                yield characters.decode(tokenizer.decode_bytes([token.item()]))
-        yield f"{characters.decode(b'', final=True)}\n{LINE}\n"
+        yield from stream_text(model, tokenizer, ids, config.max_new_tokens, settings)
+        yield f"\n{LINE}\n"
+
+
+def stream_text(model: GPT, tokenizer, ids: list[int], max_new_tokens: int, settings: dict) -> Iterator[str]:
+    """What follows the ids, up to end-of-text; a character comes when all its bytes are there."""
+    characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)
+    for token in stream(model, idx, max_new_tokens, stop=tokenizer.eot, **settings):
+        if token.item() != tokenizer.eot:
+            yield characters.decode(tokenizer.decode_bytes([token.item()]))
+    yield characters.decode(b"", final=True)
+
+
+def chat(model: GPT, tokenizer, questions: Iterable[str], config: Config) -> None:
+    """Answer the questions, each with those before it; the oldest are forgotten when the model can't see them all."""
+    messages = [("system", config.system)] if config.system else []
+    oldest, settings, forgot = len(messages), options(model, config), False
+    room = min(config.max_new_tokens, model.config.block_size // 2)  # for the answer
+    limit = model.config.block_size - room
+    for question in questions:
+        asked = [*messages, ("user", question)]
+        while len(ids := encode_question(tokenizer, asked)) > limit and len(asked) > oldest + 1:
+            del asked[oldest : oldest + 2]
+        if len(ids) > limit:
+            print(f"too long: {len(ids)} tokens, and only up to {limit} leave room for an answer", file=sys.stderr)
+            continue
+        if len(asked) <= len(messages) and not forgot:
+            forgot = True
+            print(f"the model sees {model.config.block_size} tokens; the oldest turns are left out now", file=sys.stderr)
+        answer = ""
+        try:
+            for text in stream_text(model, tokenizer, ids, room, settings):
+                say(text if answer else text.removeprefix(" "))
+                answer += text
+        except KeyboardInterrupt:  # stops this answer
+            pass
+        print()
+        messages = [*asked, ("assistant", answer.removeprefix(" "))]
 
 
 if __name__ == "__main__":

@@ -279,16 +279,18 @@ class GPT(nn.Module):
         loss = head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.n_tokens)
         return None, loss / (targets >= 0).sum().clamp(min=1)
 
-    def generate(self, idx, max_new_tokens, **options) -> torch.Tensor:
-        """(B, T) ids -> (B, T + new) ids; the options are those of `extras.generation.stream`."""
-        from extras.generation import stream
+    def generate(self, idx, max_new_tokens: int = 100, **options):
+        """Continue (B, T) ids -> (B, T + new) ids, or a text -> text. The options: see `extras.generation.stream`."""
+        from extras.generation import continue_texts, stream
+        if isinstance(idx, str):
+            return continue_texts(self, [idx], max_new_tokens, **options)[0]
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
-        """A GPT-2 of the hub ("gpt2" ... "gpt2-xl") or a directory, cropped to `block_size`; every weight must fit."""
-        from extras.pretrained import load
-        return cls.of(*load(name_or_dir, block_size))
+    def from_pretrained(cls, source: str, block_size: int | None = None) -> "GPT":
+        """A hub name ("gpt2" ... "gpt2-xl"), directory of transformers, run or checkpoint, cropped to `block_size`."""
+        from extras.checkpoints import load_any
+        return cls.of(*load_any(source, block_size))
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "GPT":

@@ -115,7 +115,7 @@ def work(rows, model, plainly: bool) -> float:
         tokens = logits = sum(len(row.paths) * (max(map(len, row.paths)) - 1) for row in rows)
     else:
         tokens = sum(tree.shape[1] for row in rows for tree in row.trees)
-        logits = sum(len(row.sources) for row in rows)
+        logits = sum((tree[3] >= 0).sum() for row in rows for tree in row.trees)
     return tokens * 12 * c.n_layer * c.n_embd**2 + logits * c.n_tokens * c.n_embd
 
 

@@ -20,10 +20,19 @@ from extras.pretrained import fit, is_weight, layout, load, read_pickle, sizes_o
 NAMES = (re.compile(r"ckpt_(\d{6,})\.pt"), re.compile(r"model_(\d+)\.pt"), re.compile(r"ckpt()\.pt"))  # ours, theirs
 
 
-def load_any(source: str) -> tuple[dict, dict]:
-    """Shape and state of a checkpoint file, a run directory, a hub name or a directory of `transformers`."""
+def load_any(source: str, block_size: int | None = None) -> tuple[dict, dict]:
+    """Shape and state of a checkpoint file, a run directory, a hub name or a directory of `transformers`.
+
+    block_size: take only so many of its positions, the first.
+    """
     path = find_checkpoint(source)
-    return load_checkpoint(path) if path else load(source)
+    shape, state = load_checkpoint(path) if path else load(source)
+    if block_size is None:
+        return shape, state
+    if not 0 < block_size <= shape["block_size"]:
+        raise UserError(f"block_size {block_size} is not in 1 .. {shape['block_size']}, the positions of {source}")
+    wpe = state["transformer.wpe.weight"][:block_size].clone()
+    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
 
 
 def find_checkpoint(source: str) -> Path | None:
@@ -44,8 +53,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
 
     nanoGPT's GELU is the exact one, ours is GPT-2's with tanh: its models' logits come out some 1e-3 different.
     """
-    if Path(path).suffix in (".safetensors", ".bin"):
-        raise UserError(f"{path} is the weights alone; name the directory, where config.json is beside them")
+    if (suffix := Path(path).suffix) in (".safetensors", ".bin", ".json"):
+        alone = "configuration" if suffix == ".json" else "weights"
+        raise UserError(f"{path} is the {alone} alone; name the directory, where config.json and the weights are")
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}")
     saved = read_pickle(path)

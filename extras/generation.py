@@ -1,6 +1,7 @@
 """
-Ids from a model, one after the other: a KV cache, and the ways to draw the next id.
+Tokens from a model, one after the other: a KV cache, and the ways to draw the next id.
 
+    text = model.generate("Once upon a time", 100, temperature=0.8, top_k=50)        # text in, text out
     ids = model.generate(idx, 100, temperature=0.8, top_k=50, stop=eot)              # (B, T) -> (B, T + 100) at most
     idx, padding = pad_left([[15496], [818, 262, 3726]])                             # prompts of unequal length
     for token in stream(model, idx, 100, padding=padding, repetition_penalty=1.2):   # (B, 1), as it is drawn
@@ -10,12 +11,22 @@ Knows nothing of training: a model is something with `features(idx, positions, m
 """
 
 import math
-import platform
 from collections.abc import Iterator
 
 import torch
 
 from extras.cli import UserError
+from extras.tokenizer import encode_prompt, tokenizer_for
+
+
+def continue_texts(model, prompts: list[str], max_new_tokens: int, **options) -> list[str]:
+    """Each prompt and its continuation up to end-of-text; the options are those of `stream`."""
+    tokenizer = tokenizer_for(model.config.n_tokens)
+    encoded, texts = zip(*(encode_prompt(tokenizer, prompt) for prompt in prompts))
+    idx, padding = pad_left(encoded, model.lm_head.weight.device)
+    drawn = torch.cat([*stream(model, idx, max_new_tokens, padding=padding, stop=tokenizer.eot, **options)], dim=1)
+    new = [row[: row.index(tokenizer.eot)] if tokenizer.eot in row else row for row in drawn.tolist()]
+    return [text + tokenizer.decode(ids) for text, ids in zip(texts, new)]
 
 
 @torch.no_grad()
@@ -113,29 +124,6 @@ def filter_logits(logits, top_k: int, top_p: float):
         nucleus = ordered.masked_fill(dropped, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter_(1, order, nucleus)
     return logits
-
-
-class OneDNNLinear(torch.nn.Linear):
-    """nn.Linear, whose float32 forwards without gradients are oneDNN's on x86, as bfloat16's are anyway.
-
-    MKL's, on AMD, read weights half as fast for one row, and multiply a quarter less for many.
-    """
-
-    def forward(self, x):
-        in_float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if in_float32 and not torch.is_grad_enabled() and not traced:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
-
-
-def use_onednn(model: torch.nn.Module) -> None:
-    """Let the Linear layers of a model that will not be trained use oneDNN, where there is one."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for module in model.modules():
-            if type(module) is torch.nn.Linear:
-                module.__class__ = OneDNNLinear
 
 
 def draw_samples(run, n: int = 4, length: int = 24) -> dict[str, list[str]]:

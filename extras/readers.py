@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from extras.cli import UserError
 from extras.sources import SourceFile
+from extras.templates import ROLES, alpaca_prompt, chat_pairs
 
 CHUNK_BYTES = 4 * 2**20  # of a text file per chunk: about a million tokens, as in a row group of FineWeb-Edu
 ROW_CHUNK_BYTES = 64 * 2**20  # a row group with more text than this becomes several chunks
@@ -216,7 +217,6 @@ def document_of(line: bytes, options: Options) -> str | list[tuple[str, str]] | 
 
 
 def alpaca_dialogue(record: dict) -> list[tuple[str, str]] | BadDocument:
-    """By the template in fineweb.py."""
     for name in ("instruction", "input", "output"):
         if name not in record and name != "input":
             return BadDocument(f"has no field {name!r} (it has: {', '.join(record)}); --format alpaca needs one")
@@ -226,16 +226,11 @@ def alpaca_dialogue(record: dict) -> list[tuple[str, str]] | BadDocument:
         return BadDocument("has an empty 'instruction'")
     if not (record["output"] or "").strip():
         return BadDocument("has no answer: its 'output' is empty")
-    middle = f"Input: {record['input']}\n\n" if (record.get("input") or "").strip() else ""
-    return [(f"Instruction: {record['instruction']}\n\n{middle}Answer:", " " + record["output"])]
-
-
-ROLES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
+    return [(alpaca_prompt(record["instruction"], record.get("input") or ""), " " + record["output"])]
 
 
 def chat_dialogue(record: dict) -> list[tuple[str, str]] | BadDocument:
-    """By the template in fineweb.py: one pair for each answer."""
-    messages, dialogue, prompt = record.get("messages"), [], ""
+    messages, said = record.get("messages"), []
     if not isinstance(messages, list):
         return BadDocument(f"has no list in 'messages' (it has: {', '.join(record)}); --format chat needs one")
     for number, message in enumerate(messages, 1):
@@ -246,17 +241,12 @@ def chat_dialogue(record: dict) -> list[tuple[str, str]] | BadDocument:
             return BadDocument(f"has an unknown role {role!r} in message {number}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             return BadDocument(f"holds {type(content).__name__} in 'content' of message {number}, not text")
-        prompt += ("\n\n" if number > 1 else "") + ROLES[role]
-        if role != "assistant":
-            prompt += " " + content
-        elif content.strip():
-            dialogue.append((prompt, " " + content))
-            prompt = ""
-        else:
+        if role == "assistant" and not content.strip():
             return BadDocument(f"has no answer: the assistant's message {number} is empty")
-    if not dialogue:
+        said.append((role, content))
+    if "assistant" not in dict(said):
         return BadDocument("has no answer: no message is the assistant's")
-    return dialogue if not prompt else BadDocument(f"has no answer to its last message, of {messages[-1]['role']}")
+    return chat_pairs(said) if role == "assistant" else BadDocument(f"has no answer to its last message, of {role}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,16 @@ def tokenizer_name(n_tokens: int) -> str | None:
     return "gpt2" if 50257 <= n_tokens < 50957 else "bytes" if n_tokens == 257 else None
 
 
+def tokenizer_for(n_tokens: int, model: str = "the model") -> "Tokenizer":
+    """The tokenizer of a model with that many tokens. Raises UserError, naming the model, if it is unknown."""
+    if (name := tokenizer_name(n_tokens)) is None:
+        raise UserError(
+            f"{model} has {n_tokens} tokens, and it is not known which: GPT-2's are 50257, bytes 257; with another "
+            "tokenizer use GPT.generate with ids, in Python"
+        )
+    return load_tokenizer(name)
+
+
 def encode_prompt(tokenizer, prompt: str) -> tuple[list[int], str]:
     """Ids of a prompt, and its text. A leading `<|endoftext|>` begins a document, and so does an empty prompt."""
     text = prompt.removeprefix(END)
@@ -43,16 +53,12 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
+@lru_cache
 def load_tokenizer(name: str = "gpt2") -> "Tokenizer":
     """The tokenizer of that name, loaded once per process. Raises UserError for a name that is not in TOKENIZERS."""
     if name not in TOKENIZERS:
         raise UserError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
-    return _load(name)
-
-
-@lru_cache(maxsize=None)
-def _load(name: str):
-    return {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}[name]()
+    return GPT2Tokenizer() if name == "gpt2" else ByteTokenizer()
 
 
 class Tokenizer:

@@ -20,7 +20,8 @@ import train_gpt2
 from extras import readers
 from extras import tokenize_workers as workers
 from extras.cli import UserError
-from extras.tokenizer import load_tokenizer
+from extras.templates import alpaca_prompt, encode_question
+from extras.tokenizer import END, encode_prompt, load_tokenizer
 
 EOT = "<|endoftext|>"
 ALPACA = [  # record, and its text, an answer between « and »
@@ -113,6 +114,28 @@ def test_masks_are_the_answers(tmp_path, monkeypatch, format, tokenizer):
     build(tmp_path / "few", path, max_tokens=33, **settings)
     for ours, theirs in zip(stored(tmp_path / "few"), reference(texts, tokenizer)):
         np.testing.assert_array_equal(ours, theirs[:33])
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_sampling_gives_the_model_what_it_was_trained_on(tmp_path, tokenizer):
+    """Before every answer: the ids from the dialogue's beginning to the answer, as fineweb.py wrote them."""
+    encode, questions = load_tokenizer(tokenizer), 0
+    for format in FORMATS:
+        for number, (record, _) in enumerate(FORMATS[format]):
+            path, out = write_lines(tmp_path / "data.jsonl", [record]), tmp_path / f"{format}{number}"
+            build(out, path, format=format, tokenizer=tokenizer, val_size=0)
+            ids, mask = stored(out)
+            answers = np.flatnonzero(np.diff(mask.astype(int), prepend=0) == 1).tolist()
+            if format == "alpaca":
+                prompt = alpaca_prompt(record["instruction"], record.get("input") or "")
+                asked = [encode_prompt(encode, END + prompt)[0]]
+            else:
+                messages = [(message["role"], message["content"]) for message in record["messages"]]
+                before = [messages[:i] for i, (role, _) in enumerate(messages) if role == "assistant"]
+                asked = [encode_question(encode, some) for some in before]
+            assert asked == [ids[:begin].tolist() for begin in answers], record
+            questions += len(asked)
+    assert questions == len(ALPACA) + sum(text.count("«") for _, text in CHAT)
 
 
 def test_workers_and_parts_change_nothing(tmp_path):
@@ -274,4 +297,8 @@ def test_a_model_learns_to_answer_and_to_stop(tmp_path, capsys):
     capsys.readouterr()
     prompt = "Instruction: Name one animal\n\nAnswer:"
     sample.main(sample.Config(model=str(tmp_path / "log"), prompt=prompt, temperature=0.0, device="cpu"))
-    assert capsys.readouterr().out in [f"{prompt} {word}\n{'-' * 80}\n" for word in ANSWERS["animal"]]
+    said = [f"{prompt} {word}\n{'-' * 80}\n" for word in ANSWERS["animal"]]
+    assert capsys.readouterr().out in said
+    about = {"model": str(tmp_path / "log"), "temperature": 0.0, "device": "cpu"}
+    sample.main(sample.Config(prompt="Name one animal", format="alpaca", **about))
+    assert capsys.readouterr().out in said

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from extras.cli import UserError
-from extras.generation import filter_logits, new_cache, pad_left, penalize, stream
+from extras.generation import continue_texts, filter_logits, new_cache, pad_left, penalize, stream
+from extras.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 
 OPTIONS = {
@@ -138,6 +139,32 @@ def test_a_seed_is_a_text_and_a_stream_is_what_generate_gives(model):
     assert texts[0] == texts[1] != texts[2]
     tokens = stream(model, idx, 20, generator=torch.Generator().manual_seed(1))
     assert texts[0][0][3:] == [int(token) for token in tokens]
+
+
+def test_text_is_continued_as_its_ids_are_up_to_end_of_text():
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(block_size=64, vocab_size=384, n_layer=1, n_head=2, n_embd=32, n_tokens=257)).eval()
+    model.transformer.wte.weight.data *= 30
+    tokenizer, lengths = load_tokenizer("bytes"), set()
+    for seed in range(8):
+        for text, begin in (("né", ""), ("", "<|endoftext|>"), ("a", "<|endoftext|>")):
+            ids = [256] * bool(begin) + tokenizer.encode(text)
+            options = {"top_k": 9, "temperature": 9.0}
+            torch.manual_seed(seed)
+            new = model.generate(torch.tensor([ids]), 40, stop=256, **options)[0, len(ids) :].tolist()
+            new = new[: new.index(256)] if 256 in new else new
+            torch.manual_seed(seed)
+            assert model.generate(f"{begin}{text}", 40, **options) == text + tokenizer.decode(new)
+            lengths.add(len(new))
+    assert max(lengths) == 40 and min(lengths) < 40  # some come to an end
+    torch.manual_seed(0)
+    both = continue_texts(model, ["a", "the second"], 9, temperature=0)
+    assert both == [model.generate(text, 9, temperature=0) for text in ("a", "the second")]
+
+
+def test_text_needs_a_known_tokenizer(model):
+    with pytest.raises(UserError, match="the model has 50 tokens, and it is not known which"):
+        model.generate("Once upon a time")
 
 
 def test_filters_equal_those_of_transformers():

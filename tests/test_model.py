@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_gpt2
-from extras import generation, pretrained
+from extras import pretrained
 from train_gpt2 import GPT, GPTConfig
 
 SHAPES = {  # the proportions of the four sizes, at small widths
@@ -136,22 +136,6 @@ def test_too_long_a_text_is_refused(padded):
         padded[0](torch.zeros(1, 17, dtype=torch.long))
     with pytest.raises(AssertionError, match="need a mask"):
         padded[0].features(torch.zeros(1, 3, dtype=torch.long), start=2)
-
-
-def test_onednn_linear_layers_are_nn_linears_with_and_without_gradients():
-    torch.manual_seed(0)
-    model, x = torch.nn.Sequential(torch.nn.Linear(48, 40)), torch.randn(3, 7, 48)
-    generation.use_onednn(model)
-    layer = model[0]
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with torch.no_grad():
-        for rows in (x, x[:1, :1], x[:, ::2]):  # one row and rows that are not contiguous, too
-            torch.testing.assert_close(layer(rows), torch.nn.functional.linear(rows, layer.weight, layer.bias))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
-        torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
-        torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
-    assert torch.equal(layer(x), expected) and layer(x).requires_grad
 
 
 def test_a_model_can_be_exported_and_traced_for_any_length():

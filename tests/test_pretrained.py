@@ -109,6 +109,17 @@ def test_every_form_of_weights_gives_the_same_model(theirs, folder, tmp_path):
             )
 
 
+def test_one_function_reads_all_there_is(folder, tmp_path):
+    model = GPT.from_pretrained(folder)
+    (tmp_path / "log").mkdir()
+    saved = {"model": model.state_dict(), "model_config": vars(model.config)}
+    torch.save(saved, tmp_path / "log" / "ckpt_000002.pt")
+    torch.save(saved | {"model": {}}, tmp_path / "log" / "ckpt_000001.pt")
+    for source in (tmp_path / "log", str(tmp_path / "log" / "ckpt_000002.pt")):  # the hub is another test's
+        assert torch.equal(GPT.from_pretrained(source)(IDS)[0], model(IDS)[0])
+        assert torch.equal(GPT.from_pretrained(source, block_size=20)(IDS[:, :20])[0], model(IDS[:, :20])[0])
+
+
 def test_the_block_is_cropped_on_request(folder):
     whole, short = GPT.from_pretrained(str(folder)), GPT.from_pretrained(str(folder), block_size=20)
     assert short.config.block_size == 20 and short.transformer.wpe.weight.shape == (20, 32)
@@ -138,7 +149,7 @@ def test_a_hub_name_is_read_from_the_cache(folder, tmp_path, monkeypatch):
         GPT.from_pretrained(str(tmp_path / "log"))
     with pytest.raises(USER_ERRORS, match="no name for one on the hub"):
         GPT.from_pretrained("some/where/else")
-    with pytest.raises(USER_ERRORS, match=r"config.json is a file"):
+    with pytest.raises(USER_ERRORS, match=r"config.json is the configuration alone; name the directory"):
         GPT.from_pretrained(str(folder / "config.json"))
 
 

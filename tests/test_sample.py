@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import ROOT, USER_ERRORS
 
 import sample
 from extras.cli import parse, run
+from extras.templates import encode_question
 from extras.tokenizer import load_tokenizer, printable
 from train_gpt2 import GPT, GPTConfig
 
@@ -23,7 +25,7 @@ def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("log")
     for step in (5, 10):
         torch.manual_seed(step)
-        model = GPT(GPTConfig(64, 384, 2, 2, 32, n_tokens=257))
+        model = GPT(GPTConfig(128, 384, 2, 2, 32, n_tokens=257))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(6 if parameter.dim() == 2 else 1)
@@ -61,12 +63,12 @@ def test_more_samples_than_memory_holds_are_drawn_in_batches(run_dir, tmp_path, 
     (tmp_path / "prompts.txt").write_text("one\n---\nnumber two\n---\n3\n", encoding="utf-8-sig")
     options = ["--prompt_file", str(tmp_path / "prompts.txt"), "--num_samples", "3", "--temperature", "0"]
     call(run_dir, *options)
-    together, batches, generate = capsys.readouterr().out, [], GPT.generate
+    together, batches, draw = capsys.readouterr().out, [], sample.continue_texts
     assert together.startswith("one") and together.count(LINE) == 9
     monkeypatch.setattr(
-        GPT, "generate", lambda self, idx, *a, **k: batches.append(len(idx)) or generate(self, idx, *a, **k)
+        sample, "continue_texts", lambda model, prompts, *a, **k: batches.append(len(prompts)) or draw(model, prompts, *a, **k)
     )
-    kept = 8 * 2 * 32 * 64 + 24 * 257  # bytes of a sample: keys and values of 64 positions, and logits
+    kept = 8 * 2 * 32 * 110 + 24 * 257  # bytes of a sample: keys and values of 110 positions, and logits
     monkeypatch.setattr(sample, "SAMPLES_BYTES", 4 * kept + 1)
     call(run_dir, *options)
     assert capsys.readouterr().out == together and batches == [4, 4, 1]
@@ -106,7 +108,7 @@ def test_a_character_of_many_tokens_is_streamed_whole(run_dir, monkeypatch):
     text = "naïve 🦙 東京 \x00"
     drawn = [*text.encode(), 0xF0, 0x9F, 256]  # the end comes in the middle of a character
     monkeypatch.setattr(sample, "stream", lambda *_, **__: (torch.tensor([[i]]) for i in drawn))
-    model, config = GPT.from_checkpoint(run_dir / "ckpt_000005.pt"), sample.Config(prompt="p")
+    model, config = GPT.from_checkpoint(run_dir / "ckpt_000005.pt"), sample.Config(prompt="p", max_new_tokens=9)
     pieces = list(sample.stream_samples(model, load_tokenizer("bytes"), ["p"], config))
     assert "".join(pieces) == f"p{text}\N{REPLACEMENT CHARACTER}\n{LINE}\n"
     assert pieces[1:4] == ["n", "a", ""] and "🦙" in pieces
@@ -179,6 +181,89 @@ def test_without_a_prompt_it_asks(run_dir, capsys, monkeypatch):
         call(run_dir, "--max_new_tokens", "3")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A model that gives these answers, in which ^ is a Ctrl-C; it notes what it was given and how much it may say."""
+    script = SimpleNamespace(answers=[], given=[], most=[])
+
+    def stream(_model, idx, max_new_tokens, *, stop, **_):
+        script.given.append(load_tokenizer("bytes").decode(idx[0]).replace("<|endoftext|>", "|"))
+        script.most.append(max_new_tokens)
+        for token in [*script.answers[len(script.given) - 1].encode(), stop]:
+            if token == ord("^"):
+                raise KeyboardInterrupt
+            yield torch.tensor([[token]])
+
+    monkeypatch.setattr(sample, "stream", stream)
+    return script
+
+
+def converse(run_dir, monkeypatch, typed: str, *argv: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    call(run_dir, "--format", "chat", *argv)
+
+
+def test_a_conversation_remembers_and_an_empty_line_ends_it(run_dir, scripted, monkeypatch, capsys):
+    scripted.answers = [" Hey.", "Ja \x1b", "  Two\nlines "]
+    converse(run_dir, monkeypatch, "Hi\nü?\nx\n\nnever\n", "--max_new_tokens", "7", "--system", "S")
+    begin = "|System: S\n\nUser: Hi\n\nAssistant:"
+    second = begin + " Hey.|\n\nUser: ü?\n\nAssistant:"
+    assert scripted.given[:2] == [begin, second]
+    assert capsys.readouterr().out == "Hey.\nJa \\x1b\n Two\nlines \n" and scripted.most == [7, 7, 7]
+
+
+def test_the_oldest_turns_are_left_out_and_that_is_said_once(run_dir, scripted, monkeypatch, capsys):
+    scripted.answers = [f" {i}" for i in range(6)]
+    typed = ["one", "two", "x" * 100, "three", "four", "five", "six"]  # 128 bytes are seen, 8 are for the answer
+    converse(run_dir, monkeypatch, "\n".join(typed) + "\n", "--max_new_tokens", "8", "--system", "S")
+    turns = [f"\n\nUser: {text}\n\nAssistant:" for text in (*typed[:2], *typed[3:])]
+    for i, (given, first) in enumerate(zip(scripted.given, (0, 0, 0, 0, 1, 2), strict=True)):
+        before = "".join(f"{turns[k]} {k}|" for k in range(first, i))
+        assert given == f"|System: S{before}{turns[i]}" and len(given) <= 120
+        assert first == 0 or len(given) + len(f"{turns[first - 1]} {first - 1}|") > 120, "it would have fitted"
+    said = capsys.readouterr()
+    assert said.out == "0\n1\n2\n3\n4\n5\n"
+    assert said.err.count("the model sees 128 tokens; the oldest turns are left out now\n") == 1
+    assert said.err.count("too long: 130 tokens, and only up to 120 leave room for an answer\n") == 1
+
+
+def test_ctrl_c_stops_the_answer_and_then_the_program(run_dir, scripted, monkeypatch, capsys):
+    scripted.answers = [" I thi^nk so", " Yes."]
+    typed = iter(["a", "b"])
+
+    def type_in(_):
+        if (line := next(typed, None)) is None:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("builtins.input", type_in)
+    with pytest.raises(SystemExit) as ended:
+        run(sample.main, sample.Config, "", ["--model", str(run_dir), "--device", "cpu", "--format", "chat"])
+    assert ended.value.code == 130 and capsys.readouterr().out == "I thi\nYes.\n\n"
+    assert scripted.given[1] == "|User: a\n\nAssistant: I thi|\n\nUser: b\n\nAssistant:" and scripted.most == [64, 64]
+
+
+def test_a_conversation_by_a_pipe(run_dir):
+    """In a process of its own, a message a line; the answers are those that the model's own ids give."""
+    command = [sys.executable, str(ROOT / "sample.py"), "--model", str(run_dir), "--device", "cpu", "--format", "chat"]
+    command += ["--temperature", "0", "--max_new_tokens", "6"]
+    done = subprocess.run(command, input="Hi\nHo", capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    model, tokenizer, messages, expected = GPT.from_pretrained(run_dir), load_tokenizer("bytes"), [], ""
+    for question in ("Hi", "Ho"):
+        messages.append(("user", question))
+        ids = encode_question(tokenizer, messages)
+        new = model.generate(torch.tensor([ids]), 6, temperature=0, stop=256)[0, len(ids) :].tolist()
+        answer = tokenizer.decode(new[: new.index(256)] if 256 in new else new).removeprefix(" ")
+        messages.append(("assistant", answer))
+        expected += printable(answer) + "\n"
+    assert done.stdout == expected and done.stderr.count("\n") == 1
+
+
 def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys):
     call(run_dir, "--export", str(tmp_path / "exported"))
     assert "llama.cpp's converter knows no tokenizer of bytes" in capsys.readouterr().out
@@ -208,6 +293,8 @@ def test_export_writes_a_directory_that_is_read_again(run_dir, tmp_path, capsys)
         (["--prompt", "a", "--top_k", "-1"], "--top_k is -1"),
         (["--prompt", "a", "--seed", "-1"], "--seed is -1"),
         (["--prompt", "a", "--device", "abacus"], "--device abacus"),
+        (["--prompt", "a", "--system", "b"], "--system is for --format chat"),
+        (["--prompt", "a", "--format", "chat", "--num_samples", "2"], "--num_samples is 2; .* one answer to each"),
     ],
 )
 def test_mistakes_are_named(run_dir, tmp_path, argv, words):
