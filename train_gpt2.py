@@ -436,9 +436,16 @@ def read_manifest(data_dir: str) -> dict:
     if not path.is_file():
         return {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": True, "source": None}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"], manifest["shards"]
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = {"source": None} | json.loads(path.read_text(encoding="utf-8"))
+        of_shard = {"name": str, "split": str, "tokens": int, "bytes": int}
+        wanted = [(manifest["tokenizer"], {"name": str, "vocab_size": int})]
+        wanted += [({"bytes": 0} | shard, of_shard) for shard in manifest["shards"]]
+        for fields, kinds in wanted:
+            for name, kind in kinds.items():
+                most = 2**16 if name == "vocab_size" else 2**53
+                if type(fields[name]) is not kind or (kind is int and not 0 <= fields[name] <= most):
+                    raise ValueError(f"{name} {fields[name]!r:.60}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run fineweb.py again") from error
     if not manifest.get("complete"):
         raise UserError(f"{data_dir} is not finished; run fineweb.py again, with the same flags: it goes on")
