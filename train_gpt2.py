@@ -1037,8 +1037,11 @@ def read_checkpoint(path: str | Path) -> dict:
         if missing := [key for key in CHECKPOINT_KEYS if key not in state]:
             raise ValueError(f"it has no {', '.join(missing)}")
         wrong = [key for key in CHECKPOINT_KEYS if not isinstance(state[key], int if key == "step" else dict)]
-        counts = {"step": state["step"], "sample": state["loader"].get("sample", 0) if not wrong else 0}
-        wrong += [key for key, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]
+        if not wrong:
+            plain = state["config"] | state["loader"] | (state.get("scaler") or {})
+            wrong = [name for name, value in plain.items() if not isinstance(value, int | float | str | None)]
+            counts = {"step": state["step"], "sample": state["loader"].get("sample")}
+            wrong += [name for name, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]
         if wrong:
             raise ValueError(f"{', '.join(wrong)} can't be what a checkpoint holds")
         return state
