@@ -321,7 +321,7 @@ class GPT(nn.Module):
         try:
             config = GPTConfig(**shape)
             for name, t in state.items():
-                if not (t.is_floating_point() and t.layout == torch.strided and t.device.type != "meta"):
+                if not (t.dtype == torch.float32 and t.device.type != "meta" and t.is_contiguous()):
                     raise TypeError(f"{name} is {t.dtype}, {t.layout} on {t.device}")
             with torch.device("meta"):
                 model = cls(replace(config, n_layer=min(config.n_layer, len(state))))  # a layer has a tensor at least
@@ -632,12 +632,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         optimizer.load_state_dict(state)
         for group, values in zip(optimizer.param_groups, settings):
             group.update(values)
-            for p in group["params"]:
-                sizes = {"step": 1, "momentum": sum(q.numel() for q in group["params"])}  # Muon's is for the group
-                for name, moment in optimizer.state.get(p, {}).items():  # the fused kernels trust these
-                    if moment.numel() != sizes.get(name, p.numel()) or moment.layout != torch.strided:
-                        raise ValueError(f"{name} has the shape {list(moment.shape)} beside {list(p.shape)}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            for i, p in enumerate(group["params"]):  # the fused kernels trust what they are given
+                sizes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                if parts := group.get("parts"):  # Muon's momentum is with a group's first matrix, for all of them
+                    stack = (len(group["params"]) * parts, *sorted((p.shape[0] // parts, p.shape[1])))
+                    sizes = {"step": (), "momentum": stack} if i == 0 else {}
+                moments = optimizer.state.get(p, {})
+                found = {name: moment.shape for name, moment in moments.items()}
+                if found != sizes or not all(moment.is_contiguous() for moment in moments.values()):
+                    raise ValueError(f"{found} beside {sizes}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"
         raise UserError(other) from error
 
