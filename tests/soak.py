@@ -44,6 +44,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E40
 import train_gpt2  # noqa: E402
 
 PHASES = ("start-up", "set-up", "training", "evaluation", "saving")
+RESTARTS = 3  # of its ranks, by torchrun
 LONGEST = 120  # seconds from the start of a run to the end of all its ranks; then it counts as hanging
 
 
@@ -67,7 +68,7 @@ class Board:
         self.memory[:] = bytes(4096)
 
 
-AIM, STRUCK, RANKS = 0, 1, 2  # slots of the board; from RANKS on one for each rank
+AIM, STRUCK, ENDING, RANKS = 0, 1, 2, 3  # slots of the board; from RANKS on one for each rank
 board = Board()
 
 
@@ -111,6 +112,9 @@ def rank_main(argv: list[str]) -> None:
 
     torch.nn.Module.train = train
     train_gpt2.run_command_line(argv)
+    if board.get(ENDING):  # a forked rank would wait until torchrun has read what it returns; a started one can't
+        sys.stdout.flush()
+        os._exit(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,6 +138,7 @@ def strike(kind: str, pid: int, group: int) -> None:
         if kind in ("kill all", "tear"):
             os.killpg(group, signal.SIGKILL)
         elif kind == "terminate":
+            board.set(ENDING, True)
             os.killpg(group, signal.SIGTERM)
         elif kind == "kill torchrun":
             os.kill(group, signal.SIGKILL)
@@ -208,16 +213,16 @@ class Kind:
         return [kind for kind in AIMS if kind not in without]
 
 
-BASE = {"n_layer": 1, "n_embd": 8, "n_head": 2, "seq_len": 8, "total_batch_size": 96, "micro_batch": 2}
-BASE |= {"val_tokens": 96, "max_steps": 400, "val_every": 8, "save_every": 7, "log_every": 1, "order": "shuffle"}
+BASE = {"n_layer": 1, "n_embd": 8, "n_head": 2, "seq_len": 8, "total_batch_size": 48, "val_tokens": 96}
+BASE |= {"val_every": 8, "save_every": 7, "log_every": 1, "order": "shuffle"}
 MUON = {"recipe": "fast", "max_lr": None, "min_lr": None, "warmup_steps": 20, "n_embd": 16, "dtype": "bfloat16"}
 KINDS = [
-    Kind("one process", 1, False, {}),
-    Kind("one process, Muon, bfloat16", 1, False, MUON),
-    Kind("two ranks under torchrun", 2, True, {}),
-    Kind("two ranks", 2, False, {}),
-    Kind("three ranks", 3, False, {}),
-    Kind("two ranks under torchrun, Muon, bfloat16", 2, True, MUON),
+    Kind("one process", 1, False, {"max_steps": 800}),
+    Kind("two ranks under torchrun", 2, True, {"max_steps": 300}),
+    Kind("one process, Muon, bfloat16", 1, False, MUON | {"max_steps": 500}),
+    Kind("two ranks", 2, False, {"max_steps": 300}),
+    Kind("three ranks", 3, False, {"max_steps": 300}),
+    Kind("two ranks under torchrun, Muon, bfloat16", 2, True, MUON | {"max_steps": 300}),
 ]
 
 
@@ -249,9 +254,9 @@ def fork(function, output: Path, environment: dict, group: int) -> int:
 def under_torchrun(argv: list[str], ranks: int) -> None:
     """torchrun's agent, whose ranks are forked rather than started anew."""
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
-    settings = LaunchConfig(1, 1, ranks, **rendezvous, max_restarts=3, monitor_interval=0.05, start_method="fork")
+    manner = {"max_restarts": RESTARTS, "monitor_interval": 0.05, "start_method": "fork"}
     try:
-        elastic_launch(settings, rank_main)(argv)
+        elastic_launch(LaunchConfig(1, 1, ranks, **rendezvous, **manner), rank_main)(argv)
     except Exception as error:  # a rank that failed, or a signal: torch says it at length
         print(f"torchrun: {type(error).__name__}")
         sys.exit(1)
@@ -284,7 +289,7 @@ class Soak:
         return sum(self.table.values())
 
     def config(self, kind: Kind, log_dir: Path):
-        return tiny_config(self.data, log_dir, **BASE | kind.settings)
+        return tiny_config(self.data, log_dir, **BASE | {"micro_batch": 6 // kind.ranks} | kind.settings)
 
     def undisturbed(self, kind: Kind) -> Path:
         """The log directory of a run without faults; as many ranks give the same, with torchrun or without."""
@@ -319,20 +324,22 @@ class Soak:
     def next_fault(self, kind: Kind) -> dict:
         name = self.rng.choices(kind.faults(), [WEIGHTS[fault] for fault in kind.faults()])[0]
         phase = self.rng.choice(AIMS[name])
-        most = {"start-up": 1, "set-up": 6, "training": 25, "evaluation": 3, "saving": 9}.get(phase, 1)
+        most = {"start-up": 1, "set-up": 4, "training": 25, "evaluation": 3, "saving": 9}.get(phase, 1)
         rank = 0 if phase == "saving" or name == "full disk" else self.rng.randrange(kind.ranks)
         return {"kind": name, "phase": phase, "count": self.rng.randint(1, most), "rank": rank}
 
     def complain(self, what: str, output: Path) -> None:
         self.wrong.append(what)
-        print(f"WRONG: {what}\n{output.read_text()[-3000:] if output.exists() else ''}", flush=True)
+        text = output.read_text() if output.exists() else ""
+        begin = re.search("^Traceback", text, re.MULTILINE)
+        print(f"WRONG: {what}\n", text[max(0, begin.start() - 1000) :][:4000] if begin else text[-3000:], flush=True)
 
     def disturbed(self, kind: Kind, config, output: Path, fault: dict) -> list[int]:
         """The wait statuses of one start, with its faults: one that ends it, or several that do not."""
         board.clear()
         board.set(AIM, fault if fault["phase"] else None)
         pids, statuses, began = start(kind, config, output), {}, time.monotonic()
-        group, at, hits = pids[0], self.moment(fault), []
+        group, at, hits, restarts = pids[0], self.moment(fault), [], 0
         while len(statuses) < len(pids):
             for pid in pids:
                 if pid not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
@@ -346,7 +353,8 @@ class Soak:
                 hits.append((fault["kind"], landed))
                 self.attend(kind, fault, landed, pids)
                 board.set(STRUCK, None)
-                if fault["kind"] in GOES_ON:
+                restarts += (restarted := kind.torchrun and fault["kind"] == "kill a rank")
+                if fault["kind"] in GOES_ON or (restarted and restarts <= RESTARTS):
                     others = [self.next_fault(kind) for _ in range(50)]
                     fault = next(other for other in others if other["kind"] != "halt for good")
                     board.set(AIM, fault if fault["phase"] else None)
@@ -401,7 +409,7 @@ class Soak:
                 time.sleep(0.01)
             self.complain(f"{kind.name}: {last} leaves a process behind", output)
             os.killpg(group, signal.SIGKILL)
-        if "Traceback" in text:
+        if re.search("^Traceback", text, re.MULTILINE):  # torchrun logs its own
             self.complain(f"{kind.name}: a traceback after {hits}", output)
         if last[0] == "halt for good":
             halted = re.findall(r"does not answer: (rank \d)", text)
@@ -412,10 +420,8 @@ class Soak:
                 stack.unlink()
         if last[0] == "tear":
             tear(Path(config.log_dir) / "log.txt", train_gpt2.saved_steps(config.log_dir))
-        if not any(statuses):
-            return
-        expected = {"terminate": (signal.SIGTERM, 143 << 8, 0), "": ()}.get(last[0])
-        if expected is not None and not kind.torchrun and not all(status in expected for status in statuses):
+        at_once = signal.SIGTERM in statuses  # a rank that had not begun to listen; the others then miss it
+        if last[0] == "terminate" and not (kind.torchrun or at_once) and {*statuses} - {0, 143 << 8}:
             self.complain(f"{kind.name}: wait statuses {statuses} after {hits}", output)
 
 
@@ -445,7 +451,8 @@ def compare(expected: Path, log_dir: Path, steps: int) -> str:
         data.append(file.getvalue())
     if data[0] != data[1]:
         return "another last checkpoint"
-    strays = [path.name for path in log_dir.iterdir() if not re.fullmatch(r"log\.txt|ckpt_\d{6}\.pt", path.name)]
+    ours = re.compile(r"log\.txt|ckpt_\d{6}\.pt|stack_rank\d\.txt")
+    strays = [path.name for path in log_dir.iterdir() if not ours.fullmatch(path.name)]
     return f"left behind: {strays}" if strays else ""
 
 
@@ -480,7 +487,7 @@ def report(soak: Soak, minutes: float) -> str:
         counts = [soak.table[kind, phase] for phase in phases]
         rows.append((kind, *map(str, counts), str(sum(counts)), f"{soak.seconds[kind] / sum(counts):.1f}"))
     rows.append(("all", *(str(sum(soak.table[pair] for pair in soak.table if pair[1] == phase)) for phase in phases)))
-    rows[-1] += (str(soak.done()), f"{60 * minutes / soak.done():.1f}")
+    rows[-1] += (str(soak.done()), f"{60 * minutes / max(1, soak.done()):.1f}")
     lines = [f"{row[0]:24s}" + "".join(f"{cell:>11s}" for cell in row[1:]) for row in rows]
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     where = f"{minutes:.1f} minutes on {os.cpu_count()} cores, load at the end {load}"
@@ -501,7 +508,7 @@ def main() -> int:
     soak = Soak(folder, options.faults, options.seed)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torch imports much of itself at its first use
-            train_gpt2.main(tiny_config(soak.data, folder / "warm", **BASE | {"max_steps": 1}))
+            train_gpt2.main(tiny_config(soak.data, folder / "warm", **BASE | {"max_steps": 1, "micro_batch": 6}))
         tokenizing, number = options.faults * 15 // 100, 0
         while soak.done() < options.faults - tokenizing:
             soak.run_series(KINDS[number % len(KINDS)])
@@ -511,10 +518,9 @@ def main() -> int:
     finally:
         soak.disk.close()
         shutil.rmtree(folder)
-    table = report(soak, (time.monotonic() - began) / 60)
-    print(table)
-    Path(options.out).parent.mkdir(exist_ok=True)
-    Path(options.out).write_text(table + "\n")
+        print(table := report(soak, (time.monotonic() - began) / 60))
+        Path(options.out).parent.mkdir(exist_ok=True)
+        Path(options.out).write_text(table + "\n")
     return 1 if soak.wrong else 0
 
 
