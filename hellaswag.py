@@ -289,7 +289,9 @@ def text_of(record: dict, name: str) -> str:
 
 def without_brackets(text: str) -> str:
     """lm-eval's way with WikiHow's markup: "How to knit [title] Buy wool. [step] Go" -> "How to knit. Buy wool. Go"."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    lines = (line.rpartition("]") for line in text.strip().replace(" [title]", ". ").split("\n"))
+    found = (re.sub(r"\[.*?\]", "", head + end) + tail for head, end, tail in lines)  # a [ in the tail has no end
+    return "\n".join(found).replace("  ", " ")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -21,15 +21,20 @@ ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs signals and fork")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(parquet file, directory of its shards): the run that nobody disturbed."""
-    folder, rng = tmp_path_factory.mktemp("whole"), random.Random(0)
+def undisturbed(folder: Path) -> tuple[Path, Path]:
+    """(parquet file, directory of its shards)."""
+    folder.mkdir(exist_ok=True)
+    rng = random.Random(0)
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
     texts = [f"document {i}: {' '.join(rng.choices(words, k=rng.randrange(1500)))}" for i in range(600)]
     pq.write_table(pa.table({"text": texts}), folder / "texts.parquet", row_group_size=10)
     fineweb.main(fineweb.Config(**flags(folder), out=str(folder / "out"), workers=0))
     return folder / "texts.parquet", folder / "out"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return undisturbed(tmp_path_factory.mktemp("whole"))
 
 
 def flags(folder: Path) -> dict:

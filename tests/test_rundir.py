@@ -312,6 +312,8 @@ LIES = {
     "the step is negative": lambda s: s.update(step=-1),
     "the step is a bool": lambda s: s.update(step=True),
     "the sample is negative": lambda s: s["loader"].update(sample=-3),
+    "the sample is missing": lambda s: s["loader"].pop("sample"),
+    "a setting that is a tensor": lambda s: s["config"].update(n_layer=torch.ones(2)),
     "the model is a list": lambda s: s.update(model=[1]),
     "no head": lambda s: s["model_config"].update(n_head=0),
     "a billion layers": lambda s: s["model_config"].update(n_layer=10**9),
@@ -325,6 +327,10 @@ LIES = {
     "a weight without memory": lambda s: change(s["model"], lambda t: t.to("meta")),
     "a weight that is a number": lambda s: s["model"].update({"transformer.wpe.weight": 3}),
     "a moment of another shape": lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+    "a moment is missing": lambda s: s["optimizer"]["state"][0].pop("exp_avg_sq"),
+    "a moment of one number, repeated": lambda s: repeat(s["optimizer"]["state"][0]),
+    "a weight of one number, repeated": lambda s: change(s["model"], lambda t: torch.ones(1, 1).expand(t.shape)),
+    "a weight of half the precision": lambda s: change(s["model"], lambda t: t.half()),
     "a moment that is text": lambda s: s["optimizer"]["state"][0].update(exp_avg="x"),
     "no moments' group": lambda s: s["optimizer"]["param_groups"].pop(),
 }
@@ -333,6 +339,10 @@ LIES = {
 def change(tensors, how):
     name = "transformer.wpe.weight"
     tensors[name] = how(tensors[name])
+
+
+def repeat(moments):
+    moments["exp_avg"] = torch.ones(1, 1).expand(moments["exp_avg"].shape)
 
 
 @pytest.fixture(scope="module")
