@@ -12,7 +12,8 @@ Contents: Config · Model · Data · Optimization · Evaluation · Ranks and dev
 Shapes:   B batch, T time, C channels, nh heads, hs head size, V vocabulary (padded), n tokens that exist, L layers.
 
 This file runs alone, with torch, numpy and tyro. Importing it does nothing. HellaSwag, samples, --init_from,
---recipe fast and --track need hellaswag.py and extras/ beside it; `optional` is for what only checks or shows more.
+--recipe fast and --track need hellaswag.py and extras/ beside it. `optional` is for what only checks or shows more:
+without extras/ files are trusted, a GPU's micro-batch is a guess, and ranks don't agree before they wait.
 """
 
 import contextlib
@@ -66,11 +67,8 @@ RECIPES = {  # a recipe is a set of defaults and nothing else; bench/recipe/ mea
         "muon_lr": 3.6e-3,  # updates with an RMS of 7e-4
     },
 }
-SDPA_KERNELS = {  # for --sdpa: what scaled_dot_product_attention may choose from; "math" is always there
-    "auto": ("flash", "cudnn", "mem_efficient"), "flash": ("flash", "mem_efficient"),  # flash takes no masks
-    "cudnn": ("cudnn",), "efficient": ("mem_efficient",), "math": (),
-}  # fmt: skip
 MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
+VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}
 
 
 @dataclass
@@ -124,7 +122,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of autocast
     compile: bool | None = None  # torch.compile the training step (default: on CUDA, if there is Triton)
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: slower, far less memory
-    sdpa: Literal[*SDPA_KERNELS] = "auto"  # attention kernel of training on CUDA (auto = PyTorch's choice)
+    sdpa: Literal["auto", "flash", "cudnn", "mem_efficient", "math"] = "auto"  # attention of training on CUDA
     timeout_minutes: float = 10.0  # end the run if the ranks wait for one of them as long as this
 
 
@@ -133,23 +131,27 @@ class UserError(ValueError):
 
 
 class LocalError(UserError):
-    """A UserError that perhaps only this rank meets, so this rank reports it; else the first rank of a node does."""
+    """A UserError that only one rank may hit, so that rank reports it; else the first rank of each node does."""
 
 
 class Missing:
-    """In place of a module that is not there: each of its functions does nothing, and returns None."""
+    """Stands in for a module that is not there: it is false, and every function does nothing and returns None."""
 
     def __getattr__(self, name: str) -> Callable:
         return lambda *arguments, **options: None
 
+    def __bool__(self) -> bool:
+        return False
 
+
+@lru_cache
 def optional(module: str):
-    """A module of extras/, or hellaswag.py, for what checks or shows more; `Missing` where this file runs alone."""
+    """A module of extras/, or hellaswag.py, that checks or shows more; `Missing` where this file runs alone."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name.split(".")[0] not in ("extras", "hellaswag"):
-            raise  # a package that one of them needs
+        if error.name not in ("extras", "hellaswag"):
+            raise  # extras/ is there, but not all of it, or a package is missing
         return Missing()
 
 
@@ -157,6 +159,14 @@ def resolve(config: Config) -> Config:
     """The config with the recipe's values where a setting is None. Derived when a run starts, not before."""
     recipe = RECIPES.get(config.recipe, {})
     return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})
+
+
+def check(config: Config) -> None:
+    """Raise UserError for a value that can't be right, before anything is opened or written."""
+    optional("extras.checks").check_settings(config)
+    if config.track != "none":
+        from extras.track import require_tracker
+        require_tracker(config.track)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,7 +185,7 @@ class GPTConfig:
 
     def __post_init__(self):
         if not all(isinstance(size, int) and 0 <= size < 2**31 for size in vars(self).values()) or not self.n_head:
-            raise UserError(f"{self} is no model's shape")
+            raise UserError(f"{self} is not a valid model shape")
         if self.n_tokens == 0:
             self.n_tokens = 50257 if self.vocab_size == 50304 else self.vocab_size
         if self.n_embd % self.n_head:
@@ -579,7 +589,7 @@ def lr_at(step: int, config: Config) -> float:
 
 
 def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
-    """Fused AdamW, or Muon with it; what multiplies or embeds is decayed, biases and LayerNorms are not."""
+    """Fused AdamW, or Muon with it; matrices and embeddings are decayed, biases and LayerNorms are not."""
     settings = {"lr": config.max_lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     if config.muon_lr:
         from extras.muon import make_muon
@@ -595,13 +605,10 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run."""
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(state)
-        for group, values in zip(optimizer.param_groups, settings):
-            group.update(values)
+        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
         optional("extras.checks").check_moments(optimizer)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"
         raise UserError(other) from error
 
@@ -669,19 +676,21 @@ EVALUATIONS = {  # name -> the setting that says how often, and the function; a 
 
 
 def load_texts(config: Config, name: str, ranks: "Ranks") -> tuple:
-    """The tokenizer and HellaSwag's rows; None for what is not to be had, and a line that says so: training goes on."""
-    lacking = [file for file in ("extras", "hellaswag") if any_rank(isinstance(optional(file), Missing), ranks)]
-    if "extras" in lacking:
-        if config.hella_every or config.sample_every:
-            ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
-        return None, None
+    """The tokenizer and HellaSwag's rows; None, and a line that says why, for what is not there: training goes on."""
+    tokenizer, hellaswag, lacking = None, Missing(), "extras/ is not beside train_gpt2.py"
     with all_or_none():
-        tokenizer = optional("extras.tokenizer").load_tokenizer(name)
-    if lacking and config.hella_every:
-        ranks.print0("training without HellaSwag: hellaswag.py is not beside train_gpt2.py")
-    if lacking or not config.hella_every:
-        return tokenizer, None
-    return tokenizer, optional("hellaswag").rows_for_training(config, tokenizer, ranks, any_rank, all_or_none)
+        try:
+            if tokenizer := optional("extras.tokenizer").load_tokenizer(name):
+                lacking = "hellaswag.py is not beside train_gpt2.py"
+                hellaswag = optional("hellaswag") if config.hella_every else hellaswag
+        except ModuleNotFoundError as error:
+            lacking = f"pip install {error.name}"
+    no_samples, no_hella = (any_rank(not there, ranks) for there in (tokenizer, hellaswag))
+    if (no_samples and config.sample_every) or (no_hella and config.hella_every):
+        ranks.print0(f"training without {'samples and ' if no_samples else ''}HellaSwag: {lacking}")
+    if no_samples or no_hella:
+        return None if no_samples else tokenizer, None
+    return tokenizer, hellaswag.rows_for_training(config, tokenizer, ranks, any_rank, all_or_none)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,14 +714,24 @@ class Ranks:
 
 
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
-    """This rank's device; auto: the accelerator that torch finds, or the CPU. extras/ refuses what can't be."""
-    device = optional("extras.hardware").find_device(name, W, local_W)
-    if device is None:
-        here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if not optional("extras.hardware") and here.type == "mps":
+        here = torch.device("cpu")  # extras/hardware.py knows which versions compute wrongly on MPS
+    try:
         device = here if name == "auto" else torch.device(name)
-    if device.type == "cpu" and "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread: share all
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
-    if device.type not in ("cpu", "mps"):
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N") from error
+    optional("extras.hardware").check_device(name, device, W, local_W)
+    count = torch.accelerator.device_count() if device.type == here.type else 0
+    if device.type != "cpu" and max(device.index or 0, local_W - 1) >= count:
+        ranks = f" for {local_W} ranks" if local_W > 1 else ""
+        raise UserError(f"--device {name}: there is none here{ranks}; {device.type} devices: {count}; auto is {here}")
+    if device.type == "cpu":
+        optional("extras.hardware").keep_freed_memory()
+        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
+    elif device.type != "mps":
         device = torch.device(device.type, local_rank if device.index is None else device.index)
         torch.accelerator.set_device_index(device.index)
         torch.set_float32_matmul_precision("high")
@@ -797,7 +816,9 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     """What --compile asked for; else whether this is CUDA with a Triton that works, which takes a C compiler."""
     if asked is False or ranks.device.type != "cuda":
         return bool(asked)
-    problem = optional("extras.hardware").triton_problem()
+    from torch.utils._triton import has_triton
+    problem = "" if has_triton() else "there is no Triton for this card or system"
+    problem = problem or optional("extras.hardware").triton_problem()
     if off := any_rank(bool(problem), ranks):
         problem = problem or "Triton does not work on another node"
         if asked:
@@ -806,27 +827,23 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     return not off
 
 
-def largest_divisor(n: int, most: float) -> int:
-    """Of n, no larger than `most`, but at least 1."""
-    return next((d for d in range(int(min(n, most)), 1, -1) if n % d == 0), 1)
-
-
 def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:
     """Sequences per forward: --micro_batch, which must divide the batch, or the largest divisor that should fit."""
-    B, T, W, total = config.micro_batch, config.seq_len, ranks.world_size, config.total_batch_size
+    B, T, W = config.micro_batch, config.seq_len, ranks.world_size
     optional("extras.checks").check_batch(config, ranks)
-    if total % ((B or 1) * T * W):
-        raise UserError(f"--total_batch_size {total} is not a multiple of {B or 1} * {T} * {W} ranks")
+    if config.total_batch_size % ((B or 1) * T * W):
+        raise UserError(f"--total_batch_size {config.total_batch_size} is not a multiple of {B or 1} * {T} * {W} ranks")
     if B:
         return B
-    most = 4096 // T  # on a CPU small is fast: what is worked on should stay in the cache
+    most = min(64, max(1, 4096 // T))  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
         most = optional("extras.fit").estimate(config, shape, ranks, compiled, dtype) or 16
-    return largest_divisor(total // T // W, all_reduce(torch.tensor(float(most)), ranks, "MIN").item())
+    most, sequences = int(all_reduce(torch.tensor(float(most)), ranks, "MIN")), config.total_batch_size // T // W
+    return max(B for B in range(1, most + 1) if sequences % B == 0)
 
 
 class StopSignal:
-    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and the end; a second one, 2 s later, ends at once."""
+    """SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask for a checkpoint and a clean exit; one more, 2 s later, exits at once."""
 
     def __init__(self, ranks: Ranks):
         self.ranks, self.since, self.number, self.former = ranks, None, 0, {}
@@ -907,8 +924,8 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
             saved = read_checkpoint(path)
         except UserError as error:
             if config.resume_from or (path == paths[-1] and not config.force):
-                others = f"{log_dir} has the checkpoints of steps {steps}; --force starts anew"
-                raise UserError(f"--resume: no checkpoint of this run can be read ({error}); {others}") from error
+                others = f"has the checkpoints of steps {steps}" if config.resume_from else "--force starts anew"
+                raise UserError(f"--resume: {error}; no checkpoint can be read; {log_dir} {others}") from error
             print0(f"WARNING: {error}")
         else:
             checks.compare_settings(saved, steps, config, loader, print0)
@@ -929,8 +946,17 @@ class Log:
         self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
         self.last: dict[str, tuple[int, float]] = {}
         if writes:
-            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            optional("extras.checks").lock_log(self.file)
+            try:
+                self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+                import fcntl  # not on Windows
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its owner; on NFS needs version 4
+            except BlockingIOError as error:
+                owner = re.findall(r'"host".*', self.path.read_text(encoding="utf-8", errors="replace"))[-1:]
+                there = f"{log_dir}: another process trains there ({''.join(owner).strip('}')})"
+                raise UserError(f"{there}; choose another --log_dir") from error
+            except (ImportError, OSError) as error:  # a file system without locks is not an error
+                if not self.file:
+                    raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
                 self.comment("restart", {"step": start})
@@ -1021,55 +1047,87 @@ class Saver:
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-@dataclass
 class Run:
-    """What a run is made of, once it is set up."""
+    """Data, model and what trains it, up to the first step. Setting it up writes nothing."""
 
-    config: Config
-    ranks: Ranks
-    manifest: dict
-    tokenizer: object | None
-    hella_rows: list | None
-    every: dict[str, int]  # evaluation -> steps between two; 0 = never
-    raw_model: GPT  # is scored, sampled and saved; never rebound
-    model: nn.Module  # is trained: raw_model compiled, in DDP, both or neither
-    compiled: bool
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    dtype: torch.dtype
-    micro_batch: int
-    train: SampleStream
-    val: SampleStream | None  # None without --val_every
-    loader: dict  # what the stream of samples depends on
-    start: int  # updates done before
-    origin: int  # the sample with which step 0 begins
-    evaluated: dict[str, dict[int, float]]  # what evaluations gave: stream -> step -> value
+    def __init__(self, config: Config, ranks: Ranks):
+        config, self.ranks, self.device = resolve(config), ranks, ranks.device
+        self.dtype = pick_dtype(config.dtype, self.device)
+        with all_or_none():  # no rank waits for another in here
+            self.manifest = read_manifest(config.data_dir)
+            name, n_tokens = self.manifest["tokenizer"]["name"], self.manifest["tokenizer"]["vocab_size"]
+            open_split = partial(open_shards, config.data_dir, self.manifest)
+            self.train = SampleStream(open_split("train"), config.seq_len, n_tokens, config.order, config.seed)
+            self.val = SampleStream(open_split("val"), config.seq_len, n_tokens) if config.val_every else None
+            if config.epochs:
+                steps = math.ceil(config.epochs * len(self.train) * config.seq_len / config.total_batch_size)
+                config = replace(config, max_steps=steps)
+            self.config = config
+            self.loader = {"tokenizer": name, "data": fingerprint(self.train.shards, self.manifest)}
+
+            saved = checkpoint_to_resume(config, self.loader, ranks.print0)
+            self.start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)  # updates done before
+            self.origin = sample - self.start * self.samples_a_step  # the sample with which step 0 begins
+            self.evaluated = saved.get("evaluations", {}) if saved else {}  # stream -> step -> value
+            model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
+            self.raw_model = model.to(self.device)  # is scored, sampled and saved; never rebound
+            optional("extras.checks").check_model(self.raw_model.config, config, n_tokens)
+            self.optimizer = make_optimizer(self.raw_model, config)
+            self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+            if saved:
+                load_optimizer(self.optimizer, saved["optimizer"])
+                if saved.get("scaler"):  # there is none of a run in bfloat16
+                    self.scaler.load_state_dict(saved["scaler"])
+        optional("extras.agree").require_same(f"shards in {config.data_dir}", self.loader["data"])
+        optional("extras.agree").require_same(f"checkpoints in {config.log_dir}", self.start)
+
+        self.compiled = wants_compile(config.compile, ranks)
+        self.micro_batch = pick_micro_batch(config, self.raw_model.config, ranks, self.compiled, self.dtype)
+        for kernel in ("flash", "cudnn", "mem_efficient"):
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(config.sdpa in ("auto", kernel))
+        for block in self.raw_model.transformer.h if config.recompute else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if self.compiled:
+            model = torch.compile(model, dynamic=False, options={"use_fast_math": True})
+        if ranks.world_size > 1:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        self.model = model  # is trained: raw_model compiled, in DDP, both or neither
+        self.tokenizer, self.hella_rows = load_texts(config, name, ranks)
+        self.intervals = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
+        self.intervals |= ({} if self.tokenizer else {"samples": 0}) | ({} if self.hella_rows else {"hella": 0})
+        if self.compiled or self.device.type != "cpu":  # extras/fit.py tries it, and halves what doesn't fit
+            self.micro_batch = optional("extras.fit").fit_micro_batch(self, any_rank) or self.micro_batch
+        if ranks.world_size > 1:
+            self.sort_buckets()
+
+    def sort_buckets(self) -> None:
+        """A backward pass of zeros: DDP sorts its buckets after the first; a resumed run must sum in the same order."""
+        self.model.require_backward_grad_sync = True  # trying the micro-batch turned it off
+        with self.autocast():
+            idx = torch.zeros(self.micro_batch, self.config.seq_len, dtype=torch.int32, device=self.device)
+            self.model(idx, idx.long())[1].backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
-    def device(self) -> torch.device:
-        return self.ranks.device
+    def samples_a_step(self) -> int:
+        return self.config.total_batch_size // self.config.seq_len
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def batch(self, step: int):
         """This rank's part of the batch of an update."""
-        count = self.config.total_batch_size // self.config.seq_len
-        return batch_of_step(self.train, self.origin + step * count, count, self.micro_batch, self.ranks)
+        first = self.origin + step * self.samples_a_step
+        return batch_of_step(self.train, first, self.samples_a_step, self.micro_batch, self.ranks)
 
     def state(self, step: int) -> dict:
         """All that there is to save after `step` updates: no dropout, and the data is a function of the step."""
-        sample = self.origin + step * (self.config.total_batch_size // self.config.seq_len)
         return {
             "step": step, "model": self.raw_model.state_dict(), "model_config": asdict(self.raw_model.config),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "config": asdict(self.config), "loader": self.loader | {"sample": sample},
-            "evaluations": self.evaluated, "versions": versions(),
+            "config": asdict(self.config), "loader": self.loader | {"sample": self.origin + step * self.samples_a_step},
+            "evaluations": self.evaluated, "versions": VERSIONS,
         }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    return {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}
 
 
 def make_model(config: Config, n_tokens: int) -> GPT:
@@ -1080,67 +1138,6 @@ def make_model(config: Config, n_tokens: int) -> GPT:
     sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
     torch.manual_seed(config.seed)
     return GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
-
-
-def sort_buckets(run: Run) -> None:
-    """One backward pass of zeros: DDP sorts its buckets after the first; a resumed run must sum in the same order."""
-    run.model.require_backward_grad_sync = True  # trying the micro-batch turned it off
-    with run.autocast():
-        idx = torch.zeros(run.micro_batch, run.config.seq_len, dtype=torch.int32, device=run.device)
-        run.model(idx, idx.long())[1].backward()
-    run.optimizer.zero_grad(set_to_none=True)
-
-
-def set_up(config: Config, ranks: Ranks) -> Run:
-    """Open the data, make or load the model, and what trains it. Nothing is written."""
-    config, dtype = resolve(config), pick_dtype(config.dtype, ranks.device)
-    with all_or_none():  # no rank waits for another in here
-        manifest = read_manifest(config.data_dir)
-        name, n_tokens = manifest["tokenizer"]["name"], manifest["tokenizer"]["vocab_size"]
-        open_split = partial(open_shards, config.data_dir, manifest)
-        train = SampleStream(open_split("train"), config.seq_len, n_tokens, config.order, config.seed)
-        val = SampleStream(open_split("val"), config.seq_len, n_tokens) if config.val_every else None
-        if config.epochs:
-            steps = math.ceil(config.epochs * len(train) * config.seq_len / config.total_batch_size)
-            config = replace(config, max_steps=steps)
-        loader = {"tokenizer": name, "data": fingerprint(train.shards, manifest)}
-
-        saved = checkpoint_to_resume(config, loader, ranks.print0)
-        start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)
-        origin = sample - start * (config.total_batch_size // config.seq_len)
-        raw_model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
-        shape = raw_model.to(ranks.device).config
-        optional("extras.checks").check_model(shape, config, n_tokens)
-        optimizer = make_optimizer(raw_model, config)
-        scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
-        if saved:
-            load_optimizer(optimizer, saved["optimizer"])
-            if saved.get("scaler"):  # there is none of a run in bfloat16
-                scaler.load_state_dict(saved["scaler"])
-    optional("extras.agree").require_same(f"shards in {config.data_dir}", loader["data"])
-    optional("extras.agree").require_same(f"checkpoints in {config.log_dir}", start)
-
-    compiled = wants_compile(config.compile, ranks)
-    micro_batch = pick_micro_batch(config, shape, ranks, compiled, dtype)
-    for kernel in SDPA_KERNELS["auto"]:
-        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel in SDPA_KERNELS[config.sdpa])
-    for block in raw_model.transformer.h if config.recompute else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    model = torch.compile(raw_model, dynamic=False, options={"use_fast_math": True}) if compiled else raw_model
-    if ranks.world_size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    every = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
-    tokenizer, hella_rows = load_texts(config, name, ranks)
-    every |= ({} if tokenizer else {"samples": 0}) | ({} if hella_rows else {"hella": 0})
-    run = Run(
-        config, ranks, manifest, tokenizer, hella_rows, every, raw_model, model, compiled, optimizer, scaler, dtype,
-        micro_batch, train, val, loader, start, origin, saved.get("evaluations", {}) if saved else {},
-    )  # fmt: skip
-    if compiled or ranks.device.type != "cpu":  # without extras/ the estimate stands
-        run.micro_batch = optional("extras.fit").fit_micro_batch(run, any_rank) or micro_batch
-    if ranks.world_size > 1:
-        sort_buckets(run)
-    return run
 
 
 class Meter:
@@ -1155,24 +1152,25 @@ class Meter:
         log.comment("config", asdict(run.config) | {"micro_batch": run.micro_batch, "ranks": run.ranks.world_size})
         log.comment("model", asdict(run.raw_model.config) | parameters)
         log.comment("data", {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"]} | counts)
-        log.comment("versions", versions() | {"host": platform.node(), "pid": os.getpid()})
+        log.comment("versions", VERSIONS | {"host": platform.node(), "pid": os.getpid()})
         log.flush()
         run.ranks.print0(self.screen.begin(run) or f"training on {run.device}; extras/ is not here")
 
     def end(self, step: int) -> dict[str, float]:
-        """Show the last values of all streams as a block of `key: value`, made for grep, and return them."""
-        run, finished = self.run, step >= self.run.config.max_steps
-        fresh = {name: value for name, (at, value) in self.log.last.items() if at >= step - 1}
-        facts = {"step": step} | fresh | (self.screen.end(run, self.seconds, self.steps, self.began) or {})
+        """Show the last values as a block of `key: value`, made for grep, and return those of all streams."""
+        run, log, finished = self.run, self.log, step >= self.run.config.max_steps
+        last = {name: max(of.items()) for name, of in run.evaluated.items()} | log.last
+        facts = {"step": step} | {n: x for n, (at, x) in last.items() if at >= step - 1 and n not in ("lr", "ms")}
+        facts |= self.screen.end(run, self.seconds, self.steps, self.began) or {}
         if not finished:
             run.ranks.print0(f"stopped after {step} of {run.config.max_steps} steps; --resume goes on")
         for name, value in facts.items():
             run.ranks.print0(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-        self.log.comment("done" if finished else "stopped", facts)
-        self.log.flush()
-        if self.log.track:
-            self.log.track.end(finished)
-        return {name: of[max(of)] for name, of in run.evaluated.items()} | {n: v for n, (_, v) in self.log.last.items()}
+        log.comment("done" if finished else "stopped", facts)
+        log.flush()
+        if log.track:
+            log.track.end(finished)
+        return {name: value for name, (_, value) in last.items()}
 
     def restart_clock(self) -> None:
         """After an evaluation or a save; the ranks wait for each other here."""
@@ -1237,6 +1235,7 @@ class Meter:
             if texts := values.pop("samples", None):
                 self.log.comment("samples", {"step": step, "texts": texts})
                 run.ranks.print0(self.screen.samples(texts))
+            values = {stream: float(value) for stream, value in values.items()}
             for stream, value in values.items():
                 run.evaluated.setdefault(stream, {})[step] = value
             self.log.write(step, **values)
@@ -1264,7 +1263,7 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     with contextlib.closing(log), contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
-            for name, every in run.every.items():
+            for name, every in run.intervals.items():
                 if step == run.start and step in run.evaluated.get(name, {}):
                     continue  # it was evaluated before this checkpoint was saved
                 if every and (last or step % every == 0) and not stopping:
@@ -1295,26 +1294,27 @@ def main(config: Config) -> dict[str, float]:
     if config.resume_from:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
-    check = partial(optional("extras.checks").check_settings, config)
-    with joined_ranks(config.device, check) as ranks, StopSignal(ranks) as stop:
+    with joined_ranks(config.device, partial(check, config)) as ranks, StopSignal(ranks) as stop:
         try:
-            return train(set_up(config, ranks), stop)
+            return train(Run(config, ranks), stop)
         except RuntimeError as error:
-            if found := optional("extras.agree").blame(error, config.log_dir):
-                raise LocalError(found) from error
+            optional("extras.agree").blame(error, config.log_dir)  # raises, if it was a rank that does not answer
             raise
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
-    """Parse and train. A UserError is one line on stderr and exit status 2; extras/cli.py has more help for a slip."""
-    if not isinstance(cli := optional("extras.cli"), Missing):
+    """Parse and train. A UserError is one line on stderr and exit status 2; extras/cli.py has more help for a typo."""
+    if cli := optional("extras.cli"):
         return cli.run(main, Config, __doc__, argv)
-    import tyro
     try:
+        import tyro
         main(tyro.cli(Config, args=argv, description=__doc__, use_underscores=True, config=(tyro.conf.DisallowNone,)))
     except (UserError, ModuleNotFoundError) as error:
-        lacks = f"a setting needs more than this file: {getattr(error, 'name', '')}/ is not beside train_gpt2.py"
-        print(f"train_gpt2.py: error: {error if isinstance(error, UserError) else lacks}", file=sys.stderr, flush=True)
+        name = getattr(error, "name", "")
+        lacks = "extras/ is not beside train_gpt2.py" if name == "extras" else f"pip install {name}"
+        message = f"a setting needs more than this file: {lacks}" if name else error
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, LocalError):
+            print(f"train_gpt2.py: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

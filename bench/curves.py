@@ -50,7 +50,7 @@ class Config:
 def trainer_of(config: Config, dtype: str, compile: bool = False):
     names = ("data_dir", "n_layer", "n_head", "n_embd", "seq_len", "device")
     settings = {name: getattr(config, name) for name in names}
-    return train_gpt2.set_up(
+    return train_gpt2.Run(
         train_gpt2.Config(
             **settings, log_dir="bench/out/unused", micro_batch=config.micro_batch, hella_every=0, dtype=dtype,
             total_batch_size=config.micro_batch * config.seq_len, max_steps=config.steps, compile=compile,

@@ -54,7 +54,7 @@ def main(config: Config) -> None:
         total_batch_size=config.total_batch_size or config.micro_batch * config.seq_len, seq_len=config.seq_len,
         hella_every=0, device=config.device, compile=config.compile,
     )  # fmt: skip
-    trainer = train_gpt2.set_up(ours, train_gpt2.join_ranks(ours.device))
+    trainer = train_gpt2.Run(ours, train_gpt2.join_ranks(ours.device))
     cold = []
     for step in range(5):
         drop_from_cache(trainer.train.shards)

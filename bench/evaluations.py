@@ -32,7 +32,7 @@ class Config:
     seq_len: int = 1024  # tokens per sequence
     micro_batch: int = 64  # sequences per forward
     val_tokens: int = 20 * 2**19  # tokens of the val split
-    sdpa: Literal[*train_gpt2.SDPA_KERNELS] = "auto"  # attention kernel
+    sdpa: Literal["auto", "flash", "cudnn", "mem_efficient", "math"] = "auto"  # attention kernel
     device: str = "auto"  # cuda, mps or cpu
     compile: bool | None = None  # as in train_gpt2.py
     repeats: int = 3  # times each
@@ -46,7 +46,7 @@ def main(config: Config) -> None:
         sdpa=config.sdpa, val_tokens=config.val_tokens,
     )  # fmt: skip
     ranks = train_gpt2.join_ranks(ours.device)
-    trainer = train_gpt2.set_up(ours, ranks)
+    trainer = train_gpt2.Run(ours, ranks)
     synchronize = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
     stop = train_gpt2.StopSignal(ranks)
 

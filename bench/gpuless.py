@@ -254,7 +254,7 @@ def inspect(code: str, size: str, B: int) -> dict:
             data_dir=tokens(Path(directory)), log_dir=directory + "/log", device="cuda", model=size, micro_batch=B,
             total_batch_size=2 * B * T, hella_every=0, compile=True, dtype="bfloat16",
         )  # fmt: skip
-        run = train_gpt2.set_up(config, train_gpt2.Ranks(0, 1, torch.device("cuda", 0)))
+        run = train_gpt2.Run(config, train_gpt2.Ranks(0, 1, torch.device("cuda", 0)))
         compiled, model, held = len(kernels), run.model, []
         memory.float32 = 0  # from here on, what is there is there: while it compiled, whole graphs were
 

@@ -47,7 +47,7 @@ def measure(pipe, config: Config, variant: str, B: int) -> None:
         "device": config.device, "compile": False, **settings,
     })  # fmt: skip
     try:
-        trainer = train_gpt2.set_up(ours, train_gpt2.join_ranks(ours.device))
+        trainer = train_gpt2.Run(ours, train_gpt2.join_ranks(ours.device))
         on_gpu = trainer.device.type == "cuda"
         for step in range(2):
             float(train_gpt2.train_step(trainer, trainer.batch(step), 1e-4)[0])

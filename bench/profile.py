@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         total_batch_size=config.micro_batch * config.seq_len, micro_batch=config.micro_batch, seq_len=config.seq_len,
         hella_every=0, device=config.device, dtype=config.dtype, compile=config.compile,
     )  # fmt: skip
-    trainer = train_gpt2.set_up(ours, train_gpt2.join_ranks(ours.device))
+    trainer = train_gpt2.Run(ours, train_gpt2.join_ranks(ours.device))
     batches = [trainer.batch(step) for step in range(2 + config.steps)]
     for batch in batches[:2]:
         train_gpt2.train_step(trainer, batch, 1e-4)

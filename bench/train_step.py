@@ -182,7 +182,7 @@ def our_config(config: Config, settings: list[str]) -> train_gpt2.Config:
 def our_step(config: Config, settings: list[str]):
     """A function that makes the next update and returns its loss, still on the device."""
     ours = our_config(config, settings)
-    trainer = train_gpt2.set_up(ours, train_gpt2.join_ranks(ours.device))
+    trainer = train_gpt2.Run(ours, train_gpt2.join_ranks(ours.device))
     batches = train_gpt2.prefetched(trainer.batch, 0, 10**9)
     gc.collect()
     gc.freeze()

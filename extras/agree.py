@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from extras.cli import UserError
+from extras.cli import LocalError, UserError
 
 
 @contextlib.contextmanager
@@ -84,10 +84,13 @@ def note(step: int, what: str) -> None:
         dist.distributed_c10d._get_default_store().set(f"at{dist.get_rank()}", f"{step}\n{what}\n{time.time()}")
 
 
-def blame(error: Exception, directory: str) -> str:
-    """Who stopped answering, since when and at what; "" if nobody did. Also writes this rank's Python stack there."""
+def blame(error: Exception, directory: str) -> None:
+    """LocalError, if `error` comes of a rank that stopped answering: which, since when and at what.
+
+    Writes this rank's Python stack into the directory.
+    """
     if not (dist.is_initialized() and re.search("[Tt]imed out|[Tt]imeout|closed by peer|reset by peer", str(error))):
-        return ""
+        return
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, f"stack_rank{dist.get_rank()}.txt"), "w") as file:
         faulthandler.dump_traceback(file)
@@ -102,4 +105,5 @@ def blame(error: Exception, directory: str) -> str:
         silent = min(seen, default=(0, "one that never began"))[1]  # whoever was heard of last is only waiting, too
     except RuntimeError:
         silent = "rank 0, or its node"  # the store was there
-    return f"the ranks wait for one that does not answer: {silent}; what this one did is in {file.name}"
+    waits = f"the ranks wait for one that does not answer: {silent}"
+    raise LocalError(f"{waits}; what this one did is in {file.name}") from error

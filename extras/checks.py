@@ -2,8 +2,8 @@
 What train_gpt2.py refuses before it begins: settings that can't be right, files that are not what they should be, a run
 that is not the one to go on with, and a directory that it could not write into.
 
-Files are evidence, not orders: whoever wrote a manifest, a shard or a checkpoint, no value in it is used before it was
-looked at. Without this file the trainer trusts what it reads, and finds out as it goes.
+Files are evidence, not orders: whoever wrote a manifest, a shard or a checkpoint, no value in it is used before it has
+been checked. Without this file the trainer trusts what it reads, and finds out as it goes.
 """
 
 import contextlib
@@ -46,10 +46,6 @@ def check_settings(config) -> None:
         raise UserError(f"--total_batch_size {config.total_batch_size} is not {multiple}")
     if config.epochs and config.max_steps != type(config).max_steps:
         raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
-    if config.track != "none":
-        from extras.track import require_tracker
-
-        require_tracker(config.track)
 
 
 def check_batch(config, ranks) -> None:
@@ -108,7 +104,7 @@ def check_files(data_dir: str, split: str, paths: list[Path], listed: dict[str, 
 
 
 def check_header(path: Path, dtype: str) -> None:
-    """Of a .npy file, before numpy maps what it says: an item of no size would end the process."""
+    """Check a .npy header before numpy maps the file: a zero-size dtype would crash the process."""
     with open(path, "rb") as file:
         major, _ = np.lib.format.read_magic(file)
         shape, _, found = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
@@ -139,20 +135,22 @@ def check_checkpoint(state: dict) -> None:
     evaluations = state.get("evaluations", {})
     if not wrong:
         plain = state["config"] | state["loader"] | (state.get("scaler") or {})
-        wrong = [name for name, value in plain.items() if not isinstance(value, int | float | str | None)]
+        wrong = [name for name, value in plain.items() if isinstance(value, torch.Tensor)]
         counts = {"step": state["step"], "sample": state["loader"].get("sample")}
         wrong += [name for name, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]
-        of_streams = [*evaluations.values()] if type(evaluations) is dict else [None]
-        if not all(type(of) is dict and all(type(x) is float for x in of.values()) for of in of_streams):
+        streams = [*evaluations.values()] if type(evaluations) is dict else [None]
+        values = [pair for of in streams for pair in (of.items() if type(of) is dict else [(None, None)])]
+        if not all(type(at) is int and type(value) is float for at, value in values):
             wrong.append("evaluations")
     if wrong:
         raise ValueError(f"{', '.join(wrong)} can't be what a checkpoint holds")
 
 
 def check_weights(shape: dict, state: dict) -> None:
-    """TypeError or UserError unless these are dense float32 tensors, at least one for each layer."""
+    """TypeError or UserError unless these are dense tensors of one precision, at least one for each layer."""
     for name, t in state.items():
-        if not (t.dtype == torch.float32 and t.device.type != "meta" and t.is_contiguous()):
+        dense = t.is_floating_point() and t.device.type != "meta" and t.is_contiguous()
+        if not dense or t.dtype != next(iter(state.values())).dtype:
             raise TypeError(f"{name} is {t.dtype}, {t.layout} on {t.device}")
     if type(shape.get("n_layer")) is int and shape["n_layer"] > len(state):  # building these could take forever
         raise UserError(f"these weights, {len(state)} tensors, are not those of {shape['n_layer']} layers")
@@ -168,7 +166,8 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
                 sizes = {"step": (), "momentum": stack} if i == 0 else {}
             moments = optimizer.state.get(p, {})
             found = {name: moment.shape for name, moment in moments.items()}
-            if found != sizes or not all(moment.is_contiguous() for moment in moments.values()):
+            fit = all(moment.is_contiguous() and moment.is_floating_point() for moment in moments.values())
+            if found != sizes or not fit:
                 raise ValueError(f"{found} beside {sizes}")
 
 
@@ -177,7 +176,7 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_log(config) -> None:
-    """UserError for a log.txt without a checkpoint that is no run's of ours, or one's that has lost its checkpoints."""
+    """UserError for a log.txt without checkpoints, unless it is a run's of ours that died before its first save."""
     if list(Path(config.log_dir).glob("ckpt_*.pt")):
         return
     text = Path(config.log_dir, "log.txt").read_text(encoding="utf-8", errors="replace")
@@ -192,6 +191,12 @@ def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0
 
     steps: of all checkpoints in log_dir. loader: what the stream of samples depends on.
     """
+    if "evaluations" not in saved:  # an older version's: they are in its log alone
+        log, saved["evaluations"] = Path(config.log_dir, "log.txt"), {"val": {}}
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        for step, value in re.findall(r"^(\d{1,15}) val (\S+)$", text, re.M):
+            with contextlib.suppress(ValueError):
+                saved["evaluations"]["val"] |= {int(step): float(value)} if int(step) <= saved["step"] else {}
     if later := [step for step in steps if step > saved["step"]] if config.resume_from else []:
         print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
     before, now = saved["config"] | saved["loader"], asdict(config) | loader
@@ -219,7 +224,7 @@ def require_directory(config, model, writes: bool) -> None:
         return
     size = 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
     needed = (config.keep_checkpoints + 2) * size  # and the best one, and one that is being written
-    needed -= sum(path.stat().st_size for path in Path(log_dir).glob("ckpt_*.pt"))
+    needed -= sum(path.stat().st_size for path in Path(log_dir).glob("ckpt_*"))  # half a one is removed before
     if needed > (free := shutil.disk_usage(log_dir).free):
         there = f"{log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints"
         raise UserError(f"{there}; free some, lower --keep_checkpoints, or choose another --log_dir")
@@ -228,22 +233,3 @@ def require_directory(config, model, writes: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"no checkpoint could be saved in {log_dir}: {error}") from error
-    log = Path(log_dir, "log.txt")
-    if log.exists() and not (log.is_file() and os.access(log, os.W_OK)):
-        raise UserError(f"{log} can't be written; choose another --log_dir")
-
-
-def lock_log(file) -> None:
-    """UserError if another process trains here. The lock dies with its owner; NFS needs v4, Windows has none."""
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            log = Path(file.name)
-            owner = re.findall(r'"host".*', log.read_text(encoding="utf-8", errors="replace"))[-1:]
-            there = f"{log.parent}: another process trains there ({''.join(owner).strip('}')})"
-            raise UserError(f"{there}; choose another --log_dir") from error
-        except OSError:  # a file system without locks
-            pass

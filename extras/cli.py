@@ -15,6 +15,10 @@ class UserError(ValueError):
     """A mistake the user can correct: one line with the numbers and the next move, exit status 2, no traceback."""
 
 
+class LocalError(UserError):
+    """A UserError that only one rank may hit, so that rank reports it; else the first rank of each node does."""
+
+
 ELSEWHERE = {  # flags of nanoGPT, transformers and others -> what train_gpt2.py calls them
     "batch_size": "micro_batch (sequences a forward) and --total_batch_size (tokens an update)",
     "gradient_accumulation_steps": "total_batch_size (tokens an update)", "block_size": "seq_len",
@@ -54,7 +58,7 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
 
 
 def run(main: Callable, config_class: type, description: str, argv: Sequence[str] | None = None) -> None:
-    """Parse, call `main(config)`, and turn a UserError or want of memory into one line on stderr and exit status 2.
+    """Parse, call `main(config)`, and turn a UserError, or a lack of memory, into one line on stderr and exit status 2.
 
     Of several ranks the first of each node speaks, and any that alone met a LocalError or has no memory.
     """

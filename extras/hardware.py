@@ -36,32 +36,30 @@ def peak_flops(device: torch.device) -> float:
     return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if set(card.split()) <= words), 0.0)
 
 
-def find_device(name: str, ranks: int = 1, on_this_node: int = 1) -> torch.device:
-    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError if it is none, or not one of this machine's.
-
-    ranks: processes that share the work, so many of them on_this_node, each with a device of its own.
-    """
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < (2, 11):  # 2.10 compiled gives NaNs on A100
-        raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
+def find_device(name: str) -> torch.device:
+    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError if it is none, or not one of this machine's."""
     here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = here if name == "auto" else torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name} is no device; use auto, cuda, mps, cpu or cuda:N") from error
-    explain_cuda(name, device)
+        raise UserError(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N") from error
+    check_device(name, device)
     count = 1 if device.type == "cpu" else torch.accelerator.device_count() if device.type == here.type else 0
     if (device.index or 0) >= count:
         raise UserError(f"--device {name}: there is none here; {device.type} devices: {count}, auto would be {here}")
+    return device
+
+
+def check_device(name: str, device: torch.device, ranks: int = 1, on_this_node: int = 1) -> None:
+    """UserError for a device with which this torch, or so many ranks, can't work. name: what was asked for."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 11):  # 2.10 compiled gives NaNs on A100
+        raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
+    explain_cuda(name, device)
     if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
         raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
     if ranks > 1 and (device.type == "mps" or device.index is not None):
         raise UserError(f"--device {device} is one device, and there are {ranks} ranks; use --device cuda or cpu")
-    if device.type != "cpu" and count < on_this_node:
-        raise UserError(f"{on_this_node} ranks on this node, but {count} {device.type} devices; lower --nproc_per_node")
-    if device.type == "cpu":
-        keep_freed_memory()
-    return device
 
 
 def keep_freed_memory() -> None:
@@ -71,11 +69,7 @@ def keep_freed_memory() -> None:
 
 
 def triton_problem() -> str:
-    """Why torch.compile can make no CUDA kernels here; empty if it can."""
-    from torch.utils._triton import has_triton
-
-    if not has_triton():
-        return "there is no Triton for this card or system"
+    """Why Triton, which is here, can make no CUDA kernels; empty if it can."""
     try:
         import triton
 

@@ -53,7 +53,7 @@ def on_one_node(changes: dict, guilty: int, data: Path, tmp_path: Path, **common
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"data_dir": "nowhere"}, "no train shards in 'nowhere'"),  # met in set_up
+        ({"data_dir": "nowhere"}, "no train shards in 'nowhere'"),  # met while the run is set up
         ({"device": "cuda:7"}, "--device cuda:7: there is none here"),  # before there is a process group
         ({"max_lr": -1.0}, "--max_lr is -1.0"),
     ],

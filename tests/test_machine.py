@@ -186,9 +186,8 @@ def test_fewer_sequences_than_ranks_is_one_line():
             )
 
 
-def test_the_largest_divisor_is_found_at_once():
-    plain = lambda n, most: max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d <= most))  # noqa: E731
-    for n in range(1, 40):
-        for most in (0, 1, 2.5, 7, 64):
-            assert train_gpt2.largest_divisor(n, most) == plain(n, most)
-    assert train_gpt2.largest_divisor(2**50 // 3, 64) == 31 and train_gpt2.largest_divisor(0, 64) == 1
+def test_the_micro_batch_is_the_largest_divisor_that_should_fit():
+    ranks, shape = train_gpt2.Ranks(0, 1, torch.device("cpu")), train_gpt2.GPTConfig(16, 384, 1, 1, 32)
+    for n, T, expected in ((8, 512, 8), (9, 512, 3), (7, 1024, 1), (2**40, 1, 64), (3 * 2**40, 64, 64), (5, 8192, 1)):
+        config = train_gpt2.Config(total_batch_size=n * T, seq_len=T)
+        assert train_gpt2.pick_micro_batch(config, shape, ranks, False, torch.float32) == expected

@@ -15,7 +15,7 @@ from tiny import ROOT, USER_ERRORS, tiny_config, token_set
 
 import train_gpt2
 from extras import fit
-from train_gpt2 import lr_at, main, set_up, train_step
+from train_gpt2 import Run, lr_at, main, train_step
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 
 def losses(config, steps: int) -> list[float]:
-    run = set_up(config, train_gpt2.join_ranks("cpu"))
+    run = Run(config, train_gpt2.join_ranks("cpu"))
     return [float(train_step(run, run.batch(k), lr_at(k, config))[0]) for k in range(steps)]
 
 
@@ -54,7 +54,7 @@ def test_with_dropout_recompute_draws_the_same_and_validation_draws_nothing(data
     config = tiny_config(data, tmp_path / "log", micro_batch=4)
     gradients = []
     for recompute in (False, True):
-        run = set_up(replace(config, recompute=recompute), train_gpt2.join_ranks("cpu"))
+        run = Run(replace(config, recompute=recompute), train_gpt2.join_ranks("cpu"))
         x, y, _ = run.batch(0)
         torch.manual_seed(1)
         run.raw_model(x[0], y[0].long())[1].backward()
@@ -125,7 +125,7 @@ def out_of_memory_over(limit: int):
 @pytest.mark.parametrize("sequences, limit, expected", [(8, 8, 8), (8, 3, 2), (12, 5, 3), (9, 4, 3), (6, 1, 1)])
 def test_micro_batches_are_halved_until_they_fit(data, tmp_path, monkeypatch, sequences, limit, expected):
     config = tiny_config(data, tmp_path / "log", total_batch_size=32 * sequences, micro_batch=0)
-    run = set_up(config, train_gpt2.join_ranks("cpu"))
+    run = Run(config, train_gpt2.join_ranks("cpu"))
     assert run.micro_batch == sequences
     monkeypatch.setattr(fit, "try_micro_batch", out_of_memory_over(limit))
     run.micro_batch = fit.fit_micro_batch(run, train_gpt2.any_rank)
@@ -135,17 +135,17 @@ def test_micro_batches_are_halved_until_they_fit(data, tmp_path, monkeypatch, se
 
 
 def test_what_does_not_fit_is_named(data, tmp_path, monkeypatch):
-    run = set_up(tiny_config(data, tmp_path / "log", micro_batch=0), train_gpt2.join_ranks("cpu"))
+    run = Run(tiny_config(data, tmp_path / "log", micro_batch=0), train_gpt2.join_ranks("cpu"))
     monkeypatch.setattr(fit, "try_micro_batch", out_of_memory_over(0))
     with pytest.raises(USER_ERRORS, match=r"with --micro_batch 1; lower --seq_len.*--model.*--recompute"):
         fit.fit_micro_batch(run, train_gpt2.any_rank)
-    run = set_up(tiny_config(data, tmp_path / "log", micro_batch=4), train_gpt2.join_ranks("cpu"))
+    run = Run(tiny_config(data, tmp_path / "log", micro_batch=4), train_gpt2.join_ranks("cpu"))
     with pytest.raises(USER_ERRORS, match="out of memory with --micro_batch 4; leave --micro_batch at 0"):
         fit.fit_micro_batch(run, train_gpt2.any_rank)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(data, tmp_path, monkeypatch):
-    run = set_up(tiny_config(data, tmp_path / "log"), train_gpt2.join_ranks("cpu"))
+    run = Run(tiny_config(data, tmp_path / "log"), train_gpt2.join_ranks("cpu"))
     monkeypatch.setattr(fit, "try_micro_batch", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         fit.fit_micro_batch(run, train_gpt2.any_rank)
@@ -154,7 +154,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(data, tmp_path, monkeyp
 def test_a_trial_leaves_no_trace(data, tmp_path):
     config = tiny_config(data, tmp_path / "log")
     expected = losses(config, 3)
-    run = set_up(config, train_gpt2.join_ranks("cpu"))
+    run = Run(config, train_gpt2.join_ranks("cpu"))
     fit.try_micro_batch(run, 8)
     assert all(p.grad is None for p in run.raw_model.parameters()) and not run.optimizer.state
     assert [float(train_step(run, run.batch(k), lr_at(k, config))[0]) for k in range(3)] == expected
@@ -171,7 +171,7 @@ def try_micro_batch(run, micro_batch):
     if micro_batch > (8 if ranks.rank == 0 else 2):
         raise torch.OutOfMemoryError("CUDA out of memory")
 fit.try_micro_batch = try_micro_batch
-run = train_gpt2.set_up(tiny_config({data!r}, {log!r}, total_batch_size=512, micro_batch=0), ranks)
+run = train_gpt2.Run(tiny_config({data!r}, {log!r}, total_batch_size=512, micro_batch=0), ranks)
 before, run.micro_batch = run.micro_batch, fit.fit_micro_batch(run, train_gpt2.any_rank)
 loss = train_gpt2.train_step(run, run.batch(0), 1e-3)[0]
 mean = float(train_gpt2.all_reduce(loss, ranks)) / 2

@@ -248,7 +248,7 @@ def broken_weights(tmp_path):
         ({"min_lr": 1.0}, "--min_lr 1 is above --max_lr 0.003"),
         ({"init_from": "nowhere/nothing"}, "nowhere/nothing"),
         ({"init_from": "other.pt"}, "other.pt"),
-        ({"device": "tpu9"}, "--device tpu9 is no device"),
+        ({"device": "tpu9"}, "--device tpu9 is not a device"),
         ({"device": "cuda"}, "cuda devices: 0"),
     ],
 )

@@ -221,7 +221,7 @@ def step_seconds(size: str, config: Config, max_lr: float, muon_lr: float, round
     sides = []
     for trial in (gpt2(size, config.steps, max_lr), fast(size, config.steps, muon_lr)):
         settings = trial.settings(config) | {"log_dir": str(Path(config.out) / "unused")}
-        sides.append(train_gpt2.set_up(train_gpt2.Config(**settings), train_gpt2.join_ranks(config.device)))
+        sides.append(train_gpt2.Run(train_gpt2.Config(**settings), train_gpt2.join_ranks(config.device)))
     now = time.process_time if sides[0].device.type == "cpu" else time.perf_counter
     seconds = ([], [])
     for step in range(rounds + 2):

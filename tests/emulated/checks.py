@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: E402
 from tiny import read_log, tiny_config, token_set  # noqa: E402
 
 import train_gpt2  # noqa: E402
-from train_gpt2 import GPT, Ranks, main, set_up  # noqa: E402
+from train_gpt2 import GPT, Ranks, Run, main  # noqa: E402
 
 RANKS = Ranks(0, 1, torch.device("cuda", 0))
 FAST = {"recipe": "fast", "max_lr": 3e-3, "muon_lr": 6e-3}
@@ -153,7 +153,7 @@ def test_a_resumed_run_is_the_undisturbed_one(config, tmp_path, changes):
 def test_a_bad_gradient_changes_nothing(config, changes):
     """In float16 the scale is halved, too; the step after is a step again."""
     settings = config(**changes)
-    run = set_up(settings, RANKS)
+    run = Run(settings, RANKS)
     train_gpt2.train_step(run, run.batch(0), 1e-3)
     before, scale = snapshot(run), run.scaler.get_scale()
     bad = run.raw_model.transformer.h[1].mlp.c_fc.weight.register_hook(lambda grad: grad * torch.inf)
@@ -193,7 +193,7 @@ def compiled(request, monkeypatch):
 
 
 def measured(config, B: int) -> tuple[int, int, int]:
-    """Bytes of a set_up with that micro-batch: held after it, the most up to its first backward, the most of all."""
+    """Bytes of a Run with that micro-batch: held after it, the most up to its first backward, the most of all."""
     gc.collect()
     start, backward, forward = device.card.card_allocated(), torch.Tensor.backward, []
 
@@ -204,7 +204,7 @@ def measured(config, B: int) -> tuple[int, int, int]:
     device.card.card_reset_peak()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", watched)
-        run = set_up(config(**{**BIG, "micro_batch": B}), RANKS)
+        run = Run(config(**{**BIG, "micro_batch": B}), RANKS)
     assert run.micro_batch == B
     return device.card.card_allocated() - start, forward[0], device.card.card_peak() - start
 
@@ -229,7 +229,7 @@ def test_out_of_memory_at_first_halves_the_micro_batch(config, compiled, phase, 
     try:
         start = device.card.card_allocated()
         with device.limited_to((enough + needed) // 2) if phase == "forward" else nullcontext():
-            run = set_up(config(**BIG), RANKS)
+            run = Run(config(**BIG), RANKS)
             left = device.card.card_allocated() - start
             losses = [train_gpt2.train_step(run, run.batch(step), 1e-3)[0].item() for step in range(2)]
     finally:
@@ -237,7 +237,7 @@ def test_out_of_memory_at_first_halves_the_micro_batch(config, compiled, phase, 
     assert results[0] == ("failed" if phase == "backward" else "done") and set(results[1:]) == {"done"}
     assert run.micro_batch == 32 and left == held
     assert "trying micro-batch 32" in capsys.readouterr().out
-    run = set_up(config(**{**BIG, "micro_batch": 32}), RANKS)
+    run = Run(config(**{**BIG, "micro_batch": 32}), RANKS)
     assert losses == [train_gpt2.train_step(run, run.batch(step), 1e-3)[0].item() for step in range(2)]
 
 
@@ -260,12 +260,12 @@ def test_what_libraries_say_for_want_of_memory(config, monkeypatch, words, is_me
 
     monkeypatch.setattr(torch.Tensor, "backward", failing_at_first)
     if is_memory:
-        assert set_up(config(**BIG), RANKS).micro_batch == 32
+        assert Run(config(**BIG), RANKS).micro_batch == 32
     else:
         with pytest.raises(RuntimeError, match=words):
-            set_up(config(**BIG), RANKS)
+            Run(config(**BIG), RANKS)
 
 
 def test_no_memory_for_one_sequence_is_a_message(config):
     with device.limited_to(300_000), pytest.raises(ValueError, match="out of memory with --micro_batch 1;"):
-        set_up(config(**BIG), RANKS)
+        Run(config(**BIG), RANKS)
