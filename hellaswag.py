@@ -307,7 +307,7 @@ class Row(NamedTuple):
     n_scored: np.ndarray  # (K,) tokens of each ending, the last ones of its path
     lengths: np.ndarray  # (K,) what acc_norm divides an ending's loss by
     first: np.ndarray  # (K,) the first ending of the same tokens: equal endings have equal scores, to the last bit
-    trees: list  # int32 arrays (4, T): tokens, positions, segments, targets; one, unless the endings don't fit the block
+    trees: list  # int32 arrays (4, T): tokens, positions, segments, targets; one, if the endings fit the block
 
 
 def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpathy") -> list[Row]:
@@ -548,14 +548,14 @@ def compare(paths: list[str]) -> str:
     sets = [[record for _, record in read_jsonl(Path(path))] for path in paths]
     try:
         a, b = ([(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in sets)
-        chosen = {name: [[r[name] == r["label"] for r in records] for records in sets] for name in ("pred", "pred_norm")}
+        right = {name: [[r[name] == r["label"] for r in records] for records in sets] for name in ("pred", "pred_norm")}
     except (KeyError, TypeError) as error:
         raise UserError(f"{paths[0]} or {paths[1]} was not written by --out: no {error}") from error
     if a != b or not a:
         raise UserError(f"{paths[0]} ({len(a)} lines) and {paths[1]} ({len(b)}) are not of the same examples and style")
     lines = [f"{a[0][0]} ({a[0][1]} style), n {len(a)}: A {paths[0]}, B {paths[1]}"]
     for name, metric in (("pred", "acc"), ("pred_norm", "acc_norm")):
-        in_a, in_b = np.array(chosen[name])
+        in_a, in_b = np.array(right[name])
         only_a, only_b = int((in_a & ~in_b).sum()), int((in_b & ~in_a).sum())
         accs = f"{metric:8s} A {in_a.mean():.4f} B {in_b.mean():.4f}"
         lines.append(f"  {accs}; right only in A {only_a}, only in B {only_b}: McNemar p {mcnemar(only_a, only_b):.3g}")

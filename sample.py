@@ -11,9 +11,8 @@ Text from a checkpoint of ours, or from pretrained GPT-2 weights.
 
 By default a token is drawn at temperature 1.0 from the 50 likeliest, and a sample ends at <|endoftext|>. The samples of
 all prompts are drawn in batches as large as memory allows; with --stream one after the other, so several samples differ
-from those without it, while a single one is the same. Control characters are escaped. Ctrl-C ends it; in a conversation it
-ends the answer, and between answers the conversation, as an empty line does. The oldest turns are left out when the
-model can't see them all.
+from those without it, while a single one is the same. Control characters are escaped. Ctrl-C ends it; during an answer
+of a conversation it ends that answer. A conversation's oldest turns are left out when the model can't see them all.
 """
 
 import codecs
@@ -23,7 +22,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -75,22 +74,24 @@ def main(config: Config) -> None:
         print(f"wrote {config.export} {READERS[tokenizer_name(model.config.n_tokens)]}")
         return
     tokenizer, device = tokenizer_for(model.config.n_tokens, config.model), find_device(config.device)
-    if config.max_new_tokens is None:
-        config = replace(config, max_new_tokens=model.config.block_size if config.format == "chat" else 100)
     if device.type == "cpu":
         keep_freed_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
+    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+    options |= {"generator": torch.Generator(device).manual_seed(config.seed)}
+    default = model.config.block_size if config.format == "chat" else 100
+    options |= {"max_new_tokens": config.max_new_tokens or default}
     draw = stream_samples if config.stream else draw_batches
     try:
         model.to(device).eval()
         if config.compile:
             model.features = torch.compile(model.features)
         if config.format == "chat":
-            return chat(model, tokenizer, itertools.chain.from_iterable(batches_of_prompts(config)), config)
-        for asked, prompts in enumerate(batches_of_prompts(config)):  # who asks again wants another answer
+            return chat(model, tokenizer, config.system, prompts_of(config), options)
+        for prompts in prompts_of(config):
             if config.format == "alpaca":
                 prompts = [END + alpaca_prompt(prompt) for prompt in prompts]
-            for text in draw(model, tokenizer, prompts, replace(config, seed=config.seed + asked)):
+            for text in draw(model, tokenizer, prompts, config.num_samples, options):
                 say(text)
     except KeyboardInterrupt:
         print()  # so that the shell's prompt begins a line
@@ -116,12 +117,12 @@ def check(config: Config) -> None:
         if (value := getattr(config, name)) is not None and not least <= value < 2**bits:
             raise UserError(f"--{name} is {value}; it must be at least {least}, and below 2^{bits}")
     if config.format != "chat" and config.system:
-        raise UserError("--system is for --format chat; leave one out, or give both")
+        raise UserError("--system goes with --format chat only; add that, or put it into the prompt")
     if config.format == "chat" and config.num_samples != 1:
-        raise UserError(f"--num_samples is {config.num_samples}; with --format chat there is one answer to each message")
+        raise UserError(f"--num_samples is {config.num_samples}; with --format chat a message has one answer")
 
 
-def batches_of_prompts(config: Config) -> Iterator[list[str]]:
+def prompts_of(config: Config) -> Iterator[list[str]]:
     """The prompts of the command line or the file, at once; else what is typed, one by one, until the end of input."""
     if config.prompt is not None:
         yield [config.prompt]
@@ -147,50 +148,43 @@ def batches_of_prompts(config: Config) -> Iterator[list[str]]:
             raise UserError(f"what was typed is not text: {error}") from error
 
 
-def options(model: GPT, config: Config) -> dict:
-    names = ("temperature", "top_k", "top_p", "repetition_penalty")
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(config.seed)
-    return {name: getattr(config, name) for name in names} | {"generator": generator}
-
-
-def draw_batches(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterator[str]:
+def draw_batches(model: GPT, tokenizer, prompts: list[str], num_samples: int, options: dict) -> Iterator[str]:
     """Whole samples: prompt and continuation, up to end-of-text, and a line. As many at once as SAMPLES_BYTES hold."""
-    c, settings = model.config, options(model, config)
-    tokens = max(len(encode_prompt(tokenizer, prompt)[0]) for prompt in prompts) + config.max_new_tokens
+    c = model.config
+    tokens = max(len(encode_prompt(tokenizer, prompt)[0]) for prompt in prompts) + options["max_new_tokens"]
     sample_bytes = 8 * c.n_layer * c.n_embd * min(tokens, c.block_size) + 24 * c.n_tokens  # the cache, copies of logits
-    samples = (prompt for prompt in prompts for _ in range(config.num_samples))
+    samples = (prompt for prompt in prompts for _ in range(num_samples))
     while batch := list(itertools.islice(samples, max(1, SAMPLES_BYTES // sample_bytes))):
-        for text in continue_texts(model, batch, config.max_new_tokens, **settings):
+        for text in continue_texts(model, batch, **options):
             yield f"{text}\n{LINE}\n"
 
 
-def stream_samples(model: GPT, tokenizer, prompts: list[str], config: Config) -> Iterator[str]:
+def stream_samples(model: GPT, tokenizer, prompts: list[str], num_samples: int, options: dict) -> Iterator[str]:
     """Text as it comes, the samples one after the other."""
-    settings = options(model, config)
-    for prompt in (prompt for prompt in prompts for _ in range(config.num_samples)):
+    for prompt in (prompt for prompt in prompts for _ in range(num_samples)):
         ids, text = encode_prompt(tokenizer, prompt)
         yield text
-        yield from stream_text(model, tokenizer, ids, config.max_new_tokens, settings)
+        yield from stream_text(model, tokenizer, ids, options)
         yield f"\n{LINE}\n"
 
 
-def stream_text(model: GPT, tokenizer, ids: list[int], max_new_tokens: int, settings: dict) -> Iterator[str]:
+def stream_text(model: GPT, tokenizer, ids: list[int], options: dict) -> Iterator[str]:
     """What follows the ids, up to end-of-text; a character comes when all its bytes are there."""
     characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
-    for token in stream(model, idx, max_new_tokens, stop=tokenizer.eot, **settings):
+    for token in stream(model, idx, stop=tokenizer.eot, **options):
         if token.item() != tokenizer.eot:
             yield characters.decode(tokenizer.decode_bytes([token.item()]))
     yield characters.decode(b"", final=True)
 
 
-def chat(model: GPT, tokenizer, questions: Iterable[str], config: Config) -> None:
-    """Answer the questions, each with those before it; the oldest are forgotten when the model can't see them all."""
-    messages = [("system", config.system)] if config.system else []
-    oldest, settings, forgot = len(messages), options(model, config), False
-    room = min(config.max_new_tokens, model.config.block_size // 2)  # for the answer
-    limit = model.config.block_size - room
-    for question in questions:
+def chat(model: GPT, tokenizer, system: str, questions: Iterable[list[str]], options: dict) -> None:
+    """Answer each question with those before it in view; the oldest turns go when the model can't see them all."""
+    messages = [("system", system)] if system else []
+    oldest, forgot, block_size = len(messages), False, model.config.block_size
+    options = options | {"max_new_tokens": min(options["max_new_tokens"], block_size // 2)}
+    limit = block_size - options["max_new_tokens"]
+    for question in itertools.chain.from_iterable(questions):
         asked = [*messages, ("user", question)]
         while len(ids := encode_question(tokenizer, asked)) > limit and len(asked) > oldest + 1:
             del asked[oldest : oldest + 2]
@@ -199,13 +193,13 @@ def chat(model: GPT, tokenizer, questions: Iterable[str], config: Config) -> Non
             continue
         if len(asked) <= len(messages) and not forgot:
             forgot = True
-            print(f"the model sees {model.config.block_size} tokens; the oldest turns are left out now", file=sys.stderr)
+            print(f"the model sees {block_size} tokens; the oldest turns are left out now", file=sys.stderr)
         answer = ""
         try:
-            for text in stream_text(model, tokenizer, ids, room, settings):
+            for text in stream_text(model, tokenizer, ids, options):
                 say(text if answer else text.removeprefix(" "))
                 answer += text
-        except KeyboardInterrupt:  # stops this answer
+        except KeyboardInterrupt:  # ends this answer
             pass
         print()
         messages = [*asked, ("assistant", answer.removeprefix(" "))]

@@ -194,8 +194,11 @@ def test_it_stops_when_it_is_told_to(examples, scorer):
 
 
 def test_of_equal_endings_the_first_is_chosen(scorer, tmp_path):
-    same = {"ctx": "The man", "endings": ["runs on.", "sits.", "runs on.", "sits."], "label": 0}
-    path = write_jsonl(tmp_path / "ties.jsonl", [same, {**same, "endings": ["sits."] * 4}])
+    """To the last bit, which takes care: in a long row the same ending rounds differently in another place."""
+    rng = random.Random(0)
+    long = [" ".join(rng.choices(WORDS, k=k)) for k in range(20, 40)]
+    same = [{"ctx": "The man", "endings": [text, "sits.", text, "sits."], "label": 0} for text in long]
+    path = write_jsonl(tmp_path / "ties.jsonl", [*same, {**same[0], "endings": ["sits."] * 4}])
     rows = hellaswag.render(hellaswag.load_examples(path), load_tokenizer("gpt2"), 128)
     for row, found in zip(rows, hellaswag.score(*scorer, rows, "cpu")):
         assert found.nats[0] == found.nats[2] and found.nats[1] == found.nats[3]
