@@ -176,15 +176,16 @@ def positions(of: Run, steps: np.ndarray, axis: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Rolling median over 2% of the values, which spikes don't move; at 1,000 places, joined; (n,) -> (n,), n > 0.
+    """At each place the mean of the middle half of the 2% of values around it, which spikes don't move; (n,) -> (n,).
 
-    At the start the window is kept symmetrical, so that the steep fall there is not smeared; at the end it reaches back
-    only, so that the last point is a median too.
+    At the start that window is kept symmetrical, so that the steep fall there is not smeared; at the end it reaches
+    back only, so that the last point is a mean too. Computed at 1,000 places, and joined. n > 0.
     """
     half = max(2, len(values) // 100)
     places = np.unique(np.linspace(0, len(values) - 1, min(len(values), 1_000)).astype(int))
-    medians = [np.median(values[i - min(i, half) : i + min(i, half) + 1]) for i in places]
-    return np.interp(np.arange(len(values)), places, medians)
+    windows = [np.sort(values[i - min(i, half) : i + min(i, half) + 1]) for i in places]
+    means = [window[len(window) // 4 : len(window) - len(window) // 4].mean() for window in windows]
+    return np.interp(np.arange(len(values)), places, means)
 
 
 def standard_errors(of: Run) -> np.ndarray:
@@ -216,8 +217,8 @@ def source_name(of: Run) -> str:
     return str(source.get("dataset") or (f"file {names[0]}{more}" if names else ""))
 
 
-def describe(runs: list[Run]) -> str:
-    """What all runs share of model, data and batch, and how far they are."""
+def describe(runs: list[Run]) -> tuple[str, str]:
+    """A title, and what all runs share of model, data and batch, and how far they are."""
     facts = []
     for of in runs:
         model = {"n_layer": 0, "n_head": 0, "n_embd": 0, **of.comments["config"], **of.comments["model"]}
@@ -226,8 +227,10 @@ def describe(runs: list[Run]) -> str:
         facts.append(["" if sizes.startswith("0 ") else shortened(sizes, 60), shortened(source_name(of), 38),
                       f"{of.tokens_per_step:,} tokens a step{assumed}", f"step {summary(of)['step']}"])  # fmt: skip
     shared = [values[0] for values in zip(*facts) if values[0] and len(set(values)) == 1]
-    legend = "\npale: each step   ·   dots: evaluations" if len(runs) > 1 else ""
-    return ("   ·   ".join(shared) or "models, data and batches differ") + legend
+    text = "   ·   ".join(shared) or "models, data and batches differ"
+    if len(runs) == 1:
+        return runs[0].name, text
+    return f"{len(runs)} runs", f"{text}\npale: each step   ·   dots: evaluations"
 
 
 def shortened(text: str, length: int) -> str:
@@ -351,8 +354,12 @@ def draw_runs(runs: list[Run], axis: str):
         panels[-1].set(xlim=(-0.01 * right, 1.01 * right), xlabel=axis)  # of all: they share the axis
         panels[-1].xaxis.get_major_locator().set_params(integer=axis == "steps")
         panels[-1].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}" if axis == "steps" else short(x))
-        legend_rows = add_header(figure, title_of(runs), describe(runs))
+        legend_rows = add_header(figure, *describe(runs))
         figure.set_size_inches(WIDTH, 0.9 + 0.19 * legend_rows + 1.25 * sum(heights))
+        figure.get_layout_engine().execute(figure)
+        figure.set_layout_engine("none")
+        for ax in panels:  # the solver's last digits vary, and the same log is to give the same bytes
+            ax.set_position(np.round(ax.get_position().bounds, 5))
     return figure
 
 
@@ -376,7 +383,7 @@ def draw_loss(ax, runs: list[Run], axis: str) -> None:
     ax.set_title(f"Loss, {unit}")
     for i, (of, scale) in enumerate(zip(runs, scales)):
         steps, train = of.finite("train")
-        draw_noisy(ax, runs, i, positions(of, steps, axis), train * scale)
+        draw(ax, runs, i, "noisy", positions(of, steps, axis), train * scale)
         steps, val = of.finite("val")
         # Joined only where no training curve shows the way: chords between a few points would cut its bends.
         draw(ax, runs, i, "points" if len(train) else "joined", positions(of, steps, axis), val * scale)
@@ -422,9 +429,9 @@ def draw_stream(ax, runs: list[Run], axis: str, stream: str) -> None:
         steps, values = of.finite(stream)
         x = positions(of, steps, axis)
         if stream == "ms":
-            draw_noisy(ax, runs, i, x, tokens_per_second(of, values))
+            draw(ax, runs, i, "noisy", x, tokens_per_second(of, values))
         elif stream == "norm" or (stream not in TITLES and 2 * len(steps) > of.last_step):
-            draw_noisy(ax, runs, i, x, values)
+            draw(ax, runs, i, "noisy", x, values)
         else:
             draw(ax, runs, i, "exact" if stream == "lr" else "joined", x, values)
         if stream == "hella" and len(x):
@@ -442,10 +449,16 @@ def draw_stream(ax, runs: list[Run], axis: str, stream: str) -> None:
 
 
 def draw(ax, runs: list[Run], i: int, kind: str, x, y) -> None:
-    """A line of run i, or of none if i is -1. The legend names it by what it shows, or by its run if there are several.
+    """A line of run i, or of none if i is -1; what is noisy is drawn raw, and smoothed over it.
 
-    A color a run, and evaluations in another if it is alone; dashes tell more than seven apart.
+    The legend names it by what it shows, or by its run if there are several. A color a run, and evaluations in another
+    if it is alone; dashes tell more than seven apart.
     """
+    if len(x) == 0:
+        return
+    if kind == "noisy":
+        draw(ax, runs, i, "raw", x, y)
+        return draw(ax, runs, i, "smooth", x, smooth(y))
     alone, style = len(runs) == 1, {"color": INK, "linestyle": ("-", "--", ":", "-.")[max(i, 0) // 7 % 4]}
     style |= KINDS[kind]
     if i >= 0:
@@ -453,21 +466,13 @@ def draw(ax, runs: list[Run], i: int, kind: str, x, y) -> None:
     if kind == "raw":  # pale, rather than transparent: a browser draws thousands of transparent strokes as opaque
         channels = (int(style["color"][at : at + 2], 16) for at in (1, 3, 5))
         style["color"] = "#" + "".join(f"{255 - (255 - channel) * 3 // 10:02x}" for channel in channels)
+    elif len(x) == 1:
+        style.setdefault("marker", "o")
     if i >= 0 and not alone and kind not in ("resumed", "bad"):
         name = shortened(runs[i].name, 40)
         style["label"] = f" {name}" if name.startswith("_") else name  # matplotlib hides names like _run
-    if len(x) == 1 and kind != "raw":
-        style.setdefault("marker", "o")
-    if len(x):
-        order = 2 + [*KINDS].index(kind) / 10
-        ax.plot(x, y, gid=kind, zorder=order, rasterized=len(x) > 5_000, **style)  # so that SVGs stay small
-
-
-def draw_noisy(ax, runs: list[Run], i: int, x: np.ndarray, y: np.ndarray) -> None:
-    """A stream of every step: raw and pale, and smoothed over it."""
-    if len(x):
-        draw(ax, runs, i, "raw", x, y)
-        draw(ax, runs, i, "smooth", x, smooth(y))
+    order = 2 + [*KINDS].index(kind) / 10
+    ax.plot(x, y, gid=kind, zorder=order, rasterized=len(x) > 5_000, **style)  # so that SVGs stay small
 
 
 def set_frame(ax, from_zero: bool = False) -> None:
@@ -494,10 +499,6 @@ def mark(ax, name: str, y: float, va: str = "center") -> None:
     ax.lines[-1].set_label(name)
     ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0), textcoords="offset points",
                 va=va, fontsize=7.5, color=GREY, annotation_clip=False)  # fmt: skip
-
-
-def title_of(runs: list[Run]) -> str:
-    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -550,8 +551,8 @@ def make_page(runs: list[Run], axis: str) -> str:
             for kind, key in keys]  # fmt: skip
     rows.sort(key=lambda row: len(set(row[1:])) == 1)  # what differs first
     settings = aligned([["", *(of.name for of in runs)], *rows])
-    facts = {"title": title_of(runs), "facts": describe(runs), "table": table(runs), "settings": settings}
-    return PAGE.format(**{name: html.escape(text) for name, text in facts.items()}, curves=place + script,
+    title, facts, numbers = map(html.escape, (*describe(runs), table(runs)))
+    return PAGE.format(title=title, facts=facts, table=numbers, settings=html.escape(settings), curves=place + script,
                        samples=samples or "The log has none: no lines of <code># samples</code>.",
                        library=Resources(mode="inline", components=["bokeh"]).render())  # fmt: skip
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -91,11 +92,15 @@ def test_wandb_offline(resumed, monkeypatch):
     log_dir, values = resumed("wandb")
     parts = sorted((log_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(parts) == 2 and len({part.name for part in parts}) == 1, "two parts of one run"
+    for _ in range(100):  # the last row may come a moment after the run's end
+        rows = [row for part in parts for row in wandb_history(part)]
+        if rows[-1]["step"] == 10:
+            break
+        time.sleep(0.1)
     found: dict[str, dict[int, float]] = {}
-    for part in parts:
-        for row in wandb_history(part):
-            for stream in row.keys() & values.keys():
-                found.setdefault(stream, {})[row["step"]] = row[stream]
+    for row in rows:
+        for stream in row.keys() & values.keys():
+            found.setdefault(stream, {})[row["step"]] = row[stream]
     for stream, expected in values.items():
         assert {step: found[stream][step] for step in expected} == pytest.approx(expected, rel=1e-5), stream
 
