@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := log/demo
 PROMPT := Return a list of the names of the files in the directory
-SAFE := --temperature 0.7 --repetition_penalty 1.1
+SAFE := --temperature 0.7 --top_p 0.9 --repetition_penalty 1.2
 READY := .venv/ready
 # two processes, unless there is one accelerator to share
 RANKS = $(shell $(BIN)/python -c "import torch as t; print(1 if t.cuda.device_count() == 1 or t.backends.mps.is_available() else 2)")
