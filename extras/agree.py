@@ -66,13 +66,23 @@ def blame(error: Exception, directory: str) -> str:
         faulthandler.dump_traceback(file)
         traceback.print_exception(error, file=file)
     try:
-        store, seen = dist.distributed_c10d._get_default_store(), []
-        for rank in range(dist.get_world_size()):
-            if rank != dist.get_rank() and store.check([f"at{rank}"]):
-                step, what, when = store.get(f"at{rank}").decode().split("\n")
-                ago = time.time() - float(when)
-                seen.append((float(when), f"rank {rank}, last heard of {ago:.0f} s ago: {what} {step}"))
-        silent = min(seen, default=(0, "one that never began"))[1]  # whoever was heard of last is only waiting, too
+        silent = "; ".join(silent_ranks()) or "all of them do now: one was too slow, or a connection was lost"
     except RuntimeError:
         silent = "rank 0, or its node"  # the store was there
     return f"the ranks wait for one that does not answer: {silent}; what this one did is in {file.name}"
+
+
+def silent_ranks(seconds: float = 3) -> list[str]:
+    """The ranks that don't say within `seconds` that they, too, wait in vain, and what each was last heard of."""
+    store, mine, silent = dist.distributed_c10d._get_default_store(), dist.get_rank(), set(range(dist.get_world_size()))
+    store.set(f"waits{mine}", "")
+    deadline = time.monotonic() + seconds + (mine == 0)  # rank 0 may be where the store is
+    while silent and time.monotonic() < deadline:
+        silent = {rank for rank in silent if not store.check([f"waits{rank}"])}
+        time.sleep(0.05)
+    found = []
+    for rank in sorted(silent):
+        step, what, when = store.get(f"at{rank}").decode().split("\n") if store.check([f"at{rank}"]) else ("", "", "0")
+        ago = f"last heard of {time.time() - float(when):.0f} s ago: {what} {step}" if what else "which never began"
+        found.append(f"rank {rank}, {ago}")
+    return found
