@@ -358,7 +358,7 @@ train_gpt2.run_command_line()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="stops a process")
-@pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
+@pytest.mark.parametrize("how", ["SIGSTOP", pytest.param("SIGKILL", marks=pytest.mark.slow)])
 def test_of_three_ranks_the_one_that_is_silent_is_named(data, tmp_path, how):
     """Not the one that was heard of before all others: that one may only be the fastest."""
     (tmp_path / "late.py").write_text(LATE)
