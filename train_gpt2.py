@@ -844,6 +844,7 @@ def join_ranks(kind: str, check: Callable = lambda: None) -> Ranks:
         check()
         device = claim_device(kind, local_rank, W, local_W)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's Flight Recorder; torch 2.13 has it on by default
     dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
     dist.all_reduce(torch.zeros(1, device=device if backend == "nccl" else "cpu"))  # NCCL connects here
     set_timeout(30)
