@@ -392,13 +392,15 @@ class Soak:
         where = [found for rank in range(kind.ranks) if (found := board.get(RANKS + rank))]
         processes = [pid for _, pid in where]
         if fault["kind"] == "halt":
+            while state_of(processes[fault["rank"]]) not in "TZX":  # it says so just before it halts
+                time.sleep(0.001)
             time.sleep(self.rng.uniform(0, 0.6))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(processes[fault["rank"]], signal.SIGCONT)
         elif fault["kind"] == "halt for good":
             others = [pid for rank, pid in enumerate(pids) if rank != fault["rank"]]
             deadline = time.monotonic() + 60
-            while any(is_running(pid) for pid in others) and time.monotonic() < deadline:
+            while any(state_of(pid) not in "ZX" for pid in others) and time.monotonic() < deadline:
                 time.sleep(0.02)
             os.kill(processes[fault["rank"]], signal.SIGKILL)
         elif fault["kind"] == "full disk":
@@ -436,12 +438,12 @@ class Soak:
             self.complain(f"{kind.name}: wait statuses {statuses} after {hits}", output)
 
 
-def is_running(pid: int) -> bool:
-    """Not so a process that has ended and is not yet waited for."""
+def state_of(pid: int) -> str:
+    """Of a process, as /proc has it: R or S, T if it is halted, Z or X if it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 def compare(expected: Path, log_dir: Path, steps: int) -> str:
