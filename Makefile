@@ -39,6 +39,7 @@ test: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python tests/soak.py
 
 # The trackers are not in requirements.txt, and MLflow wants an older pyarrow: they get an environment of their own.
 trackers:

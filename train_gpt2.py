@@ -745,7 +745,7 @@ def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
     rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
     if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
         raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
-    optional("extras.agree").end_with_torchrun()
+    optional("extras.agree").prepare_process()
     if W == 1:
         check()
         return Ranks(rank, W, claim_device(device, local_rank, W, local_W))

@@ -64,8 +64,9 @@ def require_same(what: str, value: object) -> None:
         raise UserError(f"all nodes need the same {what}; rank by rank they have {', '.join(map(str, everyones))}")
 
 
-def end_with_torchrun() -> None:
-    """If torchrun is killed, its ranks must not live on: from now on, Linux ends this one with it."""
+def prepare_process() -> None:
+    """Before the ranks join: keep NCCL's Flight Recorder and, on Linux, end this rank when torchrun is killed."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch 2.13 has it on by default
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() == 1 and "torch" not in Path("/proc/1/cmdline").read_text():  # it was killed before that line
@@ -96,14 +97,24 @@ def blame(error: Exception, directory: str) -> None:
         faulthandler.dump_traceback(file)
         traceback.print_exception(error, file=file)
     try:
-        store, seen = dist.distributed_c10d._get_default_store(), []
-        for rank in range(dist.get_world_size()):
-            if rank != dist.get_rank() and store.check([f"at{rank}"]):
-                step, what, when = store.get(f"at{rank}").decode().split("\n")
-                ago = time.time() - float(when)
-                seen.append((float(when), f"rank {rank}, last heard of {ago:.0f} s ago: {what} {step}"))
-        silent = min(seen, default=(0, "one that never began"))[1]  # whoever was heard of last is only waiting, too
+        silent = "; ".join(silent_ranks()) or "all of them do now: one was too slow, or a connection was lost"
     except RuntimeError:
         silent = "rank 0, or its node"  # the store was there
     waits = f"the ranks wait for one that does not answer: {silent}"
     raise LocalError(f"{waits}; what this one did is in {file.name}") from error
+
+
+def silent_ranks(seconds: float = 3) -> list[str]:
+    """The ranks that don't say within `seconds` that they, too, wait in vain, and what each was last heard of."""
+    store, mine, silent = dist.distributed_c10d._get_default_store(), dist.get_rank(), set(range(dist.get_world_size()))
+    store.set(f"waits{mine}", "")
+    deadline = time.monotonic() + seconds + (mine == 0)  # rank 0 may be where the store is
+    while silent and time.monotonic() < deadline:
+        silent = {rank for rank in silent if not store.check([f"waits{rank}"])}
+        time.sleep(0.05)
+    found = []
+    for rank in sorted(silent):
+        step, what, when = store.get(f"at{rank}").decode().split("\n") if store.check([f"at{rank}"]) else ("", "", "0")
+        ago = f"last heard of {time.time() - float(when):.0f} s ago: {what} {step}" if what else "which never began"
+        found.append(f"rank {rank}, {ago}")
+    return found

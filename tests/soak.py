@@ -13,10 +13,12 @@ Linux alone: it takes fork, /proc and prlimit.
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import mmap
 import os
+import pickle
 import random
 import re
 import resource
@@ -280,10 +282,17 @@ def start(kind: Kind, config, output: Path) -> list[int]:
 
 
 class Soak:
-    def __init__(self, folder: Path, faults: int, seed: int):
-        self.folder, self.faults, self.rng = folder, faults, random.Random(seed)
-        self.data, self.disk = token_set(folder / "data"), Disk(folder / "disk")
+    """folder: data and undisturbed runs, for all lanes. here: what this lane writes."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.here, self.seed, self.rng = folder, folder, seed, random.Random(seed)
+        self.data, self.disk = token_set(folder / "data"), None
         self.table, self.seconds, self.series, self.starts, self.wrong = Counter(), Counter(), 0, 0, []
+
+    def add(self, other: "Soak") -> None:
+        self.table, self.seconds, self.disk = self.table + other.table, self.seconds + other.seconds, other.disk
+        self.series, self.starts = self.series + other.series, self.starts + other.starts
+        self.wrong += other.wrong
 
     def done(self) -> int:
         return sum(self.table.values())
@@ -306,7 +315,7 @@ class Soak:
         expected, log_dir = self.undisturbed(kind), self.disk.folder / "log"
         config = replace(self.config(kind, log_dir), resume=True)
         for _ in range(500):
-            output = self.folder / "output.txt"
+            output = self.here / "output.txt"
             output.unlink(missing_ok=True)
             fault = self.next_fault(kind)
             minutes = 0.08 if fault["kind"] == "halt for good" else 10
@@ -340,6 +349,7 @@ class Soak:
         board.set(AIM, fault if fault["phase"] else None)
         pids, statuses, began = start(kind, config, output), {}, time.monotonic()
         group, at, hits, restarts = pids[0], self.moment(fault), [], 0
+        struck = -1
         while len(statuses) < len(pids):
             for pid in pids:
                 if pid not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
@@ -351,6 +361,7 @@ class Soak:
                     strike(fault["kind"], where[1], group)
             if landed:
                 hits.append((fault["kind"], landed))
+                struck = fault["rank"]
                 self.attend(kind, fault, landed, pids)
                 board.set(STRUCK, None)
                 restarts += (restarted := kind.torchrun and fault["kind"] == "kill a rank")
@@ -366,7 +377,7 @@ class Soak:
                 os.killpg(group, signal.SIGKILL)
                 statuses |= {pid: os.waitpid(pid, 0)[1] for pid in pids if pid not in statuses}
             time.sleep(0.005)
-        self.end(kind, config, output, hits, [statuses[pid] for pid in pids], group)
+        self.end(kind, config, output, hits, [statuses[pid] for pid in pids], group, struck)
         for hit in hits:
             self.table[hit] += 1
             self.seconds[hit[0]] += (time.monotonic() - began) / len(hits)
@@ -381,13 +392,15 @@ class Soak:
         where = [found for rank in range(kind.ranks) if (found := board.get(RANKS + rank))]
         processes = [pid for _, pid in where]
         if fault["kind"] == "halt":
+            while state_of(processes[fault["rank"]]) not in "TZX":  # it says so just before it halts
+                time.sleep(0.001)
             time.sleep(self.rng.uniform(0, 0.6))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(processes[fault["rank"]], signal.SIGCONT)
         elif fault["kind"] == "halt for good":
             others = [pid for rank, pid in enumerate(pids) if rank != fault["rank"]]
             deadline = time.monotonic() + 60
-            while any(is_running(pid) for pid in others) and time.monotonic() < deadline:
+            while any(state_of(pid) not in "ZX" for pid in others) and time.monotonic() < deadline:
                 time.sleep(0.02)
             os.kill(processes[fault["rank"]], signal.SIGKILL)
         elif fault["kind"] == "full disk":
@@ -399,7 +412,7 @@ class Soak:
             time.sleep(0.2)  # those who wait for one that never came give up after three minutes; here they are killed
             strike("kill all", 0, pids[0])
 
-    def end(self, kind: Kind, config, output: Path, hits: list, statuses: list[int], group: int) -> None:
+    def end(self, kind: Kind, config, output: Path, hits: list, statuses: list[int], group: int, rank: int) -> None:
         """After the end of a start: what it said, and that nobody is left."""
         text, last = output.read_text() if output.exists() else "", hits[-1] if hits else ("", "")
         with contextlib.suppress(ProcessLookupError):
@@ -414,7 +427,7 @@ class Soak:
         if last[0] == "halt for good":
             halted = re.findall(r"does not answer: (rank \d)", text)
             stacks = [*Path(config.log_dir).glob("stack_rank*.txt")]
-            if len(set(halted)) != 1 or len(halted) != kind.ranks - 1 or len(stacks) != kind.ranks - 1:
+            if {*halted} != {f"rank {rank}"} or len(halted) != kind.ranks - 1 or len(stacks) != kind.ranks - 1:
                 self.complain(f"{kind.name}: {last}: {halted} named, {len(stacks)} stacks", output)
             for stack in stacks:
                 stack.unlink()
@@ -425,12 +438,12 @@ class Soak:
             self.complain(f"{kind.name}: wait statuses {statuses} after {hits}", output)
 
 
-def is_running(pid: int) -> bool:
-    """Not so a process that has ended and is not yet waited for."""
+def state_of(pid: int) -> str:
+    """Of a process, as /proc has it: R or S, T if it is halted, Z or X if it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 def compare(expected: Path, log_dir: Path, steps: int) -> str:
@@ -480,17 +493,17 @@ def soak_tokenizer(soak: Soak, faults: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def report(soak: Soak, minutes: float) -> str:
+def report(soak: Soak, lanes: int, minutes: float) -> str:
     phases = [*PHASES, "tokenizing"]
     rows = [("fault", *phases, "all", "s each")]
     for kind in dict.fromkeys(kind for kind, _ in soak.table):
         counts = [soak.table[kind, phase] for phase in phases]
         rows.append((kind, *map(str, counts), str(sum(counts)), f"{soak.seconds[kind] / sum(counts):.1f}"))
     rows.append(("all", *(str(sum(soak.table[pair] for pair in soak.table if pair[1] == phase)) for phase in phases)))
-    rows[-1] += (str(soak.done()), f"{60 * minutes / max(1, soak.done()):.1f}")
+    rows[-1] += (str(soak.done()), f"{sum(soak.seconds.values()) / max(1, soak.done()):.1f}")
     lines = [f"{row[0]:24s}" + "".join(f"{cell:>11s}" for cell in row[1:]) for row in rows]
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    where = f"{minutes:.1f} minutes on {os.cpu_count()} cores, load at the end {load}"
+    where = f"{lanes} lanes, {minutes:.1f} minutes on {os.cpu_count()} cores, load at the end {load}"
     lines.append(f"{soak.series} series, {soak.starts} starts, {where}")
     disk = "a full file system" if soak.disk.mounted else "files that may not grow"
     wrong = "\n".join(f"WRONG: {what}" for what in soak.wrong)
@@ -498,29 +511,57 @@ def report(soak: Soak, minutes: float) -> str:
     return "\n".join(lines)
 
 
+def lane(soak: Soak, number: int, faults: int, began: float) -> None:
+    """Its share of the faults, one series after the other, in a directory of its own."""
+    global board
+    board, soak.rng = Board(), random.Random(f"{soak.seed} {number}")
+    soak.here = soak.folder / f"lane{number}"
+    soak.here.mkdir()
+    soak.disk = Disk(soak.here / "disk")
+    try:
+        while soak.done() < faults:
+            soak.run_series(KINDS[number % len(KINDS)])
+            number += 1
+            print(f"{time.monotonic() - began:5.0f} s: {soak.done()} of {faults} faults of this lane", flush=True)
+    except Exception as error:
+        soak.complain(f"{type(error).__name__}: {error}", Path(os.devnull))
+    finally:
+        soak.disk.close()
+        (soak.here / "done.pickle").write_bytes(pickle.dumps(soak))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=1000)
+    parser.add_argument("--lanes", type=int, default=4, help="side by side: most of the time is waiting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(ROOT / "log" / "soak.txt"), help="the table goes there, too")
     options, began = parser.parse_args(), time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="soak"))  # not one that removes itself: every fork would do that, too
-    soak = Soak(folder, options.faults, options.seed)
+    soak = Soak(folder, options.seed)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torch imports much of itself at its first use
             train_gpt2.main(tiny_config(soak.data, folder / "warm", **BASE | {"max_steps": 1, "micro_batch": 6}))
-        tokenizing, number = options.faults * 15 // 100, 0
-        while soak.done() < options.faults - tokenizing:
-            soak.run_series(KINDS[number % len(KINDS)])
-            number += 1
-            print(f"{soak.done()} faults, {soak.series} series, {time.monotonic() - began:.0f} s", flush=True)
+        for kind in KINDS:
+            soak.undisturbed(kind)
+        gc.freeze()  # a collection in a fork would copy all of this memory
+        tokenizing = options.faults * 15 // 100
+        share = -(-(options.faults - tokenizing) // options.lanes)
+        for number in range(options.lanes):
+            if not os.fork():
+                lane(soak, number, share, began)
+                os._exit(0)
         soak_tokenizer(soak, tokenizing)
+        for _ in range(options.lanes):
+            os.wait()
+        for number in range(options.lanes):
+            soak.add(pickle.loads((folder / f"lane{number}" / "done.pickle").read_bytes()))
     finally:
-        soak.disk.close()
         shutil.rmtree(folder)
-        print(table := report(soak, (time.monotonic() - began) / 60))
-        Path(options.out).parent.mkdir(exist_ok=True)
-        Path(options.out).write_text(table + "\n")
+    table = report(soak, options.lanes, (time.monotonic() - began) / 60)
+    print(table)
+    Path(options.out).parent.mkdir(exist_ok=True)
+    Path(options.out).write_text(table + "\n")
     return 1 if soak.wrong else 0
 
 

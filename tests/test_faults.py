@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -340,3 +341,46 @@ def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
     silent = r"wait for one that does not answer: rank 1, last heard of \d+ s ago: after training step"
     assert re.search(silent, result.stderr)
     assert "train_step" in (tmp_path / "log" / "stack_rank0.txt").read_text()
+
+
+LATE = """
+import os, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+from extras import agree
+import train_gpt2
+note = agree.note
+def late(step, what):
+    time.sleep(0.2 * (os.environ["RANK"] == "1"))  # the rank that is halted is the one last heard of
+    note(step, what)
+agree.note = late
+train_gpt2.run_command_line()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="stops a process")
+@pytest.mark.parametrize("how", ["SIGSTOP", pytest.param("SIGKILL", marks=pytest.mark.slow)])
+def test_of_three_ranks_the_one_that_is_silent_is_named(data, tmp_path, how):
+    """Not the one that was heard of before all others: that one may only be the fastest."""
+    (tmp_path / "late.py").write_text(LATE)
+    settings = {"total_batch_size": 384, "micro_batch": 1, "max_steps": 100_000, "val_every": 0, "log_every": 1}
+    config = tiny_config(data, tmp_path / "log", **settings, timeout_minutes=0.05)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}
+        common["MASTER_PORT"] = str(free.getsockname()[1])
+    line = [sys.executable, str(tmp_path / "late.py"), str(ROOT), *flags(config)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranks = [
+        subprocess.Popen(line, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **pipes)
+        for rank in range(3)
+    ]
+    assert wait_for(ranks[0], "step     3 |"), ranks[0].stderr.read()
+    ranks[1].send_signal(getattr(signal, how))
+    said = [ranks[rank].communicate(timeout=60)[1] for rank in (0, 2)]
+    ranks[1].kill()
+    ranks[1].communicate()
+    for rank, text in zip((0, 2), said):
+        assert ranks[rank].returncode == 2 and "Traceback" not in text
+        named = r"wait for one that does not answer: rank 1, last heard of \d+ s ago: after training step \d+; what"
+        assert re.search(named, text) and text.count("error:") == 1, text
+        assert "train_step" in (tmp_path / "log" / f"stack_rank{rank}.txt").read_text()
