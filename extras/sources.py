@@ -35,6 +35,7 @@ from extras.manifest import SourceRecord
 PYTHON_DOCS = "python-docs"
 KINDS = ("parquet", "jsonl", "txt")  # how a file is read
 KIND_OF_SUFFIX = {kind: kind for kind in KINDS} | {"ndjson": "jsonl", "json": "jsonl"}  # before .gz or .zst
+BINS = re.compile(r"\w[\w-]*_(train|val)_\d+\.bin")  # shards of llm.c and modded-nanogpt
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?(:[^\\]+)?")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # not the hub's fault
 TRIES, LONGEST_WAIT = 8, 60  # of a request to the hub; seconds between two tries, three minutes in all
@@ -47,6 +48,7 @@ class SourceFile(NamedTuple):
     size: int
     path: str
     make: Callable[[Path], None] | None = None
+    is_remote: bool = False
 
     @property
     def kind(self) -> str:
@@ -93,24 +95,25 @@ def scratch_name(name: str, *identity) -> str:
 class Fetcher:
     """Brings files to this disk, one ahead of their use, and removes them after it.
 
-    files: in the order of use. done: how many of them are already used up.
+    files: in the order of use. done: how many of them are already used up. is_limited: perhaps not all are needed.
     """
 
-    def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool):
+    def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool, is_limited=False):
         self.files, self.scratch, self.keep_downloads = files, scratch, keep_downloads
         self.coming: dict[int, Future] = {}  # files that are being fetched, or are here
         self.released = 0
         scratch.mkdir(exist_ok=True)
+        check_offline(files[done : done + 1] if is_limited else files[done:], scratch)
         self.release(done)
 
     def get(self, number: int) -> Path:
         self.start(number)
-        path = self.coming[number].result() if number in self.coming else Path(self.files[number].path)
+        path = self.coming[number].result()
         self.start(self.released + 1)  # at most two files are on the disk, unless more are needed at once
         return path
 
     def start(self, number: int) -> None:
-        if number < len(self.files) and number not in self.coming and self.files[number].make:
+        if number < len(self.files) and number not in self.coming:
             self.coming[number] = in_background(self.files[number].fetch, self.scratch)
 
     def release(self, done: int) -> None:
@@ -271,16 +274,30 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
     commit = recorded.revision
     if not re.fullmatch("[0-9a-f]{40}", commit or ""):
         raise UserError(f"dataset {repo}: revision {commit!r} is not a commit; choose another --out")
-    if all(suffix_of(name) in KINDS for name, _ in recorded.files):
+    if all(suffix_of(name) in (*KINDS, "bin") for name, _ in recorded.files):
         files = [
-            SourceFile(name, size, scratch_name(name, commit), functools.partial(download, repo, commit, name, size))
+            SourceFile(name, size, scratch_name(name, commit), functools.partial(download, repo, commit, name), True)
             for name, size in recorded.files
         ]
     else:
         name, size = f"{repo}.jsonl", sum(size for _, size in recorded.files)
         make = functools.partial(stream, dataset, commit, max_bytes)
-        files = [SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make)]
+        files = [SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make, True)]
     return Source(recorded, files)
+
+
+def check_offline(files: list[SourceFile], scratch: Path) -> None:
+    """Raises UserError, before any work, if files are still to be fetched and the hub must not be asked."""
+    absent = [file.name for file in files if file.is_remote and not (scratch / file.path).exists()]
+    if absent and is_offline():
+        names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise UserError(f"HF_HUB_OFFLINE is set, and still to be fetched from the hub: {names}; unset it to go on")
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def hub():
@@ -290,25 +307,15 @@ def hub():
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # as set now, not at the first import
 
 
-def download(repo: str, commit: str, name: str, size: int, target: Path) -> None:
-    """Fetch a file of the hub to `target`. An interrupted download goes on where it stopped, even in a later run."""
+def download(repo: str, commit: str, name: str, target: Path) -> None:
+    """Fetch a file of the hub to `target`, which is there whole or not at all."""
+    fetch = lambda: hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)  # noqa: E731
     folder = target.with_name(target.name + ".download")
-
-    def attempt():
-        try:
-            hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)
-            if size and size != (received := (folder / name).stat().st_size):  # some mirrors announce no size
-                raise OSError(f"received {received} of {size} bytes")
-        except OSError as error:
-            if type(error) is OSError:  # a wrong length: what is there may be an error page
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    with_retries(name, attempt)
+    path = Path(with_retries(name, fetch))
     if is_compressed(name):
-        unpack(folder / name, target)
+        unpack(path, target)
     else:
-        os.replace(folder / name, target)
+        os.replace(path, target)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -335,8 +342,8 @@ def stream(dataset: str, commit: str, max_bytes: int | None, target: Path) -> No
 
 def with_retries(what: str, action: Callable, tries: int = TRIES):
     """`action()`, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
-    from huggingface_hub import constants
-
+    if is_offline():
+        raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input")
     for attempt in range(tries):
         try:
             return action()
@@ -346,8 +353,6 @@ def with_retries(what: str, action: Callable, tries: int = TRIES):
             reason = " ".join(str(error).split())[:200]
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
-            if constants.HF_HUB_OFFLINE:
-                raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input") from error
             is_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
             if status in (401, 403, 404) or not is_network:
                 raise UserError(f"can't get {what} ({reason}); check --dataset, or set HF_TOKEN") from error
@@ -362,7 +367,14 @@ def with_retries(what: str, action: Callable, tries: int = TRIES):
 
 
 def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -> list[str]:
-    """The files of the train split of a configuration, in order; without a dataset card, those that look like it."""
+    """The files of the train split of a configuration, in order; without a dataset card, those that look like it.
+
+    Of a dataset of token files those of val come first, as they do among our own shards.
+    """
+    from fsspec.utils import glob_translate  # what the hub's own library matches names with
+
+    if bins := [name for name in names if BINS.fullmatch(name)]:
+        return sorted(bins, key=lambda name: ("_val_" not in name, name))
     data_files = {config.get("config_name", "default"): config.get("data_files") for config in configs}
     if not wanted and len(data_files) > 1 and "default" not in data_files:
         raise UserError(f"{repo} has several configurations; say {repo}:NAME, of: {', '.join(data_files)}")
@@ -370,7 +382,7 @@ def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -
         raise UserError(f"{repo} has no configuration {wanted!r}; it has: {', '.join(data_files) or 'none'}")
     names, default = sorted(names), "default" if "default" in data_files else next(iter(data_files), None)
     patterns = train_patterns(data_files.get(wanted or default))
-    found = [name for pattern in patterns for name in names if re.fullmatch(glob_regex(pattern), name)]
+    found = [name for pattern in patterns for name in names if re.fullmatch(glob_translate(pattern), name)]
     if not patterns:
         split = re.compile(r"(^|[/_.-])(train|test|valid|validation|val|dev|eval)(?=[/_.-])")
         found = next(filter(None, ([n for n in names if kind_of(n) == kind] for kind in KINDS)), [])
@@ -382,20 +394,13 @@ def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -
 
 
 def train_patterns(data_files) -> list[str]:
-    """The patterns in a dataset card's `data_files`: one or several, or a dict or a list of them by split."""
+    """The patterns for train in a dataset card's `data_files`: one or several, or a dict or a list of them by split."""
     if isinstance(data_files, dict):
         data_files = [{"split": split, "path": path} for split, path in data_files.items()]
     entries = [data_files] if isinstance(data_files, str) else data_files or []
     entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
-    has_train = any(entry.get("split") == "train" for entry in entries)
-    paths = [entry["path"] for entry in entries if not has_train or entry.get("split", "train") == "train"]
+    paths = [entry["path"] for entry in entries if entry.get("split", "train") == "train"]
     return [path for several in paths for path in ([several] if isinstance(several, str) else several)]
-
-
-def glob_regex(pattern: str) -> str:
-    """`data/**/train-*.parquet` as a regular expression; `*` stays within a folder, as on the hub."""
-    pieces = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(pieces.get(piece) or re.escape(piece) for piece in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
