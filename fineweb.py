@@ -53,9 +53,10 @@ from extras import sources
 from extras.cli import UserError, run
 from extras.files import atomic_file, exclusive
 from extras.manifest import Cursor, Manifest, Shard, manifest_name, parse_part, read_manifest, write_manifest
-from extras.readers import Chunk, Options, chunks_of
+from extras.readers import Chunk, chunks_of
 from extras.sources import PYTHON_DOCS, Fetcher, Source, SourceFile
 from extras.tokenize_workers import Tokens, count, pick_backend, tokenize_all, tokenize_chunk
+from extras.tokenizer import load_tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
@@ -251,8 +252,8 @@ def is_damaged(path: Path, sha256: str) -> bool:
 
 
 def begin(config: Config, val: Source | None, source: Source) -> Manifest:
-    size, eot = schema.VOCABULARY[config.tokenizer]
-    values = {"tokenizer": schema.Tokenizer(name=config.tokenizer, vocab_size=size), "eot": eot}
+    known = load_tokenizer(config.tokenizer)
+    values = {"tokenizer": schema.Tokenizer(name=known.name, vocab_size=known.n_vocab), "eot": known.eot}
     values |= {"source": source.record, "val_source": val and val.record, "settings": settings_of(config)}
     val_size = None if val or source.record.is_tokens else val_size_of(config, source.files)
     return Manifest(val_size=val_size, **values)
@@ -484,7 +485,8 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
     writer = ShardWriter(out, manifest, plan.val_blocks)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if config.workers is None else config.workers
-    stream = tokenize_all(planned_chunks(plan, first, fetcher, out), options_of(config), workers)
+    backend, chunks = pick_backend(config.backend, config.tokenizer), planned_chunks(plan, first, fetcher, out)
+    stream = tokenize_all(chunks, manifest.settings, backend, workers)
     bytes_total = sum(file.weight for file in plan.files) / manifest.part[1]
     tokens_seen = bytes_seen = 0
     look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
@@ -529,11 +531,6 @@ def past_the_end(out: Path) -> UserError:
     return UserError(f"the manifest in {out} continues past the end of the source (cursor); choose another --out")
 
 
-def options_of(config: Config | schema.Settings) -> Options:
-    backend = pick_backend(getattr(config, "backend", "tiktoken"), config.tokenizer)
-    return Options(config.tokenizer, backend, config.text_column, config.skip_bad, config.format)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Verification
 
@@ -570,7 +567,7 @@ def compare_with_source(out: Path, manifest: Manifest, samples: int = 3) -> None
                 plan = plan or Plan(*open_sources(was, manifest, out), manifest.settings)
                 paths = [file.fetch(Path(scratch)) for _, file, _ in plan.blocks[begin.block]]
                 chunk = plan.chunks(begin.block, paths)[begin.chunk]
-                tokens = tokenize_chunk(chunk, options_of(manifest.settings))
+                tokens = tokenize_chunk(chunk, manifest.settings, "tiktoken")
             except (UserError, OSError, IndexError) as error:
                 print(f"{out}: not compared with the source: {error}")
                 return

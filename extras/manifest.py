@@ -18,7 +18,6 @@ from extras.files import atomic_file
 
 FORMAT = 2  # format 1 had no checksum
 MAX_PARTS = 10_000
-VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # size, id of end-of-text
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]

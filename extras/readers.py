@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from extras.cli import UserError
+from extras.manifest import Settings
 from extras.sources import SourceFile
 
 CHUNK_BYTES = 4 * 2**20  # of a text file per chunk: about a million tokens, as in a row group of FineWeb-Edu
@@ -38,16 +39,6 @@ class Chunk(NamedTuple):
     def __str__(self):
         where = f"row group {self.group}, rows" if self.kind == "parquet" else "bytes"
         return f"{where} {self.start} to {self.stop} of {self.name}"
-
-
-class Options(NamedTuple):
-    """How chunks are read and tokenized."""
-
-    tokenizer: str
-    backend: str
-    text_column: str
-    skip_bad: bool
-    format: str = "text"
 
 
 class BadDocument(ValueError):
@@ -79,21 +70,21 @@ def chunks_of(file: SourceFile, path: Path, text_column: str) -> list[Chunk]:
     ]
 
 
-def documents_of(chunk: Chunk, options: Options) -> tuple[list, int]:
+def documents_of(chunk: Chunk, settings: Settings) -> tuple[list, int]:
     """The documents of a chunk, texts or dialogues, and how many were left out.
 
-    Raises UserError, naming file and place, for a document that can't be read, unless `options.skip_bad`.
+    Raises UserError, naming file and place, for a document that can't be read, unless `settings.skip_bad`.
     """
     skipped = 0
 
     def leave_out(what: Callable[[], str]) -> None:
         nonlocal skipped
-        if not options.skip_bad:
+        if not settings.skip_bad:
             raise UserError(f"{what()}; --skip_bad leaves such documents out")
         skipped += 1
 
     with naming(chunk):
-        good = list(READERS[chunk.kind](chunk, options, leave_out))
+        good = list(READERS[chunk.kind](chunk, settings, leave_out))
     if chunk.order is not None:
         random.Random(chunk.order).shuffle(good)
     return good, skipped
@@ -137,14 +128,14 @@ def text_column_index(metadata, text_column: str, name: str) -> int:
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_column)
 
 
-def read_rows(chunk: Chunk, options: Options, leave_out: Callable) -> Iterator[str]:
+def read_rows(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     metadata, row = parquet_metadata(chunk.path), chunk.start - 1
     first = sum(metadata.row_group(group).num_rows for group in range(chunk.group))
     with pq.ParquetFile(chunk.path, metadata=metadata, pre_buffer=False, buffer_size=2**20) as file:  # little memory
-        batches = file.iter_batches(1024, [chunk.group], [options.text_column], use_threads=False)
+        batches = file.iter_batches(1024, [chunk.group], [settings.text_column], use_threads=False)
         columns = (batch.column(0).cast(pa.large_binary()) for batch in batches)  # as str, one bad row would fail all
         rows = itertools.chain.from_iterable(column.to_pylist() for column in columns)
         for row, data in enumerate(itertools.islice(rows, chunk.start, chunk.stop), chunk.start):
@@ -161,7 +152,7 @@ def read_rows(chunk: Chunk, options: Options, leave_out: Callable) -> Iterator[s
 # JSON lines: texts, or instructions, where a document is a list of (prompt, answer)
 
 
-def read_lines(chunk: Chunk, options: Options, leave_out: Callable) -> Iterator[str | list[tuple[str, str]]]:
+def read_lines(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str | list[tuple[str, str]]]:
     """The documents of the JSON lines that begin in the chunk's bytes."""
     with open(chunk.path, "rb") as file:
         if chunk.start > 0:
@@ -170,7 +161,7 @@ def read_lines(chunk: Chunk, options: Options, leave_out: Callable) -> Iterator[
         while (begin := file.tell()) < chunk.stop and (line := file.readline()):
             if not line.isspace():
                 try:
-                    yield parse_line(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, options)
+                    yield parse_line(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, settings)
                 except BadDocument as error:
                     reason = str(error)
                     leave_out(lambda: f"line {line_number(chunk.path, begin)} of {chunk.name} {reason}")  # noqa: B023
@@ -181,20 +172,20 @@ def line_number(path: str, offset: int) -> int:
         return sum(file.read(min(2**20, offset - at)).count(b"\n") for at in range(0, offset, 2**20)) + 1
 
 
-def parse_line(line: bytes, options: Options) -> str | list[tuple[str, str]]:
+def parse_line(line: bytes, settings: Settings) -> str | list[tuple[str, str]]:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadDocument(f"is not JSON ({error})") from None
     if not isinstance(record, dict):
         raise BadDocument(f"is not a JSON object but {type(record).__name__}")
-    if options.format != "text":
-        return (alpaca_dialogue if options.format == "alpaca" else chat_dialogue)(record)
-    if options.text_column not in record:
-        raise BadDocument(f"has no field {options.text_column!r} (--text_column takes one of: {', '.join(record)})")
-    text = record[options.text_column]
+    if settings.format != "text":
+        return (alpaca_dialogue if settings.format == "alpaca" else chat_dialogue)(record)
+    if settings.text_column not in record:
+        raise BadDocument(f"has no field {settings.text_column!r} (--text_column takes one of: {', '.join(record)})")
+    text = record[settings.text_column]
     if not isinstance(text, str):
-        raise BadDocument(f"holds {type(text).__name__} in {options.text_column!r}, not text")
+        raise BadDocument(f"holds {type(text).__name__} in {settings.text_column!r}, not text")
     return text
 
 
@@ -248,7 +239,7 @@ def chat_dialogue(record: dict) -> list[tuple[str, str]]:
 # Plain text
 
 
-def read_text(chunk: Chunk, options: Options, leave_out: Callable) -> Iterator[str]:
+def read_text(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str]:
     """A .txt file is one document. A large one is cut where no GPT-2 token crosses, so the tokens stay the same."""
     with open(chunk.path, "rb") as file:
         start, stop = safe_cut(file, chunk.start), safe_cut(file, chunk.stop)

@@ -7,6 +7,7 @@ Scratch names contain a hash of the file's identity, so leftovers of a killed ru
 """
 
 import ast
+import contextlib
 import errno
 import functools
 import glob
@@ -24,7 +25,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ KIND_OF_SUFFIX = {kind: kind for kind in KINDS} | {"ndjson": "jsonl", "json": "j
 BINS = re.compile(r"\w[\w-]*_(train|val)_\d+\.bin")  # shards of llm.c and modded-nanogpt
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?(:[^\\]+)?")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # not the hub's fault
-TRIES, LONGEST_WAIT = 8, 60  # of a request to the hub; seconds between two tries, three minutes in all
+TRIES, LONGEST_WAIT = 6, 60  # of a request to the hub, each of which its library repeats; seconds between two tries
 
 
 class SourceFile(NamedTuple):
@@ -100,45 +100,39 @@ class Fetcher:
 
     def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool, is_limited=False):
         self.files, self.scratch, self.keep_downloads = files, scratch, keep_downloads
-        self.coming: dict[int, Future] = {}  # files that are being fetched, or are here
-        self.released = 0
+        self.released, self.ahead, self.thread = 0, 0, None
         scratch.mkdir(exist_ok=True)
         check_offline(files[done : done + 1] if is_limited else files[done:], scratch)
         self.release(done)
 
     def get(self, number: int) -> Path:
-        self.start(number)
-        path = self.coming[number].result()
-        self.start(self.released + 1)  # at most two files are on the disk, unless more are needed at once
+        if self.thread:
+            self.thread.join()
+        path = self.files[number].fetch(self.scratch)
+        self.fetch_ahead()
         return path
 
-    def start(self, number: int) -> None:
-        if number < len(self.files) and number not in self.coming:
-            self.coming[number] = in_background(self.files[number].fetch, self.scratch)
+    def fetch_ahead(self) -> None:
+        """At most two files are on the disk, unless more are needed at once. `get` tries again what fails here."""
+        number, is_busy = self.released + 1, self.thread and self.thread.is_alive()
+        if self.ahead < number < len(self.files) and not is_busy:
+            self.ahead = number
+            # a daemon, so that Ctrl-C need not wait for the end of a download
+            self.thread = threading.Thread(target=self.try_to_fetch, args=[number], name="fetch", daemon=True)
+            self.thread.start()
+
+    def try_to_fetch(self, number: int) -> None:
+        with contextlib.suppress(Exception):
+            self.files[number].fetch(self.scratch)
 
     def release(self, done: int) -> None:
         """Remove the first `done` files: all of their tokens are committed."""
-        for number in range(self.released, done):
-            if number in self.coming:
-                self.coming.pop(number).result()
-            if self.files[number].make and not self.keep_downloads:
-                (self.scratch / self.files[number].path).unlink(missing_ok=True)
-        self.released = done
-        self.start(done)
-
-
-def in_background(function: Callable, *args) -> Future:
-    """The future result. A daemon thread does the work, so that Ctrl-C need not wait for the end of a download."""
-    future = Future()
-
-    def work():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="fetch", daemon=True).start()
-    return future
+        for file in self.files[self.released : done]:
+            if file.make and not self.keep_downloads:
+                (self.scratch / file.path).unlink(missing_ok=True)
+        if done > self.released:
+            self.released = done
+            self.fetch_ahead()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,21 +173,18 @@ def stamp(path: str, size: int, samples: int = 16, length: int = 4096) -> str:
 
 def expand(pattern: str, flag: str) -> list[str]:
     """Names of readable files. Raises UserError."""
-    advice = "give files, folders, or a glob in quotes"
-    if not pattern:
-        raise UserError(f"{flag} has an empty name; {advice}")
-    pattern = os.path.expanduser(pattern)
+    pattern, advice = os.path.expanduser(pattern), "give files, folders, or a glob in quotes"
+    folder, why = os.path.dirname(pattern) or ".", "no file matches"
     if os.path.isdir(pattern):
         found = (os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names)
         names = sorted(name for name in found if kind_of(name) and not os.path.basename(name).startswith("."))
+        why = "no file of a known kind in this folder"
     elif os.path.exists(pattern) or not glob.has_magic(pattern):
         names = [pattern]  # also if it looks like a glob, such as `a[1].jsonl`
     else:
-        names = sorted(glob.glob(pattern, recursive=True))
-        names = names or sorted(glob.glob(pattern.replace("[", "[[]"), recursive=True))  # in a folder `a[1]`
+        literal = pattern.replace("[", "[[]")  # for files in a folder `a[1]`
+        names = sorted(glob.glob(pattern, recursive=True) or glob.glob(literal, recursive=True))
     if not names:
-        folder = os.path.dirname(pattern) or "."
-        why = "no file of a known kind in this folder" if os.path.isdir(pattern) else "no file matches"
         if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
             why = f"the directory {folder} is not readable"
         raise UserError(f"{flag} {pattern}: {why}; {advice}")
@@ -266,7 +257,7 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
     repo, _, config = dataset.partition(":")
     if recorded is None:
         ask = lambda: hub().dataset_info(repo, revision=revision, files_metadata=True)  # noqa: E731
-        info = with_retries(f"dataset {repo}", ask, 4)
+        info = with_retries(f"dataset {repo}", ask)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
         configs = (info.card_data.get("configs") if info.card_data else None) or []
         names = train_files(list(sizes), configs, config, repo)
@@ -340,23 +331,23 @@ def stream(dataset: str, commit: str, max_bytes: int | None, target: Path) -> No
     with_retries(f"dataset {repo}", attempt)
 
 
-def with_retries(what: str, action: Callable, tries: int = TRIES):
+def with_retries(what: str, action: Callable):
     """`action()`, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
-    if is_offline():
-        raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input")
-    for attempt in range(tries):
+    for attempt in range(TRIES):
         try:
             return action()
         except Exception as error:
             if isinstance(error, UserError) or getattr(error, "errno", None) in DISK_ERRORS:
                 raise
+            if is_offline():
+                raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input") from error
             reason = " ".join(str(error).split())[:200]
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
             is_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
             if status in (401, 403, 404) or not is_network:
                 raise UserError(f"can't get {what} ({reason}); check --dataset, or set HF_TOKEN") from error
-            if attempt == tries - 1:
+            if attempt == TRIES - 1:
                 endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
                 hint = "set HF_TOKEN for a higher limit" if status == 429 else "run again later: it goes on from here"
                 raise UserError(f"could not get {what} from {endpoint} ({reason}); {hint}") from error

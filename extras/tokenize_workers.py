@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from extras.cli import UserError
-from extras.readers import Chunk, Options, documents_of
+from extras.manifest import Settings
+from extras.readers import Chunk, documents_of
 from extras.tokenizer import load_tokenizer, replace_surrogates
 
 CHECK_EVERY = 512  # gigatoken's tokens are compared with tiktoken's for one document in so many
@@ -30,12 +31,12 @@ class Tokens(NamedTuple):
     skipped: int = 0  # documents left out
 
 
-def tokenize_all(chunks: Iterable, options: Options, workers: int) -> Iterator[tuple[tuple, Tokens]]:
+def tokenize_all(chunks: Iterable, settings: Settings, backend: str, workers: int) -> Iterator[tuple[tuple, Tokens]]:
     """(key, tokens) of every (key, chunk), in order; only a few are in memory at a time."""
     pool, pending = ThreadPoolExecutor(max(1, workers)), deque()
     try:
         for key, chunk in chunks:
-            pending.append((key, pool.submit(tokenize_chunk, chunk, options)))
+            pending.append((key, pool.submit(tokenize_chunk, chunk, settings, backend)))
             if len(pending) > 3 * workers + 3:
                 yield pending[0][0], pending.popleft()[1].result()
         while pending:
@@ -44,13 +45,13 @@ def tokenize_all(chunks: Iterable, options: Options, workers: int) -> Iterator[t
         pool.shutdown(cancel_futures=True)
 
 
-def tokenize_chunk(chunk: Chunk, options: Options) -> Tokens:
-    found, skipped = documents_of(chunk, options)
-    tokenizer, targets = load_tokenizer(options.tokenizer), None
-    if options.format == "text":
-        ids = encode_documents(found, tokenizer, options.backend)
+def tokenize_chunk(chunk: Chunk, settings: Settings, backend: str) -> Tokens:
+    found, skipped = documents_of(chunk, settings)
+    tokenizer, targets = load_tokenizer(settings.tokenizer), None
+    if settings.format == "text":
+        ids = encode_documents(found, tokenizer, backend)
     else:
-        ids, targets = encode_dialogues(found, tokenizer, options.backend)
+        ids, targets = encode_dialogues(found, tokenizer, backend)
     if chunk.kind == "txt" and chunk.start > 0:  # it continues a document
         ids = ids[1:]
     return Tokens(ids, targets, skipped)
@@ -131,7 +132,7 @@ def pick_backend(asked: str, tokenizer: str) -> str:
 class Gigatoken:
     """GPT-2's encoding by the package gigatoken, several times as fast as tiktoken, which checks a sample of it."""
 
-    idle: deque["Gigatoken"] = deque()  # loaded, and not in use
+    idle: ClassVar[deque["Gigatoken"]] = deque()  # loaded, and not in use
 
     def __init__(self):
         self.reference, self.seen = load_tokenizer("gpt2"), 0
