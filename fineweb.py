@@ -100,10 +100,9 @@ def check(config: Config) -> None:
         raise UserError(f"--input and --dataset {config.dataset} exclude each other; leave one out")
     if config.revision and (config.input or config.dataset == PYTHON_DOCS):
         raise UserError("--revision is for datasets of the hub; leave it out")
-    if config.max_tokens and config.val_size and config.val_size >= config.max_tokens:
-        raise UserError(
-            f"--val_size {config.val_size} leaves nothing to train on of --max_tokens {config.max_tokens}; lower it"
-        )
+    val, limit = config.val_size or 0, config.max_tokens or sys.maxsize
+    if val >= limit:
+        raise UserError(f"--val_size {val} leaves nothing to train on of --max_tokens {limit}; lower it")
     if config.val_input and config.val_size is not None:
         raise UserError("--val_size does not go with --val_input, all of which is the val split; leave one out")
 
@@ -544,10 +543,8 @@ def verify(out: Path, config: Config) -> None:
     damaged = [name for name, sha256 in files if is_damaged(out / name, sha256)]
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
-        raise UserError(
-            f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}; delete them and run "
-            "fineweb.py again with the same flags, which makes them again"
-        )
+        what = f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}"
+        raise UserError(f"{what}; delete them and run fineweb.py again with the same flags, which makes them again")
     print(f"{out}: {len(files)} shards have the sha256 of the manifest")
     if not manifest.source.is_tokens:
         for part in [read_manifest(path) for path in sorted(out.glob("manifest.part-*-of-*.json"))] or [manifest]:
@@ -579,17 +576,13 @@ def compare_with_source(out: Path, manifest: Manifest, samples: int = 3) -> None
     print(f"{out}: {compared:,} tokens are those of the source")
 
 
-def one_interrupt() -> None:
+def one_interrupt(number: int, frame) -> None:
     """The first Ctrl-C ends the run; a second one must not interrupt the clean-up."""
-
-    def handler(number, frame):
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, handler)
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    one_interrupt()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
+        signal.signal(signal.SIGINT, one_interrupt)
     run(main, Config, __doc__)

@@ -141,7 +141,9 @@ class Manifest(Record):
         expect((self.val_source is None) == (not settings.val_input), "val_source does not fit settings.val_input")
         expect(is_joined == (settings.part or "").startswith("all of "), "cursor does not fit settings.part")
         expect(is_joined or len(self.starts) == len(self.shards), "starts and shards differ in number")
-        expect(len(self.shards) <= len(source.files) or not source.is_tokens, "shards and source.files do not fit")
+        if source.is_tokens:
+            fits = settings.part is None and self.cursor.block == len(self.shards) <= len(source.files)
+            expect(fits, "shards, cursor and source.files do not fit")
         i, n = self.part
         for number, shard in enumerate(self.shards):
             index = shard.index if is_joined else number * n + i

@@ -20,7 +20,7 @@ from extras.readers import Chunk, documents_of
 from extras.tokenizer import load_tokenizer, replace_surrogates
 
 CHECK_EVERY = 512  # gigatoken's tokens are compared with tiktoken's for one document in so many
-RESET_EVERY = 2**30  # characters, after which gigatoken's word cache is emptied: it only grows
+RESET_EVERY = 2**30  # characters, after which gigatoken is loaded anew: its cache of words only grows
 
 
 class Tokens(NamedTuple):
@@ -99,7 +99,8 @@ def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray,
             encoder = Gigatoken()
         try:
             result = encoder.encode(texts)
-            Gigatoken.idle.append(encoder)
+            if encoder.characters < RESET_EVERY:
+                Gigatoken.idle.append(encoder)
             return result
         except (KeyboardInterrupt, SystemExit, UserError):
             raise
@@ -135,25 +136,19 @@ class Gigatoken:
     idle: ClassVar[deque["Gigatoken"]] = deque()  # loaded, and not in use
 
     def __init__(self):
-        self.reference, self.seen = load_tokenizer("gpt2"), 0
-        self.reset()
-
-    def reset(self) -> None:
         from gigatoken import Tokenizer
 
+        self.reference, self.seen, self.characters = load_tokenizer("gpt2"), 0, 0
         ranks = self.reference.bpe._mergeable_ranks  # no special tokens: "<|endoftext|>" in a text is text
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
             path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
             self.tokenizer = Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
-        self.characters = 0
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(n,) uint32 ids of all texts together, and (documents,) how many each has."""
         import awkward
 
-        if self.characters > RESET_EVERY:
-            self.reset()
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         try:

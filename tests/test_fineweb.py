@@ -267,12 +267,15 @@ def test_gigatoken_is_tiktoken(texts):
 
 @gigatoken_only
 def test_gigatoken_is_checked_and_reset(monkeypatch):
-    monkeypatch.setattr(workers, "RESET_EVERY", -1)
+    monkeypatch.setattr(workers.Gigatoken, "idle", deque())
+    monkeypatch.setattr(workers, "RESET_EVERY", 15_000)
     backend = workers.Gigatoken()
-    before = backend.tokenizer
     texts = [f"text {i}" for i in range(1200)]
-    ids, _ = backend.encode(texts)
-    assert backend.tokenizer is not before and ids.tolist() == [i for text in texts for i in GPT2.encode(text)]
+    workers.Gigatoken.idle.append(backend)
+    for kept in (True, False):  # about 10,000 characters
+        ids, _ = workers.encode_texts(texts, GPT2, "gigatoken")
+        assert ids.tolist() == [i for text in texts for i in GPT2.encode(text)]
+        assert list(workers.Gigatoken.idle) == [backend] * kept
     checked = []
     monkeypatch.setattr(workers, "encode_text", lambda text, tokenizer: checked.append(text) or np.array([1, 2, 3]))
     backend.seen = 1000
@@ -288,7 +291,6 @@ def test_tiktoken_steps_in_where_gigatoken_fails(monkeypatch):
     def panic(self, texts):
         raise Panic
 
-    monkeypatch.setattr(workers.Gigatoken, "reset", lambda self: None)
     monkeypatch.setattr(workers.Gigatoken, "encode", panic)
     monkeypatch.setattr(workers.Gigatoken, "idle", deque())
     np.testing.assert_array_equal(workers.encode_documents(NASTY, GPT2, "gigatoken"), reference(NASTY))

@@ -31,7 +31,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parent.parent
 
 
-def make_files(folder: Path, files: int = 3, rows: int = 40) -> list[str]:
+def make_files(folder: Path, files: int = 3, rows: int = 40, group: int = 16) -> list[str]:
     """Parquet files in FineWeb-Edu's schema; their texts, in order."""
     texts = []
     for number in range(files):
@@ -40,7 +40,7 @@ def make_files(folder: Path, files: int = 3, rows: int = 40) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         counts = [len(load_tokenizer("gpt2").encode(text)) for text in mine]
         table = pa.table({"text": mine, "id": [str(i) for i in range(rows)], "token_count": counts})
-        pq.write_table(table, path, row_group_size=16)
+        pq.write_table(table, path, row_group_size=group)
         texts += mine
     (folder / "README.md").write_text("not data")
     return texts
@@ -235,6 +235,7 @@ def test_two_files_on_the_disk_at_most(hub, tmp_path, monkeypatch):
         seen.append(len(list((tmp_path / "out/downloads").rglob("*.parquet"))))
         release(fetcher, done)
 
+    make_files(hub.folder, group=2)  # chunks enough that those in flight are of one file
     monkeypatch.setattr(sources.Fetcher, "release", watched)
     build(tmp_path / "out", shard_size=100)
     assert max(seen) == 2 and len(seen) > 8
@@ -296,7 +297,8 @@ def test_offline_is_said_at_once(hub, tmp_path, monkeypatch):
         offline(patch)
         with pytest.raises(UserError, match=r"can't get dataset .*: HF_HUB_OFFLINE is set; unset it, or use --input"):
             build(tmp_path / "new")
-    for limit in (None, 1600):  # the limit is reached in the first file
+    make_files(hub.folder, group=2)
+    for limit in (None, 300):  # the limit is reached in the first file
         out = tmp_path / f"out{limit}"
         settings = {"keep_downloads": True, "shard_size": 100, "max_tokens": limit}
         with monkeypatch.context() as patch, pytest.raises(Killed):

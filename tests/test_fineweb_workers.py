@@ -52,9 +52,9 @@ def start(folder: Path, out: Path, before: str = SLOW) -> subprocess.Popen:
     """fineweb.py in a process of its own, two threads. before: what is altered in it."""
     config = {**flags(folder), "out": str(out), "workers": 2}
     (out.parent / "go.py").write_text(
-        f"import sys, time\nsys.path.append({str(ROOT)!r})\nimport fineweb\n"
+        f"import signal, sys, time\nsys.path.append({str(ROOT)!r})\nimport fineweb\n"
         f"from extras import tokenize_workers as pool\n{before}\n"
-        f"config = fineweb.Config(**{config!r})\nfineweb.one_interrupt()\n"
+        f"config = fineweb.Config(**{config!r})\nsignal.signal(signal.SIGINT, fineweb.one_interrupt)\n"
         "fineweb.run(lambda _: fineweb.main(config), fineweb.Config, '', [])\n"
     )
     STARTED.append(subprocess.Popen([sys.executable, str(out.parent / "go.py")], stdout=-1, stderr=-1, text=True))
