@@ -465,7 +465,7 @@ def ids_of_bin(name: str, data: bytes) -> np.ndarray:
     magic, version, length = np.frombuffer(data[:12].ljust(12, b"\0"), "<i4").tolist()
     if (magic, version) != (20240520, 1):
         what = f"it begins with {magic}, {version}, not 20240520, 1"
-    elif len(data) != HEADER_BYTES + 2 * length:
+    elif length < 0 or len(data) != HEADER_BYTES + 2 * length:
         what = f"its header says {length:,} tokens, {HEADER_BYTES + 2 * length:,} bytes, and it has {len(data):,}"
     elif not length or (ids := np.frombuffer(data, "<u2", offset=HEADER_BYTES)).max() >= 50257:
         what = f"it has id {ids.max()}, and GPT-2's end at 50256" if length else "it has no tokens"

@@ -518,6 +518,7 @@ BAD_BINS = {
     "version": (bin_file([1, 2], version=2), "begins with 20240520, 2, not 20240520, 1"),
     "count": (bin_file([1, 2], count=3), "header says 3 tokens, 1,030 bytes, and it has 1,028"),
     "negative": (bin_file([1, 2], count=-1), "header says -1 tokens"),
+    "negative and short": (bin_file([], count=-5)[:1014], "header says -5 tokens"),
     "odd": (bin_file([1, 2]) + b"x", "header says 2 tokens, 1,028 bytes, and it has 1,029"),
     "cut": (bin_file([1, 2])[:700], "header says 2 tokens, 1,028 bytes, and it has 700"),
     "empty": (b"", "begins with 0, 0"),
