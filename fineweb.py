@@ -501,7 +501,8 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
             if len(manifest.shards) > shards:
                 fetcher.release(plan.done[manifest.cursor.block])
             manifest.skipped += tokens.skipped
-            tokens_seen, bytes_seen = tokens_seen + len(tokens.ids), bytes_seen + chunk.source_bytes
+            tokens_seen += chunk.tokens if chunk.tokens and config.tokenizer == "gpt2" else len(tokens.ids)
+            bytes_seen += chunk.source_bytes
             bar.total = max(writer.total, min(limit, int(tokens_seen / bytes_seen * bytes_total)))
             bar.set_postfix_str(f"shard {writer.index}", refresh=False)
             bar.update(writer.total - bar.n)

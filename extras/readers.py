@@ -24,7 +24,7 @@ ROW_CHUNK_BYTES = 64 * 2**20  # a row group with more text than this becomes sev
 class Chunk(NamedTuple):
     """Rows [start, stop) of a row group, or the lines that begin in bytes [start, stop).
 
-    source_bytes: its share of the file's size. order: seed to shuffle by.
+    source_bytes: its share of the file's size. tokens: an estimate, if the file counts them. order: seed to shuffle by.
     """
 
     path: str
@@ -34,6 +34,7 @@ class Chunk(NamedTuple):
     start: int
     stop: int
     source_bytes: float
+    tokens: float | None = None
     order: str | None = None
 
     def __str__(self):
@@ -103,15 +104,26 @@ def parquet_metadata(path: str):
 
 def row_groups(file: SourceFile, path: str, text_column: str) -> list[Chunk]:
     metadata, chunks = parquet_metadata(path), []
-    column = text_column_index(metadata, text_column, file.name)
+    column, per_row = text_column_index(metadata, text_column, file.name), tokens_per_row(path, metadata)
     for group, info in enumerate(map(metadata.row_group, range(metadata.num_row_groups))):
         slices = max(1, min(info.num_rows, -(-info.column(column).total_uncompressed_size // ROW_CHUNK_BYTES)))
         cuts = [info.num_rows * i // slices for i in range(slices + 1)]
         for start, stop in zip(cuts, cuts[1:]):
             if rows := stop - start:
-                size = file.weight * rows / metadata.num_rows
-                chunks.append(Chunk(path, file.name, "parquet", group, start, stop, size))
+                size, tokens = file.weight * rows / metadata.num_rows, per_row and rows * per_row
+                chunks.append(Chunk(path, file.name, "parquet", group, start, stop, size, tokens))
     return chunks
+
+
+def tokens_per_row(path: str, metadata) -> float | None:
+    """By FineWeb's column `token_count`, if the file has it; 1 more for end-of-text."""
+    import pyarrow.parquet as pq
+
+    schema = metadata.schema.to_arrow_schema()
+    if schema.names.count("token_count") != 1 or str(schema.field("token_count").type) not in ("int32", "int64"):
+        return None
+    counts = pq.read_table(path, columns=["token_count"]).column(0).drop_null()
+    return 1 + counts.to_numpy().mean() if len(counts) else None
 
 
 def text_column_index(metadata, text_column: str, name: str) -> int:
