@@ -5,9 +5,10 @@ Text -> token shards, the food of train_gpt2.py.
     python fineweb.py --dataset python-docs --out data/python-docs  # Python's own documentation: no network
     python fineweb.py --input books/ --out data/books               # .parquet .jsonl .json .txt, also .gz and .zst
     python fineweb.py --input chats.jsonl --format chat --out data/chats  # to finetune on: only the answers are learned
+    python fineweb.py --dataset kjj0/finewebedu10B-gpt2 --out data/bins   # .bin shards of tokens are only fetched
     python fineweb.py --verify                                      # is the set on disk what the manifest says?
 
-    source --fetch, one ahead--> files --cut--> chunks --worker processes--> tokens, in order --> shards + manifest.json
+    source --fetch, one ahead--> files --cut--> chunks --threads--> tokens, in order --> shards + manifest.json
 
 A chunk is a row group of a parquet file or a few megabytes of a text file. A shard is written when it is full, and then
 recorded in the manifest. A run that was killed at any moment continues after the last shard when it is started again,
@@ -33,6 +34,7 @@ before it to the end-of-text after it, else 0. Only those tokens are training ta
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import random
 import shutil
@@ -41,7 +43,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -53,13 +54,15 @@ from extras.cli import UserError, run
 from extras.files import atomic_file, exclusive
 from extras.manifest import Cursor, Manifest, Shard, manifest_name, parse_part, read_manifest, write_manifest
 from extras.python_docs import PYTHON_DOCS, docs_source
-from extras.readers import Chunk, Options, chunks_of
+from extras.readers import Chunk, chunks_of
 from extras.sources import Fetcher, Source, SourceFile
-from extras.tokenize_workers import Tokens, pick_backend, tokenize_all, tokenize_chunk
+from extras.tokenize_workers import Tokens, count, pick_backend, tokenize_all, tokenize_chunk
+from extras.tokenizer import load_tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
+HEADER_BYTES = 1024  # of a .bin file of llm.c or modded-nanogpt: 256 int32, of which three count
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Config:
     format: Literal["text", "alpaca", "chat"] = "text"  # plain text, or instructions of which the answers are learned
     text_column: str = "text"  # the column or JSON field that holds the text
     revision: str | None = None  # branch, tag or commit of the hub dataset (default: main as it is today)
-    max_tokens: int | None = None  # stop after so many tokens (default: all)
+    max_tokens: int | None = None  # stop after so many tokens (default: all); of .bin shards as many as hold them
     shuffle: int | None = None  # seed: shuffle row groups over all files, and documents in them; fetches all first
     part: str | None = None  # I/N: tokenize the I-th of N parts, for job arrays; all share --out
     skip_bad: bool = False  # leave out documents that can't be read, and count them
@@ -82,7 +85,7 @@ class Config:
     val_size: int | None = None  # tokens in shard 0, the val split (default: a shard of FineWeb-Edu, 1/20 of others)
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # GPT-2's byte-pair encoding, or plain bytes
 
-    workers: int | None = None  # processes (default: one a core; 0: none but this one)
+    workers: int | None = None  # threads (default: one a core)
     backend: Literal["auto", "gigatoken", "tiktoken"] = "auto"  # GPT-2's encoder; auto: gigatoken if it is installed
     keep_downloads: bool = False  # keep what was fetched, in OUT/downloads
     verify: bool = False  # check the shards in OUT against their manifest and, if it is available, the source
@@ -98,10 +101,9 @@ def check(config: Config) -> None:
         raise UserError(f"--input and --dataset {config.dataset} exclude each other; leave one out")
     if config.revision and (config.input or config.dataset == PYTHON_DOCS):
         raise UserError("--revision is for datasets of the hub; leave it out")
-    if config.max_tokens and config.val_size and config.val_size >= config.max_tokens:
-        raise UserError(
-            f"--val_size {config.val_size} leaves nothing to train on of --max_tokens {config.max_tokens}; lower it"
-        )
+    val, limit = config.val_size or 0, config.max_tokens or sys.maxsize
+    if val >= limit:
+        raise UserError(f"--val_size {val} leaves nothing to train on of --max_tokens {limit}; lower it")
     if config.val_input and config.val_size is not None:
         raise UserError("--val_size does not go with --val_input, all of which is the val split; leave one out")
 
@@ -119,7 +121,7 @@ class Plan:
 
     def __init__(self, val: Source | None, source: Source, settings: schema.Settings):
         self.settings, (self.part, self.parts) = settings, parse_part(settings.part)
-        self.starts = list(accumulate((file.weight for file in source.files), initial=0))
+        self.starts = list(itertools.accumulate((file.weight for file in source.files), initial=0))
         low, high = (self.starts[-1] * part for part in (self.part, self.part + 1))
         mine = [
             (index, file, start)
@@ -129,7 +131,7 @@ class Plan:
         self.blocks = [[(None, file, 0)] for file in val.files] if val and self.part == 0 else []
         self.val_blocks = len(self.blocks)
         self.blocks += [[place] for place in mine] if settings.shuffle is None else [mine] if mine else []
-        self.done = list(accumulate(map(len, self.blocks), initial=0))  # files before each block
+        self.done = list(itertools.accumulate(map(len, self.blocks), initial=0))  # files before each block
         self.files = [file for block in self.blocks for _, file, _ in block]  # in the order of use
 
     def chunks(self, block: int, paths: list[Path]) -> list[Chunk]:
@@ -174,7 +176,8 @@ class ShardWriter:
             if val_ends or self.length == self.manifest.capacity(self.index):
                 self.commit(here)
             end = min(stop, done + self.manifest.capacity(self.index) - self.length)
-            self.pieces.append((here, chunk.cut(done, end, self.manifest.tokenizer.name), skipped))
+            piece = Tokens(chunk.ids[done:end], None if chunk.targets is None else chunk.targets[done:end])
+            self.pieces.append((here, piece, skipped))
             self.length += end - done
             self.total += end - done
             done = end
@@ -187,19 +190,12 @@ class ShardWriter:
         if pieces[0].targets is not None:  # the mask first, so that no shard is ever without it
             mask_sha256 = write_array(path.with_suffix(".mask.npy"), "|u1", [piece.targets for piece in pieces])
         sha256 = write_array(path, "<u2", [piece.ids for piece in pieces])
-        counts = {"tokens": self.length, "documents": sum(piece.documents for piece in pieces)}
-        counts |= {"bytes": sum(piece.bytes for piece in pieces), "skipped_before": skipped}
-        split = self.manifest.split_of(self.index)
-        self.manifest.shards.append(
-            Shard(name=path.name, split=split, sha256=sha256, mask_sha256=mask_sha256, **counts)
-        )
-        self.manifest.starts.append(start)
+        counts = [count(piece.ids, piece.targets, self.manifest.tokenizer.name) for piece in pieces]
+        shard = {"name": path.name, "split": self.manifest.split_of(self.index), "tokens": self.length}
+        shard |= {"documents": sum(n for n, _ in counts), "bytes": sum(n for _, n in counts)}
+        shard |= {"skipped_before": skipped, "sha256": sha256, "mask_sha256": mask_sha256}
         self.pieces, self.length = [], 0
-        self.save(cursor, complete)
-
-    def save(self, cursor: Cursor, complete: bool) -> None:
-        self.manifest.cursor, self.manifest.complete = cursor, complete
-        write_manifest(self.out / manifest_name(self.manifest.part), self.manifest)
+        record(self.out, self.manifest, cursor, complete, start, Shard(**shard))
 
     def finish(self, cursor: Cursor) -> None:
         """Write the last shard and complete the manifest. If val has taken all the text, it gets a twentieth."""
@@ -216,24 +212,32 @@ class ShardWriter:
         if self.pieces:
             self.commit(cursor, complete=True)
         else:
-            self.save(cursor, complete=True)
+            record(self.out, self.manifest, cursor, complete=True)
+
+
+def record(out: Path, manifest: Manifest, cursor: Cursor, complete: bool, start: Cursor = None, shard: Shard = None):
+    """Write the manifest, with one more shard if there is one: it began at `start`, and the next does at `cursor`."""
+    if shard:
+        manifest.shards.append(shard)
+        manifest.starts.append(start)
+    manifest.cursor, manifest.complete = cursor, complete
+    write_manifest(out / manifest_name(manifest.part), manifest)
 
 
 def write_array(path: Path, dtype: str, arrays: list[np.ndarray]) -> str:
-    """Write the arrays as one 1-D .npy file; its sha256."""
+    """Write the arrays as one 1-D .npy file, as np.save would; its sha256."""
+    header, shape = io.BytesIO(), (sum(map(len, arrays)),)
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return write_blocks(path, [header.getvalue(), *(array.astype(dtype, copy=False).data for array in arrays)])
+
+
+def write_blocks(path: Path, blocks: list) -> str:
     digest = hashlib.sha256()
     with atomic_file(path) as file:
-        for data in npy_header(sum(map(len, arrays)), dtype), *(a.astype(dtype, copy=False).data for a in arrays):
+        for data in blocks:
             file.write(data)
             digest.update(data)
     return digest.hexdigest()
-
-
-def npy_header(length: int, dtype: str) -> bytes:
-    """What `np.save` writes before a 1-D array."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": (length,)})
-    return buffer.getvalue()
 
 
 def is_damaged(path: Path, sha256: str) -> bool:
@@ -248,36 +252,32 @@ def is_damaged(path: Path, sha256: str) -> bool:
 
 
 def begin(config: Config, val: Source | None, source: Source) -> Manifest:
-    size, eot = schema.VOCABULARY[config.tokenizer]
-    values = {"tokenizer": schema.Tokenizer(name=config.tokenizer, vocab_size=size), "eot": eot}
+    known = load_tokenizer(config.tokenizer)
+    values = {"tokenizer": schema.Tokenizer(name=known.name, vocab_size=known.n_vocab), "eot": known.eot}
     values |= {"source": source.record, "val_source": val and val.record, "settings": settings_of(config)}
-    return Manifest(val_size=None if val else val_size_of(config, source.files), **values)
+    val_size = None if val or source.record.is_tokens else val_size_of(config, source.files)
+    return Manifest(val_size=val_size, **values)
 
 
 def settings_of(config: Config) -> schema.Settings:
     values = {name: getattr(config, name) for name in schema.Settings.model_fields}
-    values |= {
-        "dataset": None if config.input else config.dataset,
-        "val_input": list(map(sources.utf8, config.val_input)),
-    }
-    return schema.Settings(**values | {"input": list(map(sources.utf8, config.input)) or None})
+    values |= {name: list(map(sources.utf8, getattr(config, name))) for name in ("input", "val_input")}
+    return schema.Settings(**values | ({"dataset": None} if config.input else {"input": None}))
 
 
 def val_size_of(config: Config, files: list[SourceFile]) -> int:
     """Tokens in the val split: a shard of FineWeb-Edu, a twentieth of anything else, and never all there are."""
     if config.val_size is not None:
         return config.val_size
-    limit = config.max_tokens or sys.maxsize
-    is_fineweb = not config.input and config.dataset.startswith(FINEWEB_EDU.partition(":")[0])
-    twentieth = min(estimated_tokens(files, config.tokenizer), limit) // 20
-    size = config.shard_size if is_fineweb else min(config.shard_size, twentieth)
+    limit, is_fineweb = config.max_tokens or sys.maxsize, config.dataset.startswith(FINEWEB_EDU.partition(":")[0])
+    # a guess from the files' sizes alone, so that it is the same whenever it is made
+    sizes = ((f.kind, f.size * (COMPRESSION if sources.is_compressed(f.name) else 1)) for f in files)
+    tokens = sum(size * TOKENS_PER_BYTE[kind] for kind, size in sizes)
+    tokens = int(tokens if config.tokenizer == "gpt2" else tokens / TOKENS_PER_BYTE["txt"])
+    size = config.shard_size
+    if config.input or not is_fineweb:
+        size = min(size, min(tokens, limit) // 20)
     return max(1, size if size < limit else limit // 20)
-
-
-def estimated_tokens(files: list[SourceFile], tokenizer: str) -> int:
-    """A guess from the files' sizes alone, so that it is the same whenever it is made."""
-    gpt2 = sum(f.size * TOKENS_PER_BYTE[f.kind] * (COMPRESSION if sources.is_compressed(f.name) else 1) for f in files)
-    return int(gpt2 if tokenizer == "gpt2" else gpt2 / TOKENS_PER_BYTE["txt"])
 
 
 def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
@@ -309,6 +309,10 @@ def open_sources(config: Config, manifest: Manifest | None, out: Path) -> tuple[
     else:
         enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; an English token has 4.6
         source = sources.hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
+    if source.record.is_tokens:
+        for name in ("val_input", "format", "shuffle", "part", "shard_size", "val_size", "tokenizer"):
+            if getattr(config, name) != getattr(Config(), name):
+                raise UserError(f"{config.dataset} holds tokens already, which --{name} can't change; leave it out")
     for file in (val.files if val else []) + source.files:
         if config.format != "text" and file.kind != "jsonl":
             raise UserError(f"--format {config.format} reads .jsonl, not {file.name}; write it as JSON lines")
@@ -342,7 +346,7 @@ def main(config: Config) -> None:
     check(config)
     out, again = Path(config.out), "the shards so far are safe, and the same command goes on from there"
     try:
-        (verify if config.verify else tokenize)(out, config)
+        (verify if config.verify else make)(out, config)
     except KeyboardInterrupt:
         print(f"\nstopped; {again}", file=sys.stderr)
         raise
@@ -353,7 +357,7 @@ def main(config: Config) -> None:
         raise UserError(f"{where}: {os.strerror(error.errno)}; fix that, then run again: {again}") from error
 
 
-def tokenize(out: Path, config: Config) -> None:
+def make(out: Path, config: Config) -> None:
     """Begin a set of shards in `out`, or resume it, to its end."""
     part = parse_part(config.part)
     path, downloads = out / manifest_name(part), out / manifest_name(part).replace("manifest", "downloads")[:-5]
@@ -364,24 +368,26 @@ def tokenize(out: Path, config: Config) -> None:
         print(f"{out} is complete: {summary(manifest)}; nothing to do")
         whole = read_manifest(out / "manifest.json")
         if whole and whole.complete:
-            if not config.keep_downloads:
-                shutil.rmtree(downloads, ignore_errors=True)
             return  # without a lock: it may be read-only
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_name(path.name + ".lock")):
         if read_manifest(path) != found:
             raise UserError(f"{out} was written by another process just now; run again")
-        if not list(out.glob("manifest*.json")) and (strays := sorted(out.glob("edufineweb_*.npy"))):
+        strays = sorted([*out.glob("edufineweb_*.npy"), *out.glob("*_train_*.bin"), *out.glob("*_val_*.bin")])
+        if strays and not list(out.glob("manifest*.json")):
             raise UserError(f"{out} has {strays[0].name} but no manifest.json that lists it; choose another --out")
         manifest = manifest or begin(config, val, source)
         write_manifest(path, manifest)
         join_parts(out, part)
         if not manifest.complete:
-            write_shards(config, Plan(val, source, manifest.settings), manifest, out, downloads)
+            if source.record.is_tokens:
+                fetch_shards(config, source.files, manifest, out, downloads)
+            else:
+                write_shards(config, Plan(val, source, manifest.settings), manifest, out, downloads)
             join_parts(out, part)
-        if not config.keep_downloads:
-            shutil.rmtree(downloads, ignore_errors=True)
-    report(out, manifest, len(source.files))
+    print(f"{out}: {summary(manifest)}")
+    if not source.record.is_tokens:
+        remark(manifest, len(source.files))
 
 
 def join_parts(out: Path, part: tuple[int, int]) -> None:
@@ -413,22 +419,60 @@ def summary(manifest: Manifest) -> str:
     return f"{documents:,} documents, {len(shards)} shards, {tokens['train']:,} train and {tokens['val']:,} val tokens"
 
 
-def report(out: Path, manifest: Manifest, files: int) -> None:
-    print(f"{out}: {summary(manifest)}")
+def remark(manifest: Manifest, files: int) -> None:
+    """Print what may surprise about a set: left out documents, a short shard, a val split unlike the rest."""
     if manifest.skipped:
         print(f"{manifest.skipped} documents could not be read and were left out")
     shards, size, is_shuffled = manifest.shards, manifest.settings.shard_size, manifest.settings.shuffle is not None
     if shards and (last := shards[-1].tokens) < size:
-        print(f"The last shard is shorter ({last:,} of {size:,} tokens); this is expected and no failure.")
+        print(f"The last shard is short ({last:,} of {size:,} tokens): expected, no failure.")
     if manifest.val_size and manifest.part[0] == 0 and len(shards) > 1:
         is_one_file = not is_shuffled and files > 1 and manifest.starts[1] <= (1, 0, 0)
-        if shards[0].documents < 200 or is_one_file:
+        if (n := shards[0].documents) < 200 or is_one_file:
+            which = "document" if n == 1 else f"{n:,} documents"
             where = f", all from the first of {files} files" if is_one_file else ""
-            mix = "" if is_shuffled else "--shuffle 1 mixes all documents before the split, "
-            print(
-                f"Validation is on the first {shards[0].documents:,} document(s) only{where}; they may differ from the "
-                f"rest: {mix}--val_size N takes more, --val_input FILE takes files of your choice."
-            )
+            mix = "" if is_shuffled else "--shuffle 1 mixes all documents first, "
+            better = f"{mix}--val_size N takes more, --val_input FILE takes your own"
+            print(f"Validation uses only the first {which}{where}, perhaps unlike the rest: {better}.")
+
+
+def fetch_shards(config: Config, files: list[SourceFile], manifest: Manifest, out: Path, downloads: Path) -> None:
+    """Fetch a dataset of .bin files, which are shards as they are: each is checked, moved to `out` and recorded."""
+    import tqdm
+
+    def train_tokens(file):
+        return (file.size - HEADER_BYTES) // 2 if "_train_" in file.name else 0
+
+    before = itertools.accumulate(map(train_tokens, files), initial=0)  # val files, which come first, count nothing
+    files = [file for file, tokens in zip(files, before) if tokens < (config.max_tokens or sys.maxsize)]
+    first = manifest.cursor.block
+    fetcher = Fetcher(files, first, downloads, config.keep_downloads)
+    for number in tqdm.trange(first, len(files), initial=first, total=len(files), unit="file", dynamic_ncols=True):
+        name, path = files[number].name, fetcher.get(number)
+        data = path.read_bytes()
+        path.unlink()  # if it is damaged, it is fetched again next time
+        ids = ids_of_bin(name, data)
+        documents, text_bytes = count(ids, None, "gpt2")
+        shard = {"name": name, "split": "train" if "_train_" in name else "val", "tokens": len(ids)}
+        shard |= {"documents": documents, "bytes": text_bytes, "sha256": write_blocks(out / name, [data])}
+        record(out, manifest, Cursor(number + 1, 0, 0), False, Cursor(number, 0, 0), Shard(**shard))
+        fetcher.release(number + 1)
+    shutil.rmtree(downloads, ignore_errors=True)
+    record(out, manifest, Cursor(len(files), 0, 0), complete=True)
+
+
+def ids_of_bin(name: str, data: bytes) -> np.ndarray:
+    """(n,) uint16: the ids in a .bin file of llm.c or modded-nanogpt. Raises UserError for anything else."""
+    magic, version, length = np.frombuffer(data[:12].ljust(12, b"\0"), "<i4").tolist()
+    if (magic, version) != (20240520, 1):
+        what = f"it begins with {magic}, {version}, not 20240520, 1"
+    elif length < 0 or len(data) != HEADER_BYTES + 2 * length:
+        what = f"its header says {length:,} tokens, {HEADER_BYTES + 2 * length:,} bytes, and it has {len(data):,}"
+    elif not length or (ids := np.frombuffer(data, "<u2", offset=HEADER_BYTES)).max() >= 50257:
+        what = f"it has id {ids.max()}, and GPT-2's end at 50256" if length else "it has no tokens"
+    else:
+        return ids
+    raise UserError(f"{name} is not a whole .bin file of GPT-2 tokens: {what}; run again, or take another --dataset")
 
 
 def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, downloads: Path) -> None:
@@ -436,17 +480,18 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
     import tqdm
 
     first, limit = manifest.cursor, config.max_tokens or sys.maxsize
-    fetcher = Fetcher(plan.files, plan.done[min(first.block, len(plan.blocks))], downloads, config.keep_downloads)
+    done, is_limited = plan.done[min(first.block, len(plan.blocks))], config.max_tokens is not None
+    fetcher = Fetcher(plan.files, done, downloads, config.keep_downloads, is_limited)
     writer = ShardWriter(out, manifest, plan.val_blocks)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if config.workers is None else config.workers
-    stream = tokenize_all(planned_chunks(plan, first, fetcher, out), options_of(config), workers)
+    backend, chunks = pick_backend(config.backend, config.tokenizer), planned_chunks(plan, first, fetcher, out)
+    stream = tokenize_all(chunks, manifest.settings, backend, workers)
     bytes_total = sum(file.weight for file in plan.files) / manifest.part[1]
-    estimate, documents, tokens_seen, bytes_seen = estimated_tokens(plan.files, config.tokenizer), 0, 0, 0
-    total = max(writer.total, min(limit, estimate // manifest.part[1]))
+    tokens_seen = bytes_seen = 0
     look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
     seconds = 0.5 if sys.stderr.isatty() else 30  # a log file is not a screen
-    bar = tqdm.tqdm(total=total, initial=writer.total, mininterval=seconds, **look)
+    bar = tqdm.tqdm(initial=writer.total, mininterval=seconds, **look)
     with contextlib.closing(stream), bar:
         for (block, number, chunk), tokens in stream:
             skip = first.token if (block, number) == first[:2] else 0
@@ -457,13 +502,15 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
             if len(manifest.shards) > shards:
                 fetcher.release(plan.done[manifest.cursor.block])
             manifest.skipped += tokens.skipped
-            documents, bytes_seen = documents + tokens.documents, bytes_seen + chunk.source_bytes
             tokens_seen += chunk.tokens if chunk.tokens and config.tokenizer == "gpt2" else len(tokens.ids)
+            bytes_seen += chunk.source_bytes
             bar.total = max(writer.total, min(limit, int(tokens_seen / bytes_seen * bytes_total)))
-            bar.set_postfix_str(f"{documents:,} documents, shard {writer.index}", refresh=False)
+            bar.set_postfix_str(f"shard {writer.index}", refresh=False)
             bar.update(writer.total - bar.n)
             if writer.total == limit:
                 break
+        if not config.keep_downloads:
+            shutil.rmtree(downloads, ignore_errors=True)
         writer.finish(Cursor(len(plan.blocks), 0, 0))
         bar.total = bar.n
 
@@ -485,11 +532,6 @@ def past_the_end(out: Path) -> UserError:
     return UserError(f"the manifest in {out} continues past the end of the source (cursor); choose another --out")
 
 
-def options_of(config: Config | schema.Settings) -> Options:
-    backend = pick_backend(getattr(config, "backend", "tiktoken"), config.tokenizer)
-    return Options(config.tokenizer, backend, config.text_column, config.skip_bad, config.format)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Verification
 
@@ -503,13 +545,12 @@ def verify(out: Path, config: Config) -> None:
     damaged = [name for name, sha256 in files if is_damaged(out / name, sha256)]
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
-        raise UserError(
-            f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}; delete them and run "
-            "fineweb.py again with the same flags, which makes them again"
-        )
+        what = f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}"
+        raise UserError(f"{what}; delete them and run fineweb.py again with the same flags, which makes them again")
     print(f"{out}: {len(files)} shards have the sha256 of the manifest")
-    for part in [read_manifest(path) for path in sorted(out.glob("manifest.part-*-of-*.json"))] or [manifest]:
-        compare_with_source(out, part)
+    if not manifest.source.is_tokens:
+        for part in [read_manifest(path) for path in sorted(out.glob("manifest.part-*-of-*.json"))] or [manifest]:
+            compare_with_source(out, part)
     if not manifest.complete:
         raise UserError(f"{out} is sound so far, but not complete; run fineweb.py again with the same flags")
 
@@ -525,7 +566,7 @@ def compare_with_source(out: Path, manifest: Manifest, samples: int = 3) -> None
                 plan = plan or Plan(*open_sources(was, manifest, out), manifest.settings)
                 paths = [file.fetch(Path(scratch)) for _, file, _ in plan.blocks[begin.block]]
                 chunk = plan.chunks(begin.block, paths)[begin.chunk]
-                tokens = tokenize_chunk(chunk, options_of(manifest.settings))
+                tokens = tokenize_chunk(chunk, manifest.settings, "tiktoken")
             except (UserError, OSError, IndexError) as error:
                 print(f"{out}: not compared with the source: {error}")
                 return
@@ -537,17 +578,13 @@ def compare_with_source(out: Path, manifest: Manifest, samples: int = 3) -> None
     print(f"{out}: {compared:,} tokens are those of the source")
 
 
-def one_interrupt() -> None:
+def one_interrupt(number: int, frame) -> None:
     """The first Ctrl-C ends the run; a second one must not interrupt the clean-up."""
-
-    def handler(number, frame):
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, handler)
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    one_interrupt()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
+        signal.signal(signal.SIGINT, one_interrupt)
     run(main, Config, __doc__)

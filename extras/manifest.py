@@ -18,7 +18,6 @@ from extras.files import atomic_file
 
 FORMAT = 2  # format 1 had no checksum
 MAX_PARTS = 10_000
-VOCABULARY = {"gpt2": (50257, 50256), "bytes": (257, 256)}  # size, id of end-of-text
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
@@ -38,7 +37,7 @@ class Record(BaseModel):
 
 
 class Shard(Record):
-    name: Annotated[str, Field(pattern=r"^edufineweb_(val|train)_[0-9]{6,12}\.npy$")]
+    name: Annotated[str, Field(pattern=r"^(edufineweb_(val|train)_[0-9]{6,12}\.npy|\w[\w-]*_(val|train)_[0-9]+\.bin)$")]
     split: Literal["val", "train"]
     tokens: Positive
     documents: Count
@@ -67,6 +66,11 @@ class SourceRecord(Record):
     files: list[tuple[str, Count]]
     stamps: list[str] | None = None
 
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the files are shards as they are: .bin files of llm.c and modded-nanogpt."""
+        return self.input is None and any(name.endswith(".bin") for name, _ in self.files)
+
 
 class Settings(Record):
     """Everything that the tokens depend on: fineweb.py's flags of these names."""
@@ -94,7 +98,7 @@ class Tokenizer(Record):
 class Manifest(Record):
     """starts: the cursor at which each shard begins. cursor: where the next shard would; None where parts are joined.
 
-    val_size: tokens in the val split, or None where it is all of --val_input.
+    val_size: tokens in the val split, or None where it is all of --val_input, or the shards were fetched as they are.
     """
 
     format: Literal[1, 2] = FORMAT
@@ -120,6 +124,8 @@ class Manifest(Record):
         return "val" if index == 0 and self.val_size != 0 else "train"
 
     def name_of(self, index: int) -> str:
+        if self.source.is_tokens:
+            return self.source.files[index][0]
         return f"edufineweb_{self.split_of(index)}_{index:06d}.npy"
 
     def capacity(self, index: int) -> int:
@@ -135,10 +141,14 @@ class Manifest(Record):
         expect((self.val_source is None) == (not settings.val_input), "val_source does not fit settings.val_input")
         expect(is_joined == (settings.part or "").startswith("all of "), "cursor does not fit settings.part")
         expect(is_joined or len(self.starts) == len(self.shards), "starts and shards differ in number")
+        if source.is_tokens:
+            fits = settings.part is None and self.cursor.block == len(self.shards) <= len(source.files)
+            expect(fits, "shards, cursor and source.files do not fit")
         i, n = self.part
         for number, shard in enumerate(self.shards):
             index = shard.index if is_joined else number * n + i
             expect(shard.name == self.name_of(index), f"shards.{number}.name should be {self.name_of(index)}")
+            expect(f"_{shard.split}_" in shard.name, f"shards.{number}.split does not fit its name")
         return self
 
 

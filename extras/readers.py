@@ -5,13 +5,16 @@ between two documents or at a place that no token crosses.
 
 import contextlib
 import functools
+import itertools
 import json
 import random
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from extras.cli import UserError
+from extras.manifest import Settings
 from extras.sources import SourceFile
 from extras.templates import ROLES, alpaca_prompt, chat_pairs
 
@@ -40,20 +43,8 @@ class Chunk(NamedTuple):
         return f"{where} {self.start} to {self.stop} of {self.name}"
 
 
-class Options(NamedTuple):
-    """How chunks are read and tokenized."""
-
-    tokenizer: str
-    backend: str
-    text_column: str
-    skip_bad: bool
-    format: str = "text"
-
-
-class BadDocument(NamedTuple):
-    """Takes the place of a document that can't be read."""
-
-    reason: str
+class BadDocument(ValueError):
+    """A document that can't be read, and why."""
 
 
 @contextlib.contextmanager
@@ -69,7 +60,7 @@ def naming(place):
 
 
 def chunks_of(file: SourceFile, path: Path, text_column: str) -> list[Chunk]:
-    """The chunks of a file, in order: large enough to be worth a message, small enough for any memory."""
+    """The chunks of a file, in order: large enough to be worth a task, small enough for any memory."""
     with naming(file.name):
         if file.kind == "parquet":
             return row_groups(file, str(path), text_column)
@@ -81,18 +72,21 @@ def chunks_of(file: SourceFile, path: Path, text_column: str) -> list[Chunk]:
     ]
 
 
-def documents_of(chunk: Chunk, options: Options) -> tuple[list, int]:
+def documents_of(chunk: Chunk, settings: Settings) -> tuple[list, int]:
     """The documents of a chunk, texts or dialogues, and how many were left out.
 
-    Raises UserError, naming file and place, for a document that can't be read, unless `options.skip_bad`.
+    Raises UserError, naming file and place, for a document that can't be read, unless `settings.skip_bad`.
     """
+    skipped = 0
+
+    def leave_out(what: Callable[[], str]) -> None:
+        nonlocal skipped
+        if not settings.skip_bad:
+            raise UserError(f"{what()}; --skip_bad leaves such documents out")
+        skipped += 1
+
     with naming(chunk):
-        found = READERS[chunk.kind](chunk, options)
-    good = [document for document in found if not isinstance(document, BadDocument)]
-    skipped = len(found) - len(good)
-    if skipped and not options.skip_bad:
-        bad = next(document for document in found if isinstance(document, BadDocument))
-        raise UserError(f"{bad.reason}; --skip_bad leaves such documents out")
+        good = list(READERS[chunk.kind](chunk, settings, leave_out))
     if chunk.order is not None:
         random.Random(chunk.order).shuffle(good)
     return good, skipped
@@ -110,10 +104,8 @@ def parquet_metadata(path: str):
 
 
 def row_groups(file: SourceFile, path: str, text_column: str) -> list[Chunk]:
-    metadata = parquet_metadata(path)
-    column = text_column_index(metadata, text_column, file.name)
-    per_row = tokens_per_row(path, metadata)
-    chunks = []
+    metadata, chunks = parquet_metadata(path), []
+    column, per_row = text_column_index(metadata, text_column, file.name), tokens_per_row(path, metadata)
     for group, info in enumerate(map(metadata.row_group, range(metadata.num_row_groups))):
         slices = max(1, min(info.num_rows, -(-info.column(column).total_uncompressed_size // ROW_CHUNK_BYTES)))
         cuts = [info.num_rows * i // slices for i in range(slices + 1)]
@@ -122,6 +114,17 @@ def row_groups(file: SourceFile, path: str, text_column: str) -> list[Chunk]:
                 size, tokens = file.weight * rows / metadata.num_rows, per_row and rows * per_row
                 chunks.append(Chunk(path, file.name, "parquet", group, start, stop, size, tokens))
     return chunks
+
+
+def tokens_per_row(path: str, metadata) -> float | None:
+    """By FineWeb's column `token_count`, if the file has it; 1 more for end-of-text."""
+    import pyarrow.parquet as pq
+
+    schema = metadata.schema.to_arrow_schema()
+    if schema.names.count("token_count") != 1 or str(schema.field("token_count").type) not in ("int32", "int64"):
+        return None
+    counts = pq.read_table(path, columns=["token_count"]).column(0).drop_null()
+    return 1 + counts.to_numpy().mean() if len(counts) else None
 
 
 def text_column_index(metadata, text_column: str, name: str) -> int:
@@ -138,60 +141,43 @@ def text_column_index(metadata, text_column: str, name: str) -> int:
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_column)
 
 
-def tokens_per_row(path: str, metadata) -> float | None:
-    """By FineWeb's column `token_count`, if the file has it; 1 more for end-of-text."""
-    import pyarrow.parquet as pq
-
-    schema = metadata.schema.to_arrow_schema()
-    if schema.names.count("token_count") != 1 or str(schema.field("token_count").type) not in ("int32", "int64"):
-        return None
-    counts = pq.read_table(path, columns=["token_count"]).column(0).drop_null()
-    return 1 + counts.to_numpy().mean() if len(counts) else None
-
-
-def read_rows(chunk: Chunk, options: Options) -> list:
+def read_rows(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    metadata, rows, position = parquet_metadata(chunk.path), [], 0
+    metadata, row = parquet_metadata(chunk.path), chunk.start - 1
+    first = sum(metadata.row_group(group).num_rows for group in range(chunk.group))
     with pq.ParquetFile(chunk.path, metadata=metadata, pre_buffer=False, buffer_size=2**20) as file:  # little memory
-        for batch in file.iter_batches(1024, [chunk.group], [options.text_column], use_threads=False):
-            column = batch.column(0)[max(0, chunk.start - position) : max(0, chunk.stop - position)]
-            rows += column.cast(pa.large_binary()).to_pylist()  # not str: one bad row would fail them all
-            position += len(batch)
-            if position >= chunk.stop:
-                break
-    if len(rows) != chunk.stop - chunk.start:
-        raise EOFError(f"{len(rows)} rows of {chunk.stop - chunk.start}")
-    first = sum(metadata.row_group(group).num_rows for group in range(chunk.group)) + chunk.start
-    for number, data in enumerate(rows):
-        try:
-            rows[number] = data.decode("utf-8")
-        except (UnicodeDecodeError, AttributeError):
-            reason = "has no text" if data is None else "is not UTF-8"
-            rows[number] = BadDocument(f"row {first + number} of {chunk.name} {reason}")
-    return rows
+        batches = file.iter_batches(1024, [chunk.group], [settings.text_column], use_threads=False)
+        columns = (batch.column(0).cast(pa.large_binary()) for batch in batches)  # as str, one bad row would fail all
+        rows = itertools.chain.from_iterable(column.to_pylist() for column in columns)
+        for row, data in enumerate(itertools.islice(rows, chunk.start, chunk.stop), chunk.start):
+            try:
+                yield data.decode("utf-8")
+            except (UnicodeDecodeError, AttributeError):
+                reason = "has no text" if data is None else "is not UTF-8"
+                leave_out(lambda: f"row {first + row} of {chunk.name} {reason}")  # noqa: B023 (called at once)
+    if row + 1 != chunk.stop:
+        raise EOFError(f"{row + 1 - chunk.start} rows of {chunk.stop - chunk.start}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # JSON lines: texts, or instructions, where a document is a list of (prompt, answer)
 
 
-def read_lines(chunk: Chunk, options: Options) -> list:
+def read_lines(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str | list[tuple[str, str]]]:
     """The documents of the JSON lines that begin in the chunk's bytes."""
-    found = []
     with open(chunk.path, "rb") as file:
         if chunk.start > 0:
             file.seek(chunk.start - 1)
             file.readline()
         while (begin := file.tell()) < chunk.stop and (line := file.readline()):
-            if line.isspace():
-                continue
-            document = document_of(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, options)
-            if isinstance(document, BadDocument):
-                document = BadDocument(f"line {line_number(chunk.path, begin)} of {chunk.name} {document.reason}")
-            found.append(document)
-    return found
+            if not line.isspace():
+                try:
+                    yield parse_line(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, settings)
+                except BadDocument as error:
+                    reason = str(error)
+                    leave_out(lambda: f"line {line_number(chunk.path, begin)} of {chunk.name} {reason}")  # noqa: B023
 
 
 def line_number(path: str, offset: int) -> int:
@@ -199,74 +185,75 @@ def line_number(path: str, offset: int) -> int:
         return sum(file.read(min(2**20, offset - at)).count(b"\n") for at in range(0, offset, 2**20)) + 1
 
 
-def document_of(line: bytes, options: Options) -> str | list[tuple[str, str]] | BadDocument:
+def parse_line(line: bytes, settings: Settings) -> str | list[tuple[str, str]]:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        return BadDocument(f"is not JSON ({error})")
+        raise BadDocument(f"is not JSON ({error})") from None
     if not isinstance(record, dict):
-        return BadDocument(f"is not a JSON object but {type(record).__name__}")
-    if options.format != "text":
-        return (alpaca_dialogue if options.format == "alpaca" else chat_dialogue)(record)
-    if options.text_column not in record:
-        return BadDocument(f"has no field {options.text_column!r} (--text_column takes one of: {', '.join(record)})")
-    text = record[options.text_column]
+        raise BadDocument(f"is not a JSON object but {type(record).__name__}")
+    if settings.format != "text":
+        return (alpaca_dialogue if settings.format == "alpaca" else chat_dialogue)(record)
+    if settings.text_column not in record:
+        raise BadDocument(f"has no field {settings.text_column!r} (--text_column takes one of: {', '.join(record)})")
+    text = record[settings.text_column]
     if not isinstance(text, str):
-        return BadDocument(f"holds {type(text).__name__} in {options.text_column!r}, not text")
+        raise BadDocument(f"holds {type(text).__name__} in {settings.text_column!r}, not text")
     return text
 
 
-def alpaca_dialogue(record: dict) -> list[tuple[str, str]] | BadDocument:
+def alpaca_dialogue(record: dict) -> list[tuple[str, str]]:
     for name in ("instruction", "input", "output"):
         if name not in record and name != "input":
-            return BadDocument(f"has no field {name!r} (it has: {', '.join(record)}); --format alpaca needs one")
+            raise BadDocument(f"has no field {name!r} (it has: {', '.join(record)}); --format alpaca needs one")
         if not isinstance(record.get(name) or "", str):
-            return BadDocument(f"holds {type(record[name]).__name__} in {name!r}, not text")
+            raise BadDocument(f"holds {type(record[name]).__name__} in {name!r}, not text")
     if not (record["instruction"] or "").strip():
-        return BadDocument("has an empty 'instruction'")
+        raise BadDocument("has an empty 'instruction'")
     if not (record["output"] or "").strip():
-        return BadDocument("has no answer: its 'output' is empty")
+        raise BadDocument("has no answer: its 'output' is empty")
     return [(alpaca_prompt(record["instruction"], record.get("input") or ""), " " + record["output"])]
 
 
-def chat_dialogue(record: dict) -> list[tuple[str, str]] | BadDocument:
+def chat_dialogue(record: dict) -> list[tuple[str, str]]:
     messages, said = record.get("messages"), []
     if not isinstance(messages, list):
-        return BadDocument(f"has no list in 'messages' (it has: {', '.join(record)}); --format chat needs one")
+        raise BadDocument(f"has no list in 'messages' (it has: {', '.join(record)}); --format chat needs one")
     for number, message in enumerate(messages, 1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role is None or content is None:
-            return BadDocument(f"has no role or no content in message {number}")
+            raise BadDocument(f"has no role or no content in message {number}")
         if not (isinstance(role, str) and role in ROLES):
-            return BadDocument(f"has an unknown role {role!r} in message {number}; known are {', '.join(ROLES)}")
+            raise BadDocument(f"has an unknown role {role!r} in message {number}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
-            return BadDocument(f"holds {type(content).__name__} in 'content' of message {number}, not text")
+            raise BadDocument(f"holds {type(content).__name__} in 'content' of message {number}, not text")
         if role == "assistant" and not content.strip():
-            return BadDocument(f"has no answer: the assistant's message {number} is empty")
+            raise BadDocument(f"has no answer: the assistant's message {number} is empty")
         said.append((role, content))
     if "assistant" not in dict(said):
-        return BadDocument("has no answer: no message is the assistant's")
-    return chat_pairs(said) if role == "assistant" else BadDocument(f"has no answer to its last message, of {role}")
+        raise BadDocument("has no answer: no message is the assistant's")
+    if role != "assistant":
+        raise BadDocument(f"has no answer to its last message, of {role}")
+    return chat_pairs(said)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plain text
 
 
-def read_text(chunk: Chunk, options: Options) -> list:
+def read_text(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str]:
     """A .txt file is one document. A large one is cut where no GPT-2 token crosses, so the tokens stay the same."""
     with open(chunk.path, "rb") as file:
         start, stop = safe_cut(file, chunk.start), safe_cut(file, chunk.stop)
         file.seek(start)
         data, is_all = file.read(stop - start), chunk.start == 0 and not file.read(1)
     try:
-        text = data.decode("utf-8")
+        yield data.decode("utf-8").removeprefix("\ufeff" if chunk.start == 0 else "")
     except UnicodeDecodeError as error:
-        bad = BadDocument(f"byte {start + error.start} of {chunk.name} is not UTF-8")
-        if is_all:
-            return [bad]
-        raise UserError(f"{bad.reason}; the file is one document, too long to be left out: convert it") from error
-    return [text.removeprefix("\ufeff") if chunk.start == 0 else text]
+        bad = f"byte {start + error.start} of {chunk.name} is not UTF-8"
+        if not is_all:
+            raise UserError(f"{bad}; the file is one document, too long to be left out: convert it") from error
+        leave_out(lambda: bad)
 
 
 WORD_END = re.compile(  # a visible ASCII character, or one from U+3001 to U+FFFF (Chinese, Japanese), then a space

@@ -6,6 +6,7 @@ array) is first written to a scratch directory; `Fetcher` does that one file ahe
 Scratch names contain a hash of the file's identity, so leftovers of a killed run are never taken for another version.
 """
 
+import contextlib
 import errno
 import functools
 import glob
@@ -19,7 +20,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +29,10 @@ from extras.manifest import SourceRecord
 
 KINDS = ("parquet", "jsonl", "txt")  # how a file is read
 KIND_OF_SUFFIX = {kind: kind for kind in KINDS} | {"ndjson": "jsonl", "json": "jsonl"}  # before .gz or .zst
+BINS = re.compile(r"\w[\w-]*_(train|val)_\d+\.bin")  # shards of llm.c and modded-nanogpt
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?(:[^\\]+)?")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # not the hub's fault
-TRIES, LONGEST_WAIT = 8, 60  # of a request to the hub; seconds between two tries, three minutes in all
+TRIES, LONGEST_WAIT = 6, 60  # of a request to the hub, each of which its library repeats; seconds between two tries
 
 
 class SourceFile(NamedTuple):
@@ -41,6 +42,7 @@ class SourceFile(NamedTuple):
     size: int
     path: str
     make: Callable[[Path], None] | None = None
+    is_remote: bool = False
 
     @property
     def kind(self) -> str:
@@ -87,49 +89,44 @@ def scratch_name(name: str, *identity) -> str:
 class Fetcher:
     """Brings files to this disk, one ahead of their use, and removes them after it.
 
-    files: in the order of use. done: how many of them are already used up.
+    files: in the order of use. done: how many of them are already used up. is_limited: perhaps not all are needed.
     """
 
-    def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool):
+    def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool, is_limited=False):
         self.files, self.scratch, self.keep_downloads = files, scratch, keep_downloads
-        self.coming: dict[int, Future] = {}  # files that are being fetched, or are here
-        self.released = 0
+        self.released, self.ahead, self.thread = 0, 0, None
         scratch.mkdir(exist_ok=True)
+        check_offline(files[done : done + 1] if is_limited else files[done:], scratch)
         self.release(done)
 
     def get(self, number: int) -> Path:
-        self.start(number)
-        path = self.coming[number].result() if number in self.coming else Path(self.files[number].path)
-        self.start(self.released + 1)  # at most two files are on the disk, unless more are needed at once
+        if self.thread:
+            self.thread.join()
+        path = self.files[number].fetch(self.scratch)
+        self.fetch_ahead()
         return path
 
-    def start(self, number: int) -> None:
-        if number < len(self.files) and number not in self.coming and self.files[number].make:
-            self.coming[number] = in_background(self.files[number].fetch, self.scratch)
+    def fetch_ahead(self) -> None:
+        """At most two files are on the disk, unless more are needed at once. `get` tries again what fails here."""
+        number, is_busy = self.released + 1, self.thread and self.thread.is_alive()
+        if self.ahead < number < len(self.files) and not is_busy:
+            self.ahead = number
+            # a daemon, so that Ctrl-C need not wait for the end of a download
+            self.thread = threading.Thread(target=self.try_to_fetch, args=[number], name="fetch", daemon=True)
+            self.thread.start()
+
+    def try_to_fetch(self, number: int) -> None:
+        with contextlib.suppress(Exception):
+            self.files[number].fetch(self.scratch)
 
     def release(self, done: int) -> None:
         """Remove the first `done` files: all of their tokens are committed."""
-        for number in range(self.released, done):
-            if number in self.coming:
-                self.coming.pop(number).result()
-            if self.files[number].make and not self.keep_downloads:
-                (self.scratch / self.files[number].path).unlink(missing_ok=True)
-        self.released = done
-        self.start(done)
-
-
-def in_background(function: Callable, *args) -> Future:
-    """The future result. A daemon thread does the work, so that Ctrl-C need not wait for the end of a download."""
-    future = Future()
-
-    def work():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="fetch", daemon=True).start()
-    return future
+        for file in self.files[self.released : done]:
+            if file.make and not self.keep_downloads:
+                (self.scratch / file.path).unlink(missing_ok=True)
+        if done > self.released:
+            self.released = done
+            self.fetch_ahead()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,21 +167,18 @@ def stamp(path: str, size: int, samples: int = 16, length: int = 4096) -> str:
 
 def expand(pattern: str, flag: str) -> list[str]:
     """Names of readable files. Raises UserError."""
-    advice = "give files, folders, or a glob in quotes"
-    if not pattern:
-        raise UserError(f"{flag} has an empty name; {advice}")
-    pattern = os.path.expanduser(pattern)
+    pattern, advice = os.path.expanduser(pattern), "give files, folders, or a glob in quotes"
+    folder, why = os.path.dirname(pattern) or ".", "no file matches"
     if os.path.isdir(pattern):
         found = (os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names)
         names = sorted(name for name in found if kind_of(name) and not os.path.basename(name).startswith("."))
+        why = "no file of a known kind in this folder"
     elif os.path.exists(pattern) or not glob.has_magic(pattern):
         names = [pattern]  # also if it looks like a glob, such as `a[1].jsonl`
     else:
-        names = sorted(glob.glob(pattern, recursive=True))
-        names = names or sorted(glob.glob(pattern.replace("[", "[[]"), recursive=True))  # in a folder `a[1]`
+        literal = pattern.replace("[", "[[]")  # for files in a folder `a[1]`
+        names = sorted(glob.glob(pattern, recursive=True) or glob.glob(literal, recursive=True))
     if not names:
-        folder = os.path.dirname(pattern) or "."
-        why = "no file of a known kind in this folder" if os.path.isdir(pattern) else "no file matches"
         if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
             why = f"the directory {folder} is not readable"
         raise UserError(f"{flag} {pattern}: {why}; {advice}")
@@ -257,7 +251,7 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
     repo, _, config = dataset.partition(":")
     if recorded is None:
         ask = lambda: hub().dataset_info(repo, revision=revision, files_metadata=True)  # noqa: E731
-        info = with_retries(f"dataset {repo}", ask, 4)
+        info = with_retries(f"dataset {repo}", ask)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
         configs = (info.card_data.get("configs") if info.card_data else None) or []
         names = train_files(list(sizes), configs, config, repo)
@@ -265,16 +259,30 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
     commit = recorded.revision
     if not re.fullmatch("[0-9a-f]{40}", commit or ""):
         raise UserError(f"dataset {repo}: revision {commit!r} is not a commit; choose another --out")
-    if all(suffix_of(name) in KINDS for name, _ in recorded.files):
+    if all(suffix_of(name) in (*KINDS, "bin") for name, _ in recorded.files):
         files = [
-            SourceFile(name, size, scratch_name(name, commit), functools.partial(download, repo, commit, name, size))
+            SourceFile(name, size, scratch_name(name, commit), functools.partial(download, repo, commit, name), True)
             for name, size in recorded.files
         ]
     else:
         name, size = f"{repo}.jsonl", sum(size for _, size in recorded.files)
         make = functools.partial(stream, dataset, commit, max_bytes)
-        files = [SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make)]
+        files = [SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make, True)]
     return Source(recorded, files)
+
+
+def check_offline(files: list[SourceFile], scratch: Path) -> None:
+    """Raises UserError, before any work, if files are still to be fetched and the hub must not be asked."""
+    absent = [file.name for file in files if file.is_remote and not (scratch / file.path).exists()]
+    if absent and is_offline():
+        names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise UserError(f"HF_HUB_OFFLINE is set, and still to be fetched from the hub: {names}; unset it to go on")
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def hub():
@@ -284,25 +292,15 @@ def hub():
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))  # as set now, not at the first import
 
 
-def download(repo: str, commit: str, name: str, size: int, target: Path) -> None:
-    """Fetch a file of the hub to `target`. An interrupted download goes on where it stopped, even in a later run."""
+def download(repo: str, commit: str, name: str, target: Path) -> None:
+    """Fetch a file of the hub to `target`, which is there whole or not at all."""
+    fetch = lambda: hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)  # noqa: E731
     folder = target.with_name(target.name + ".download")
-
-    def attempt():
-        try:
-            hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)
-            if size and size != (received := (folder / name).stat().st_size):  # some mirrors announce no size
-                raise OSError(f"received {received} of {size} bytes")
-        except OSError as error:
-            if type(error) is OSError:  # a wrong length: what is there may be an error page
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    with_retries(name, attempt)
+    path = Path(with_retries(name, fetch))
     if is_compressed(name):
-        unpack(folder / name, target)
+        unpack(path, target)
     else:
-        os.replace(folder / name, target)
+        os.replace(path, target)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -327,25 +325,23 @@ def stream(dataset: str, commit: str, max_bytes: int | None, target: Path) -> No
     with_retries(f"dataset {repo}", attempt)
 
 
-def with_retries(what: str, action: Callable, tries: int = TRIES):
+def with_retries(what: str, action: Callable):
     """`action()`, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
-    from huggingface_hub import constants
-
-    for attempt in range(tries):
+    for attempt in range(TRIES):
         try:
             return action()
         except Exception as error:
             if isinstance(error, UserError) or getattr(error, "errno", None) in DISK_ERRORS:
                 raise
+            if is_offline():
+                raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input") from error
             reason = " ".join(str(error).split())[:200]
             response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
             status = getattr(response, "status_code", None)
-            if constants.HF_HUB_OFFLINE:
-                raise UserError(f"can't get {what}: HF_HUB_OFFLINE is set; unset it, or use --input") from error
             is_network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
             if status in (401, 403, 404) or not is_network:
                 raise UserError(f"can't get {what} ({reason}); check --dataset, or set HF_TOKEN") from error
-            if attempt == tries - 1:
+            if attempt == TRIES - 1:
                 endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
                 hint = "set HF_TOKEN for a higher limit" if status == 429 else "run again later: it goes on from here"
                 raise UserError(f"could not get {what} from {endpoint} ({reason}); {hint}") from error
@@ -356,7 +352,14 @@ def with_retries(what: str, action: Callable, tries: int = TRIES):
 
 
 def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -> list[str]:
-    """The files of the train split of a configuration, in order; without a dataset card, those that look like it."""
+    """The files of the train split of a configuration, in order; without a dataset card, those that look like it.
+
+    Of a dataset of token files those of val come first, as they do among our own shards.
+    """
+    from fsspec.utils import glob_translate  # what the hub's own library matches names with
+
+    if bins := [name for name in names if BINS.fullmatch(name)]:
+        return sorted(bins, key=lambda name: ("_val_" not in name, name))
     data_files = {config.get("config_name", "default"): config.get("data_files") for config in configs}
     if not wanted and len(data_files) > 1 and "default" not in data_files:
         raise UserError(f"{repo} has several configurations; say {repo}:NAME, of: {', '.join(data_files)}")
@@ -364,7 +367,7 @@ def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -
         raise UserError(f"{repo} has no configuration {wanted!r}; it has: {', '.join(data_files) or 'none'}")
     names, default = sorted(names), "default" if "default" in data_files else next(iter(data_files), None)
     patterns = train_patterns(data_files.get(wanted or default))
-    found = [name for pattern in patterns for name in names if re.fullmatch(glob_regex(pattern), name)]
+    found = [name for pattern in patterns for name in names if re.fullmatch(glob_translate(pattern), name)]
     if not patterns:
         split = re.compile(r"(^|[/_.-])(train|test|valid|validation|val|dev|eval)(?=[/_.-])")
         found = next(filter(None, ([n for n in names if kind_of(n) == kind] for kind in KINDS)), [])
@@ -376,17 +379,10 @@ def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -
 
 
 def train_patterns(data_files) -> list[str]:
-    """The patterns in a dataset card's `data_files`: one or several, or a dict or a list of them by split."""
+    """The patterns for train in a dataset card's `data_files`: one or several, or a dict or a list of them by split."""
     if isinstance(data_files, dict):
         data_files = [{"split": split, "path": path} for split, path in data_files.items()]
     entries = [data_files] if isinstance(data_files, str) else data_files or []
     entries = [entry if isinstance(entry, dict) else {"path": entry} for entry in entries]
-    has_train = any(entry.get("split") == "train" for entry in entries)
-    paths = [entry["path"] for entry in entries if not has_train or entry.get("split", "train") == "train"]
+    paths = [entry["path"] for entry in entries if entry.get("split", "train") == "train"]
     return [path for several in paths for path in ([several] if isinstance(several, str) else several)]
-
-
-def glob_regex(pattern: str) -> str:
-    """`data/**/train-*.parquet` as a regular expression; `*` stays within a folder, as on the hub."""
-    pieces = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return "".join(pieces.get(piece) or re.escape(piece) for piece in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))

@@ -1,62 +1,60 @@
 """
-From documents to tokens, in worker processes. A chunk becomes one array, with the counts that the manifest records.
+From documents to tokens, in threads: pyarrow and both encoders release Python's lock, so they use every core.
 """
 
 import base64
-import contextlib
 import functools
 import importlib.util
-import os
-import pickle
-import subprocess
-import sys
 import tempfile
-import threading
-import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from extras.cli import UserError
-from extras.readers import Chunk, Options, documents_of
+from extras.manifest import Settings
+from extras.readers import Chunk, documents_of
 from extras.tokenizer import load_tokenizer, replace_surrogates
 
 CHECK_EVERY = 512  # gigatoken's tokens are compared with tiktoken's for one document in so many
-RESET_EVERY = 2**30  # characters, after which gigatoken's word cache is emptied: it only grows
-TRIES = 8  # worker processes that may die over a chunk before it is blamed
-READY = b"+"  # the first byte a worker process sends
+RESET_EVERY = 2**30  # characters, after which gigatoken is loaded anew: its cache of words only grows
 
 
 class Tokens(NamedTuple):
     """The tokens of a chunk, with end-of-text before every document."""
 
     ids: np.ndarray  # (n,) uint16
-    documents: int
-    bytes: int  # of text
-    skipped: int  # documents left out
-    targets: np.ndarray | None = None  # (n,) uint8, 1 where the token is a training target; None: everywhere
-
-    def cut(self, start: int, stop: int, tokenizer_name: str) -> "Tokens":
-        if (start, stop) == (0, len(self.ids)):
-            return self
-        ids, targets = self.ids[start:stop], None if self.targets is None else self.targets[start:stop]
-        return Tokens(ids, *count(ids, targets, tokenizer_name), self.skipped, targets)
+    targets: np.ndarray | None  # (n,) uint8, 1 where the token is a training target; None: everywhere
+    skipped: int = 0  # documents left out
 
 
-def tokenize_chunk(chunk: Chunk, options: Options) -> Tokens:
-    found, skipped = documents_of(chunk, options)
-    tokenizer, targets = load_tokenizer(options.tokenizer), None
-    if options.format == "text":
-        ids = encode_documents(found, tokenizer, options.backend)
+def tokenize_all(chunks: Iterable, settings: Settings, backend: str, workers: int) -> Iterator[tuple[tuple, Tokens]]:
+    """(key, tokens) of every (key, chunk), in order; only a few are in memory at a time."""
+    pool, pending = ThreadPoolExecutor(max(1, workers)), deque()
+    try:
+        for key, chunk in chunks:
+            pending.append((key, pool.submit(tokenize_chunk, chunk, settings, backend)))
+            if len(pending) > 3 * workers + 3:
+                yield pending[0][0], pending.popleft()[1].result()
+        while pending:
+            yield pending[0][0], pending.popleft()[1].result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def tokenize_chunk(chunk: Chunk, settings: Settings, backend: str) -> Tokens:
+    found, skipped = documents_of(chunk, settings)
+    tokenizer, targets = load_tokenizer(settings.tokenizer), None
+    if settings.format == "text":
+        ids = encode_documents(found, tokenizer, backend)
     else:
-        ids, targets = encode_dialogues(found, tokenizer, options.backend)
+        ids, targets = encode_dialogues(found, tokenizer, backend)
     if chunk.kind == "txt" and chunk.start > 0:  # it continues a document
         ids = ids[1:]
-    return Tokens(ids, *count(ids, targets, options.tokenizer), skipped, targets)
+    return Tokens(ids, targets, skipped)
 
 
 def encode_documents(texts: list[str], tokenizer, backend: str) -> np.ndarray:
@@ -95,12 +93,19 @@ def insert_tokens(ids: np.ndarray, places: np.ndarray, eot: int) -> np.ndarray:
 def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
     """(n,) ids of all texts together, and (texts,) how many each has."""
     if tokenizer.name == "gpt2" and backend == "gigatoken":
+        try:  # one for each thread: those that share one take turns
+            encoder = Gigatoken.idle.pop()
+        except IndexError:
+            encoder = Gigatoken()
         try:
-            return gigatoken().encode(texts)
+            result = encoder.encode(texts)
+            if encoder.characters < RESET_EVERY:
+                Gigatoken.idle.append(encoder)
+            return result
         except (KeyboardInterrupt, SystemExit, UserError):
             raise
         except BaseException:  # a panic is not an Exception; tiktoken may succeed, or else quotes the document
-            gigatoken.cache_clear()
+            pass
     arrays = [encode_text(text, tokenizer) for text in texts]
     return np.concatenate([np.empty(0, np.uint16), *arrays]), np.array([len(a) for a in arrays], np.int64)
 
@@ -125,34 +130,25 @@ def pick_backend(asked: str, tokenizer: str) -> str:
     return "gigatoken" if is_here and asked != "tiktoken" and tokenizer == "gpt2" else "tiktoken"
 
 
-@functools.lru_cache(maxsize=1)
-def gigatoken() -> "Gigatoken":
-    return Gigatoken()
-
-
 class Gigatoken:
     """GPT-2's encoding by the package gigatoken, several times as fast as tiktoken, which checks a sample of it."""
 
-    def __init__(self):
-        self.reference, self.seen = load_tokenizer("gpt2"), 0
-        self.reset()
+    idle: ClassVar[deque["Gigatoken"]] = deque()  # loaded, and not in use
 
-    def reset(self) -> None:
+    def __init__(self):
         from gigatoken import Tokenizer
 
+        self.reference, self.seen, self.characters = load_tokenizer("gpt2"), 0, 0
         ranks = self.reference.bpe._mergeable_ranks  # no special tokens: "<|endoftext|>" in a text is text
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "gpt2.tiktoken")
             path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
             self.tokenizer = Tokenizer.from_tiktoken(path, pretokenizer="gpt2")
-        self.characters = 0
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """(n,) uint32 ids of all texts together, and (documents,) how many each has."""
         import awkward
 
-        if self.characters > RESET_EVERY:
-            self.reset()
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         try:
@@ -175,115 +171,13 @@ class Gigatoken:
 def count(ids: np.ndarray, targets: np.ndarray | None, tokenizer_name: str) -> tuple[int, int]:
     """Documents that begin in `ids`, and bytes of text. An end-of-text that is a training target ends an answer."""
     lengths = token_lengths(tokenizer_name)
-    is_eot = ids == len(lengths) - 1
-    heads = is_eot if targets is None else is_eot & (targets == 0)
-    return int(np.count_nonzero(heads)), int(lengths[ids].sum())
+    counts, eot = np.bincount(ids, minlength=len(lengths)), len(lengths) - 1
+    ends = 0 if targets is None else np.count_nonzero(targets[ids == eot])
+    return int(counts[eot] - ends), int(counts @ lengths)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def token_lengths(tokenizer_name: str) -> np.ndarray:
     """(V,) bytes of text in every token; none in end-of-text, the last."""
     tokenizer = load_tokenizer(tokenizer_name)
     return np.array([len(tokenizer.decode_bytes([token])) for token in range(tokenizer.eot)] + [0])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Worker processes
-
-
-def serve(tokenizer: str, backend: str) -> None:
-    """The loop of a worker process: reads (chunk, options) from stdin, writes (tokens, error) to stdout."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the answers
-    encode_texts([], load_tokenizer(tokenizer), backend)  # slow to load, so before the first chunk
-    answers.write(READY)
-    with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent has ended
-        while True:
-            answers.flush()
-            task = pickle.load(sys.stdin.buffer)
-            try:
-                answer = tokenize_chunk(*task), None
-            except MemoryError:
-                os._exit(1)
-            except UserError as error:
-                answer = None, error
-            except Exception:
-                answer = None, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-            pickle.dump(answer, answers, protocol=5)
-    os._exit(0)  # no second BrokenPipeError when `answers` is closed
-
-
-class WorkerPool:
-    """Threads that each own a worker process, and start it when it is first needed or has died.
-
-    The processes share nothing, no queue and no lock: one that is killed, at whatever moment, loses only its own chunk.
-    They never run the script that started us, so that needs no `if __name__ == "__main__"`.
-    """
-
-    def __init__(self, size: int, options: Options):
-        self.options, self.threads, self.mine = options, ThreadPoolExecutor(size), threading.local()
-        self.processes, self.lock, self.is_closed = set(), threading.Lock(), False
-
-    def tokenize(self, chunk: Chunk) -> Tokens:
-        """In this thread's process, and if that dies, in another."""
-        for _ in range(TRIES):
-            process = self.process()
-            with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
-                pickle.dump((chunk, self.options), process.stdin)
-                process.stdin.flush()
-                result, error = pickle.load(process.stdout)
-                if error:
-                    raise error
-                return result
-            process.kill()
-            process.wait()
-        raise UserError(
-            f"{TRIES} worker processes died while tokenizing {chunk} (too little memory?); take this part out, or try "
-            "fewer --workers or a machine with more memory"
-        )
-
-    def process(self) -> subprocess.Popen:
-        process = getattr(self.mine, "process", None)
-        if process and process.poll() is None:
-            return process
-        code = f"import sys; sys.path[:] = sys.argv[1:]; from {serve.__module__} import serve; serve{self.options[:2]}"
-        # its own process group: a terminal's Ctrl-C is for the parent alone
-        group = {"process_group": 0} if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        for _ in range(50):
-            with self.lock:
-                if self.is_closed:
-                    raise UserError("the pool is closed")
-                self.processes.discard(process)
-                process = subprocess.Popen([sys.executable, "-c", code, *sys.path], stdin=-1, stdout=-1, **group)
-                self.processes.add(process)
-            self.mine.process = process
-            if process.stdout.read(1) == READY:
-                return process
-            if process.wait() > 0:  # less than 0: it was killed, which says nothing about the chunk
-                break
-        raise UserError("worker processes can't start, see above; --workers 0 does without")
-
-    def close(self) -> None:
-        with self.lock:
-            self.is_closed = True
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self.threads.shutdown(wait=True, cancel_futures=True)
-
-
-def tokenize_all(chunks: Iterable, options: Options, workers: int) -> Iterator[tuple[tuple, Tokens]]:
-    """(key, tokens) of every (key, chunk), in order; only a few are in memory at a time."""
-    if workers == 0:
-        yield from ((key, tokenize_chunk(chunk, options)) for key, chunk in chunks)
-        return
-    pool, pending = WorkerPool(workers, options), deque()
-    try:
-        for key, chunk in chunks:
-            pending.append((key, pool.threads.submit(pool.tokenize, chunk)))
-            if len(pending) > 3 * workers + 3:
-                yield pending[0][0], pending.popleft()[1].result()
-        while pending:
-            yield pending[0][0], pending.popleft()[1].result()
-    finally:
-        pool.close()

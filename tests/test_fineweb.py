@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -182,9 +183,9 @@ def test_a_big_row_group_is_read_a_little_at_a_time(tmp_path):
     table = pa.table({"text": [f"{i:01000}" for i in range(40_000)]})
     pq.write_table(table, tmp_path / "texts.parquet", compression="none", use_dictionary=False)
     code = (  # in a process of its own, for the most memory it ever took
-        "import pyarrow; from extras import readers; "
+        "import pyarrow, types; from extras import readers; "
         "chunk = readers.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
-        "texts = readers.read_rows(chunk, readers.Options('gpt2', 'tiktoken', 'text', False)); "
+        "texts = list(readers.read_rows(chunk, types.SimpleNamespace(text_column='text'), None)); "
         "assert [int(text) for text in texts] == list(range(30_000, 30_010)); "
         "print(pyarrow.default_memory_pool().max_memory())"
     ).replace("PATH", (tmp_path / "texts.parquet").as_posix())
@@ -265,12 +266,15 @@ def test_gigatoken_is_tiktoken(texts):
 
 @gigatoken_only
 def test_gigatoken_is_checked_and_reset(monkeypatch):
-    monkeypatch.setattr(workers, "RESET_EVERY", -1)
+    monkeypatch.setattr(workers.Gigatoken, "idle", deque())
+    monkeypatch.setattr(workers, "RESET_EVERY", 15_000)
     backend = workers.Gigatoken()
-    before = backend.tokenizer
     texts = [f"text {i}" for i in range(1200)]
-    ids, _ = backend.encode(texts)
-    assert backend.tokenizer is not before and ids.tolist() == [i for text in texts for i in GPT2.encode(text)]
+    workers.Gigatoken.idle.append(backend)
+    for kept in (True, False):  # about 10,000 characters
+        ids, _ = workers.encode_texts(texts, GPT2, "gigatoken")
+        assert ids.tolist() == [i for text in texts for i in GPT2.encode(text)]
+        assert list(workers.Gigatoken.idle) == [backend] * kept
     checked = []
     monkeypatch.setattr(workers, "encode_text", lambda text, tokenizer: checked.append(text) or np.array([1, 2, 3]))
     backend.seen = 1000
@@ -286,9 +290,8 @@ def test_tiktoken_steps_in_where_gigatoken_fails(monkeypatch):
     def panic(self, texts):
         raise Panic
 
-    monkeypatch.setattr(workers.Gigatoken, "reset", lambda self: None)
     monkeypatch.setattr(workers.Gigatoken, "encode", panic)
-    workers.gigatoken.cache_clear()
+    monkeypatch.setattr(workers.Gigatoken, "idle", deque())
     np.testing.assert_array_equal(workers.encode_documents(NASTY, GPT2, "gigatoken"), reference(NASTY))
 
 
@@ -400,7 +403,7 @@ def die_after(monkeypatch, calls: int):
         (os, "replace"),
         (os, "fsync"),
         (fineweb, "is_damaged"),
-        (fineweb, "npy_header"),
+        (fineweb, "write_blocks"),
         (workers, "tokenize_chunk"),
         (fineweb.Fetcher, "release"),
         (fineweb.shutil, "rmtree"),

@@ -1,11 +1,13 @@
 """fineweb.py against a local server that answers the hub's calls, and misbehaves as hubs and networks do."""
 
+import contextlib
 import errno
 import hashlib
 import http.server
 import json
 import os
 import re
+import shutil
 import socketserver
 import subprocess
 import sys
@@ -29,7 +31,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ROOT = Path(__file__).parent.parent
 
 
-def make_files(folder: Path, files: int = 3, rows: int = 40) -> list[str]:
+def make_files(folder: Path, files: int = 3, rows: int = 40, group: int = 16) -> list[str]:
     """Parquet files in FineWeb-Edu's schema; their texts, in order."""
     texts = []
     for number in range(files):
@@ -38,7 +40,7 @@ def make_files(folder: Path, files: int = 3, rows: int = 40) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         counts = [len(load_tokenizer("gpt2").encode(text)) for text in mine]
         table = pa.table({"text": mine, "id": [str(i) for i in range(rows)], "token_count": counts})
-        pq.write_table(table, path, row_group_size=16)
+        pq.write_table(table, path, row_group_size=group)
         texts += mine
     (folder / "README.md").write_text("not data")
     return texts
@@ -228,11 +230,12 @@ def test_two_files_on_the_disk_at_most(hub, tmp_path, monkeypatch):
     seen, release = [], sources.Fetcher.release
 
     def watched(fetcher, done):
-        for future in list(fetcher.coming.values()):
-            future.result()
+        if fetcher.thread:
+            fetcher.thread.join()
         seen.append(len(list((tmp_path / "out/downloads").rglob("*.parquet"))))
         release(fetcher, done)
 
+    make_files(hub.folder, group=2)  # chunks enough that those in flight are of one file
     monkeypatch.setattr(sources.Fetcher, "release", watched)
     build(tmp_path / "out", shard_size=100)
     assert max(seen) == 2 and len(seen) > 8
@@ -266,11 +269,77 @@ def test_what_the_hub_lacks(hub, tmp_path, dataset, words):
     assert not (tmp_path / "out").exists()
 
 
+class Killed(BaseException):
+    pass
+
+
+def kill_at(patch, number: int) -> None:
+    """Let the `number`-th shard be the last that is recorded."""
+    recorded, record = [], fineweb.record
+
+    def mortal(*arguments, **keywords):
+        record(*arguments, **keywords)
+        recorded.append(1)
+        if len(recorded) == number:
+            raise Killed
+
+    patch.setattr(fineweb, "record", mortal)
+
+
+def offline(patch) -> None:
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    patch.setattr(time, "sleep", None)
+
+
 def test_offline_is_said_at_once(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(time, "sleep", None)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set; unset it, or use --input"):
-        build(tmp_path / "out")
+    """Before anything is tokenized, with the files that are missing; unless all that is needed is here."""
+    with monkeypatch.context() as patch:
+        offline(patch)
+        with pytest.raises(UserError, match=r"can't get dataset .*: HF_HUB_OFFLINE is set; unset it, or use --input"):
+            build(tmp_path / "new")
+    make_files(hub.folder, group=2)
+    for limit in (None, 300):  # the limit is reached in the first file
+        out = tmp_path / f"out{limit}"
+        settings = {"keep_downloads": True, "shard_size": 100, "max_tokens": limit}
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, 2)
+            build(out, **settings)
+        end_of_fetching()
+        for path in sorted((out / "downloads").glob("*.parquet"))[1:]:
+            path.unlink()
+        before = {path.name for path in out.glob("*.npy")}
+        with monkeypatch.context() as patch:
+            offline(patch)
+            if limit:
+                assert build(out, **settings)["complete"]
+            else:
+                words = r"HF_HUB_OFFLINE is set, and still .* hub: sample/10BT/001_00000.parquet, .*/002_00000.parquet;"
+                with pytest.raises(UserError, match=words):
+                    build(out, **settings)
+                assert {path.name for path in out.glob("*.npy")} == before
+    build(tmp_path / "outNone", keep_downloads=True, shard_size=100)
+    with monkeypatch.context() as patch:
+        offline(patch)
+        assert build(tmp_path / "outNone", keep_downloads=True, shard_size=100)["complete"]
+
+
+def end_of_fetching() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "fetch":
+            thread.join()
+
+
+def test_offline_on_a_resumed_set_ends_soon(hub, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 1)
+        build(tmp_path / "edu_fineweb10B")
+    end_of_fetching()
+    shutil.rmtree(tmp_path / "edu_fineweb10B/downloads")
+    command = [sys.executable, str(ROOT / "fineweb.py"), "--shard_size", "500"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "HF_HUB_OFFLINE is set, and still to be fetched from the hub: sample/10BT/000_00000.parquet" in done.stderr
 
 
 def test_which_files_to_train_on():
@@ -285,6 +354,8 @@ def test_which_files_to_train_on():
     assert pick(["README.md", ".gitattributes", "data.csv"]) == ["data.csv"]
     card = [{"config_name": "en", "data_files": {"train": ["en/**/*.parquet"], "test": "t.parquet"}}]
     assert pick(["en/x.parquet", "en/y/z.parquet", "t.parquet"], card) == ["en/x.parquet", "en/y/z.parquet"]
+    card = [{"data_files": ["a/*.jsonl", "b/0?.jsonl"]}]
+    assert pick(["b/01.jsonl", "b/1.jsonl", "a/x.jsonl", "a/y/z.jsonl"], card) == ["a/x.jsonl", "b/01.jsonl"]
     assert pick(["a/1.parquet", "a/b/2.parquet"], [{"data_files": "a/*"}]) == ["a/1.parquet"]
     with pytest.raises(UserError, match="several configurations; say a/b:NAME, of: en, fr"):
         pick(["x.parquet"], [{"config_name": "en"}, {"config_name": "fr"}])
@@ -340,3 +411,158 @@ def test_a_hub_that_tells_no_sizes(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(Answer, "info", lambda self: info(self) | untold(self))
     build(tmp_path / "out")
     check_whole(tmp_path / "out", hub)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Datasets of .bin files
+
+
+def bin_file(ids, magic=20240520, version=1, count=None) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    return header.tobytes() + np.asarray(ids, "<u2").tobytes()
+
+
+@pytest.fixture
+def bins(hub):
+    """The hub with token files in place of text: 300 tokens for val, three times 500 to train on."""
+    shutil.rmtree(hub.folder)
+    hub.folder.mkdir()
+    (hub.folder / "README.md").write_text("tokens")
+    rng, hub.data = np.random.default_rng(0), {}
+    for name in ("val_000000", "train_000001", "train_000002", "train_000003"):
+        ids = rng.integers(0, 50257, 300 if "val" in name else 500)
+        ids[::50] = 50256
+        hub.data[f"finewebedu_{name}.bin"] = bin_file(ids)
+    for name, data in hub.data.items():
+        (hub.folder / name).write_bytes(data)
+    return hub
+
+
+def fetch(out, **settings) -> dict:
+    fineweb.main(fineweb.Config(out=str(out), dataset=REPO, **settings))
+    return json.loads((out / "manifest.json").read_text())
+
+
+def contents(out: Path) -> dict:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_bins_are_fetched_as_they_are(bins, tmp_path, capsys):
+    manifest = fetch(tmp_path / "out")
+    files = contents(tmp_path / "out")
+    del files["manifest.json"]
+    assert files == bins.data and manifest["complete"]
+    assert manifest["tokenizer"] == {"name": "gpt2", "vocab_size": 50257} and manifest["source"]["revision"] == COMMIT
+    lengths = fineweb.count.__globals__["token_lengths"]("gpt2")
+    for shard, (name, data) in zip(manifest["shards"], bins.data.items()):
+        ids = np.frombuffer(data[1024:], "<u2")
+        expected = {"name": name, "split": name.split("_")[1], "tokens": len(ids), "sha256": sha256(data)}
+        expected |= {"documents": np.count_nonzero(ids == 50256), "bytes": lengths[ids].sum()}
+        assert {key: shard[key] for key in expected} == expected
+    assert "4 shards, 1,500 train and 300 val tokens" in capsys.readouterr().out
+    fineweb.main(fineweb.Config(out=str(tmp_path / "out"), verify=True))
+    assert "4 shards have the sha256" in capsys.readouterr().out
+    bins.requests.clear()
+    fetch(tmp_path / "out")
+    assert not bins.requests and "nothing to do" in capsys.readouterr().out
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3, 4])
+def test_a_killed_fetch_goes_on(bins, tmp_path, monkeypatch, moment):
+    """It looks incomplete until it is complete, and nothing that is there is fetched again."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, moment)
+        fetch(tmp_path / "out")
+    end_of_fetching()
+    begun = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert not begun["complete"] and [shard["name"] for shard in begun["shards"]] == list(bins.data)[:moment]
+    with pytest.raises(UserError, match="sound so far, but not complete"):
+        fineweb.main(fineweb.Config(out=str(tmp_path / "out"), verify=True))
+    bins.requests.clear()
+    fetch(tmp_path / "out")
+    assert not [path for _, path, _ in bins.requests if any(name in path for name in list(bins.data)[:moment])]
+    fetch(tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_fetch_that_is_killed_with_sigkill(bins, tmp_path):
+    """In processes of their own, at any moment: what has a name is whole."""
+    command = [sys.executable, str(ROOT / "fineweb.py"), "--dataset", REPO, "--out", "out"]
+    fetch(tmp_path / "whole")
+    for seconds in (0.8, 1.2, 1.6, 2, 2.5, 60):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
+        process.communicate()
+        for path in (tmp_path / "out").glob("*.bin"):
+            assert path.read_bytes() == bins.data[path.name]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_max_tokens_limits_the_files(bins, tmp_path):
+    for limit, number in ((1, 1), (500, 1), (501, 2), (10**9, 3)):
+        bins.requests.clear()
+        manifest = fetch(tmp_path / f"out{limit}", max_tokens=limit)
+        assert [shard["split"] for shard in manifest["shards"]] == ["val"] + ["train"] * number
+        assert len({path for _, path, _ in bins.requests if "resolve" in path}) == number + 1 and manifest["complete"]
+
+
+BAD_BINS = {
+    "magic": (bin_file([1, 2], magic=20240801), "begins with 20240801, 1, not 20240520, 1"),
+    "version": (bin_file([1, 2], version=2), "begins with 20240520, 2, not 20240520, 1"),
+    "count": (bin_file([1, 2], count=3), "header says 3 tokens, 1,030 bytes, and it has 1,028"),
+    "negative": (bin_file([1, 2], count=-1), "header says -1 tokens"),
+    "negative and short": (bin_file([], count=-5)[:1014], "header says -5 tokens"),
+    "odd": (bin_file([1, 2]) + b"x", "header says 2 tokens, 1,028 bytes, and it has 1,029"),
+    "cut": (bin_file([1, 2])[:700], "header says 2 tokens, 1,028 bytes, and it has 700"),
+    "empty": (b"", "begins with 0, 0"),
+    "no tokens": (bin_file([]), "it has no tokens"),
+    "id": (bin_file([1, 50257]), "it has id 50257, and GPT-2's end at 50256"),
+}
+
+
+@pytest.mark.parametrize("data, words", BAD_BINS.values(), ids=BAD_BINS)
+def test_a_bad_bin_is_named(bins, tmp_path, data, words):
+    name = "finewebedu_train_000002.bin"
+    (bins.folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"^{name} is not a whole .bin file of GPT-2 tokens: .*{re.escape(words)}"):
+        fetch(tmp_path / "out")
+    assert not (tmp_path / "out" / name).exists()
+    (bins.folder / name).write_bytes(bins.data[name])  # mended, it is fetched anew
+    assert len(fetch(tmp_path / "out")["shards"]) == 4
+
+
+def test_a_damaged_bin_is_found_and_fetched_again(bins, tmp_path):
+    fetch(tmp_path / "out")
+    whole, path = contents(tmp_path / "out"), tmp_path / "out/finewebedu_train_000002.bin"
+    path.write_bytes(path.read_bytes()[:-2] + b"zz")
+    with pytest.raises(UserError, match=rf"1 of 4 shards in .* missing or damaged: {path.name}; delete them"):
+        fineweb.main(fineweb.Config(out=str(tmp_path / "out"), verify=True))
+    path.unlink()
+    fetch(tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"shuffle": 1}, {"tokenizer": "bytes"}, {"part": "1/2"}, {"val_size": 9}, {"shard_size": 9}, {"format": "chat"}],
+    ids=str,
+)
+def test_flags_that_tokens_cannot_have(bins, tmp_path, flags):
+    with pytest.raises(UserError, match=rf"{REPO} holds tokens already, which --{next(iter(flags))} can't change"):
+        fetch(tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bins_of_others_are_not_touched(bins, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/fineweb_train_000001.bin").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"fineweb_train_000001.bin but no manifest.json that lists it"):
+        fetch(tmp_path / "out")
+    assert contents(tmp_path / "out") == {"fineweb_train_000001.bin": b"precious"}

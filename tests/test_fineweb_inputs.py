@@ -118,7 +118,7 @@ def test_two_columns_of_one_name(tmp_path, name):
 
 
 def test_whatever_a_reader_throws_names_the_place(tmp_path, monkeypatch):
-    def fail(chunk, options):
+    def fail(chunk, options, leave_out):
         raise KeyError("surprise")
 
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))
@@ -236,16 +236,19 @@ def test_val_input_that_cannot_be(tmp_path):
 def test_which_documents_are_val_is_said(tmp_path, capsys):
     for name in ("neg", "pos"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines(f"{name} {i}" for i in range(3000)))
-    words = "Validation is on the first"
+    words = "Validation uses only the first"
     build(tmp_path / "a", tmp_path / "neg.jsonl", val_size=4000)
     assert words not in capsys.readouterr().out
     build(tmp_path / "b", tmp_path / "neg.jsonl", tmp_path / "pos.jsonl", val_size=4000)
-    assert "documents) only" not in (said := capsys.readouterr().out) and "all from the first of 2 files" in said
+    assert f"{words} 1" in (said := capsys.readouterr().out) and "documents, all from the first of 2 files" in said
     assert "--shuffle 1 mixes" in said and "--val_input FILE" in said
     build(tmp_path / "c", tmp_path / "neg.jsonl", tmp_path / "pos.jsonl", val_size=4000, shuffle=1)
     assert words not in capsys.readouterr().out
     build(tmp_path / "d", tmp_path / "neg.jsonl", val_size=100)
-    assert f"{words} 16 document(s) only; they may differ" in capsys.readouterr().out
+    assert f"{words} 16 documents, perhaps unlike the rest: --shuffle" in capsys.readouterr().out
+    build(tmp_path / "e", tmp_path / "neg.jsonl", val_size=3)
+    said = capsys.readouterr().out
+    assert f"{words} document, perhaps unlike the rest" in said and "tokens): expected, no failure." in said
 
 
 def test_verify_without_the_source(tmp_path, capsys):

@@ -18,7 +18,18 @@ from hypothesis import strategies as st
 import fineweb
 from extras.cli import UserError
 from extras.files import exclusive
-from extras.manifest import Manifest, SourceRecord, checksum, is_plain, parse_part, read_manifest, write_manifest
+from extras.manifest import (
+    Cursor,
+    Manifest,
+    Shard,
+    SourceRecord,
+    checksum,
+    is_plain,
+    parse_part,
+    read_manifest,
+    write_manifest,
+)
+from extras.sources import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -68,7 +79,23 @@ def root(tmp_path_factory):
     cursors = {"starts": [(0, i, 0) for i in range(len(begun.shards))], "cursor": (2, 0, 0)}
     write_manifest(root / "hub/manifest.json", begun.model_copy(update=update | cursors))
     assert read_manifest(root / "hub/manifest.json")
+    make_bins(root / "bins")
     return root
+
+
+TOKENS = {"dataset": "a/b", "input": [], "tokenizer": "gpt2", "shard_size": 100_000_000}  # flags of a set of .bin files
+
+
+def make_bins(out: Path) -> None:
+    """A finished set of two .bin files of a hub dataset; the hub has a third."""
+    out.mkdir()
+    names = ["x_val_000000.bin", "x_train_000001.bin", "x_train_000002.bin"]
+    record = SourceRecord(dataset="a/b", revision=COMMIT, files=[(name, 1030) for name in names])
+    manifest = fineweb.begin(fineweb.Config(**TOKENS), None, Source(record, []))
+    for number, name in enumerate(names[:2]):
+        sha256 = fineweb.write_blocks(out / name, [b"x" * 1030])
+        shard = {"name": name, "split": name.split("_")[1], "tokens": 3, "documents": 1, "bytes": 9, "sha256": sha256}
+        fineweb.record(out, manifest, Cursor(number + 1, 0, 0), number == 1, Cursor(number, 0, 0), Shard(**shard))
 
 
 JUNK = st.sampled_from(
@@ -145,14 +172,14 @@ def check_edit(root: Path, name: str, edit, verify: bool) -> None:
         text = path.read_bytes()
         path.write_bytes(edit(text))
         forged, before, began = is_forged(path, text), tree(root), time.monotonic()
-        more = {"parts": {"part": "1/2"}, "hub": {"dataset": "a/b", "input": []}}.get(name, {})
+        more = {"parts": {"part": "1/2"}, "hub": {"dataset": "a/b", "input": []}, "bins": TOKENS}.get(name, {})
         config = fineweb.Config(**flags(root, **more), out=str(here / "inner/out"), verify=verify)
         try:
             fineweb.main(config)
         except UserError as error:
             assert "\n" not in str(error)
         else:
-            if not verify and not forged and name != "parts":
+            if not verify and not forged and name not in ("parts", "bins"):
                 assert tree_of_shards(here / "inner/out") == tree_of_shards(root / "whole")
         assert time.monotonic() - began < 10
         assert tree(root) == before and (here / "far.parquet").read_text() == "precious"
@@ -172,7 +199,7 @@ def tree_of_shards(out: Path) -> dict:
     return {path.name: path.read_bytes() for path in out.glob("*.npy*")}
 
 
-NAMES = st.sampled_from(["begun", "whole", "parts", "hub"])
+NAMES = st.sampled_from(["begun", "whole", "parts", "hub", "bins"])
 FUZZ = {"deadline": 10_000, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 
 
@@ -238,6 +265,26 @@ def test_a_cursor_past_the_end(root, tmp_path, cursor):
     with pytest.raises(UserError, match=r"continues past the end of the source \(cursor\)"):
         fineweb.main(fineweb.Config(**flags(root), out=str(tmp_path / "out")))
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "words, path, value",
+    [
+        ("shards, cursor and source.files do not fit", ("cursor",), [9, 0, 0]),
+        ("shards, cursor and source.files do not fit", ("settings", "part"), "2/3"),
+        ("shards.1.split does not fit its name", ("shards", 1, "split"), "val"),
+        ("shards.1.name should be x_train_000001.bin", ("shards", 1, "name"), "y_train_000001.bin"),
+        ("shards.1.name: String should match", ("shards", 1, "name"), "../x_train_000001.bin"),
+        ("in source.files is not a plain relative path", ("source", "files", 2, 0), "../x_train_000001.bin"),
+    ],
+)
+def test_a_manifest_of_fetched_shards(root, tmp_path, words, path, value):
+    shutil.copytree(root / "bins", tmp_path / "out")
+    fineweb.main(fineweb.Config(**TOKENS, out=str(tmp_path / "out")))
+    manifest = tmp_path / "out/manifest.json"
+    manifest.write_bytes(set_at(path, value)(manifest.read_bytes()))
+    with pytest.raises(UserError, match=rf"manifest.json is not as fineweb.py wrote it \(.*{words}"):
+        fineweb.main(fineweb.Config(**TOKENS, out=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize("name", ["../../far.parquet", "/far.parquet", "a/../../far", "C:\\far", "..\\far", "a\0b", ""])
