@@ -924,8 +924,9 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
             saved = read_checkpoint(path)
         except UserError as error:
             if config.resume_from or (path == paths[-1] and not config.force):
-                others = f"has the checkpoints of steps {steps}" if config.resume_from else "--force starts anew"
-                raise UserError(f"--resume: {error}; no checkpoint can be read; {log_dir} {others}") from error
+                others = "no checkpoint of this run can be read; --force starts anew"
+                others = f"{log_dir} has the checkpoints of steps {steps}" if config.resume_from else others
+                raise UserError(f"--resume: {error}; {others}") from error
             print0(f"WARNING: {error}")
         else:
             checks.compare_settings(saved, steps, config, loader, print0)
