@@ -160,7 +160,7 @@ def test_text_is_continued_as_its_ids_are_up_to_end_of_text():
     assert max(lengths) == 40 and min(lengths) < 40  # some come to an end
     prompts = ["a", "the second", "<|endoftext|>", "and a third"]
     alone = [model.generate(text, 9, temperature=0) for text in prompts]
-    assert continue_texts(model, prompts, 9, temperature=0) == alone and len(set(text[-5:] for text in alone)) > 2
+    assert continue_texts(model, prompts, 9, temperature=0) == alone and len({text[-5:] for text in alone}) > 2
 
 
 def test_text_needs_a_known_tokenizer(model):
