@@ -297,10 +297,10 @@ class GPT(nn.Module):
         return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
 
     @classmethod
-    def from_pretrained(cls, source: str, block_size: int | None = None) -> "GPT":
-        """A hub name ("gpt2" ... "gpt2-xl"), directory of transformers, run or checkpoint, cropped to `block_size`."""
+    def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
+        """A model of the hub ("gpt2" ... "gpt2-xl"), a directory, a run or a checkpoint, cropped to `block_size`."""
         from extras.checkpoints import load_any
-        return cls.of(*load_any(source, block_size))
+        return cls.of(*load_any(name_or_dir, block_size))
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "GPT":

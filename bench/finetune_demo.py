@@ -35,13 +35,13 @@ import torch
 from extras.checkpoints import load_any
 from extras.cli import UserError, run
 from extras.generation import pad_left
+from extras.templates import alpaca_prompt
 from extras.tokenizer import load_tokenizer
 from train_gpt2 import GPT
 
 ROOT = Path(__file__).parent.parent
 KINDS = {ast.ClassDef: "class", ast.FunctionDef: "function"}
 FORM = re.compile(r" It is a (class|function|method) of (\w+)\.")
-PROMPT = "Instruction: {instruction}\n\nAnswer:"  # fineweb.py --format alpaca, without input
 
 
 @dataclass
@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     learned, asked = examples[: config.examples], examples[config.examples :]
     out.mkdir(parents=True)
     (out / "learned.jsonl").write_text("".join(json.dumps(example) + "\n" for example in learned), encoding="utf-8")
-    prompts = [PROMPT.format(**example) for example in asked]
+    prompts = [alpaca_prompt(example["instruction"]) for example in asked]
     (out / "prompts.txt").write_text("\n---\n".join(prompts[:3]) + "\n", encoding="utf-8")
     say = ["sample.py", "--prompt_file", f"{out}/prompts.txt", "--temperature", "0",
            "--max_new_tokens", f"{config.max_new_tokens}"]  # fmt: skip

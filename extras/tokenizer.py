@@ -12,7 +12,7 @@ one that tiktoken expects of OpenAI's originals.
 import hashlib
 import importlib.util
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from extras.cli import UserError
@@ -35,10 +35,8 @@ def tokenizer_name(n_tokens: int) -> str | None:
 def tokenizer_for(n_tokens: int, model: str = "the model") -> "Tokenizer":
     """The tokenizer of a model with that many tokens. Raises UserError, naming the model, if it is unknown."""
     if (name := tokenizer_name(n_tokens)) is None:
-        raise UserError(
-            f"{model} has {n_tokens} tokens, and it is not known which: GPT-2's are 50257, bytes 257; with another "
-            "tokenizer use GPT.generate with ids, in Python"
-        )
+        known = "GPT-2's are 50257, bytes 257; with another tokenizer use GPT.generate with ids, in Python"
+        raise UserError(f"{model} has {n_tokens} tokens, and it is not known which: {known}")
     return load_tokenizer(name)
 
 
@@ -53,11 +51,15 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-@lru_cache
 def load_tokenizer(name: str = "gpt2") -> "Tokenizer":
     """The tokenizer of that name, loaded once per process. Raises UserError for a name that is not in TOKENIZERS."""
     if name not in TOKENIZERS:
         raise UserError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
+    return load_once(name)
+
+
+@cache
+def load_once(name: str) -> "Tokenizer":
     return GPT2Tokenizer() if name == "gpt2" else ByteTokenizer()
 
 

@@ -1,6 +1,7 @@
 """Weights in and out: transformers' directories of every form, other trainers' checkpoints, and what does not fit."""
 
 import argparse
+import http.server
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from test_model import SHAPES, reference
-from tiny import USER_ERRORS
+from tiny import ROOT, USER_ERRORS
 
 from extras import pretrained
 from extras.checkpoints import find_checkpoint, load_any
@@ -151,6 +153,71 @@ def test_a_hub_name_is_read_from_the_cache(folder, tmp_path, monkeypatch):
         GPT.from_pretrained("some/where/else")
     with pytest.raises(USER_ERRORS, match=r"config.json is the configuration alone; name the directory"):
         GPT.from_pretrained(str(folder / "config.json"))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers like the hub, with the files of server.folder as the model a/b."""
+
+    protocol_version, commit = "HTTP/1.1", "0123456789abcdef0123456789abcdef01234567"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path, folder = self.path.partition("?")[0], self.server.folder
+        files = sorted(file.name for file in folder.iterdir())
+        entries = [{"type": "file", "path": name, "size": (folder / name).stat().st_size, "oid": "0"} for name in files]
+        body = json.dumps({"id": "a/b", "sha": self.commit} if "/revision/" in path else entries).encode()
+        if path.startswith("/a/b/resolve/"):
+            body = (folder / path.rpartition("/")[2]).read_bytes()
+            self.server.served.append(path.rpartition("/")[2])
+        self.send_response(200 if path.startswith(("/a/b", "/api/models/a/b")) else 404)
+        about = {"Content-Length": len(body), "ETag": f'"{hash(body)}"', "X-Repo-Commit": self.commit}
+        about |= {} if "/a/b" in path else {"X-Error-Code": "RepoNotFound"}
+        for name, value in about.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+
+FROM_HUB = """
+import sys
+from train_gpt2 import GPT
+for name in sys.argv[1:]:
+    try:
+        print(float(GPT.from_pretrained(name).transformer.wpe.weight.double().sum()))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_of_a_hub_repository_only_what_is_needed_is_fetched(theirs, folder, tmp_path):
+    """In processes of their own: the library reads the address when it is imported."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    pickled, both = (tmp_path / name for name in ("pickled", "both"))
+    for form in (pickled, both):
+        form.mkdir()
+        torch.save(theirs.state_dict(), form / "pytorch_model.bin")
+        (form / "config.json").write_bytes((folder / "config.json").read_bytes())
+        (form / "tf_model.h5").write_bytes(b"large")
+    theirs.save_pretrained(both, max_shard_size="40KB")
+    expected = float(GPT.from_pretrained(folder).transformer.wpe.weight.double().sum())
+    for form, wanted in ((pickled, {"pytorch_model.bin"}), (both, {f.name for f in both.glob("model*")})):
+        server.folder, server.served = form, []
+        about = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+        about |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / f"home {form.name}")}
+        command = [sys.executable, "-c", FROM_HUB, "a/b", "a/c"]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | about, cwd=ROOT)
+        lines = done.stdout.splitlines()
+        assert len(lines) == 2 and float(lines[0]) == expected, done.stderr
+        assert "a/c is not here, and the hub did not give it: RepositoryNotFoundError" in lines[1]
+        assert set(server.served) == wanted | {"config.json"}
+    server.shutdown()
+    server.server_close()
 
 
 class Bomb:
