@@ -731,7 +731,8 @@ def main(config: Config) -> None:
     from extras.checkpoints import find_checkpoint, load_any
 
     path = find_checkpoint(config.model)
-    figure = draw_model(*load_any(config.model), config.model, config.prompt)
+    title = "/".join(Path(path or config.model).parts[-2:])
+    figure = draw_model(*load_any(config.model), title, config.prompt)
     save(figure, Path(config.out or (path.with_suffix(".png") if path else "model.png")))
 
 
