@@ -326,6 +326,7 @@ def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
     assert plot_log.loss_unit(runs) == ("nats per token", [1, 1])
     runs[1].comments["data"]["tokenizer"] = "bytes"
     runs[1].streams["bpb"] = {step: 2 * value for step, value in runs[1].streams["val"].items()}
+    runs[0].streams["bpb"][90] = 7.0  # without a val beside it
     ax = plot_log.draw_runs(runs, "steps").axes[0]
     assert ax.get_title(loc="left") == "Loss, bits per byte" and not ax.texts, "GPT-2's loss is in nats"
     for kind, stream in (("points", "val"), ("raw", "train")):
