@@ -245,16 +245,24 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
+TITLES = {  # of the streams with a panel, besides the losses and a fork's
+    "hella": "HellaSwag acc_norm ± s.e.", "lr": "Learning rate", "norm": "Gradient norm", "ms": "Tokens per second",
+}  # fmt: skip
 COLUMNS = {  # stream -> the column of its last value
     "train": "train, smoothed", "val": "val", "bpb": "bpb", "hella": "HellaSwag", "ms": "tokens/s",
 }  # fmt: skip
+
+
+def own_streams(runs: list[Run]) -> list[str]:
+    """Those that only a fork's log has."""
+    return sorted({stream for of in runs for stream in of.streams} - {*TITLES, *COLUMNS, "hella_se", "skipped"})
 
 
 def summary(of: Run) -> dict[str, str]:
     """One row of the table, column -> text."""
     steps = f" of {of.number('max_steps'):,}" if of.number("max_steps") else ""
     row = {"run": of.name, "step": f"{of.last_step:,}{steps}", "tokens": short(of.last_step * of.tokens_per_step)}
-    for stream in (*COLUMNS, *sorted(of.streams.keys() - {*COLUMNS, "hella_se", "lr", "norm"})):
+    for stream in (*COLUMNS, *own_streams([of])):
         steps, values = of.finite(stream)
         if not len(values):
             continue
@@ -328,9 +336,6 @@ KINDS = {  # of lines, and how they look; the later over the earlier
     "points": {"label": "evaluation", "linewidth": 0, "marker": "o"},
     "bad": {"label": "NaN or infinite", "linewidth": 0, "marker": "x"},
 }
-TITLES = {  # of the streams with a panel of their own, besides a fork's
-    "hella": "HellaSwag acc_norm ± s.e.", "lr": "Learning rate", "norm": "Gradient norm", "ms": "Tokens per second",
-}  # fmt: skip
 
 
 def draw_runs(runs: list[Run], axis: str):
@@ -338,8 +343,8 @@ def draw_runs(runs: list[Run], axis: str):
     import matplotlib
     from matplotlib.figure import Figure
 
-    own = {stream for of in runs for stream in of.streams} - {"train", "val", "bpb", "hella_se", *TITLES}
-    streams = [stream for stream in (*TITLES, *sorted(own)) if any(len(of.finite(stream)[0]) for of in runs)]
+    streams = [*TITLES, *own_streams(runs)]
+    streams = [stream for stream in streams if any(len(of.finite(stream)[0]) for of in runs)]
     right = max(positions(of, np.array([of.last_step]), axis)[0] for of in runs) or 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(dpi=DPI, layout="constrained")
@@ -673,7 +678,7 @@ def save(drawing, out: Path) -> None:
     try:
         with atomic_file(out) as file, matplotlib.rc_context(STYLE):
             if isinstance(drawing, str):
-                file.write(drawing.encode())
+                file.write(drawing.encode(errors="replace"))  # JSON can spell what UTF-8 can't
             else:
                 drawing.savefig(file, format=kind, metadata=metadata)
     except OSError as error:
@@ -726,7 +731,8 @@ def main(config: Config) -> None:
     from extras.checkpoints import find_checkpoint, load_any
 
     path = find_checkpoint(config.model)
-    figure = draw_model(*load_any(config.model), config.model, config.prompt)
+    title = "/".join(Path(path or config.model).parts[-2:])
+    figure = draw_model(*load_any(config.model), title, config.prompt)
     save(figure, Path(config.out or (path.with_suffix(".png") if path else "model.png")))
 
 

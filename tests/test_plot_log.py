@@ -326,6 +326,7 @@ def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
     assert plot_log.loss_unit(runs) == ("nats per token", [1, 1])
     runs[1].comments["data"]["tokenizer"] = "bytes"
     runs[1].streams["bpb"] = {step: 2 * value for step, value in runs[1].streams["val"].items()}
+    runs[0].streams["bpb"][90] = 7.0  # without a val beside it
     ax = plot_log.draw_runs(runs, "steps").axes[0]
     assert ax.get_title(loc="left") == "Loss, bits per byte" and not ax.texts, "GPT-2's loss is in nats"
     for kind, stream in (("points", "val"), ("raw", "train")):
@@ -339,8 +340,9 @@ def test_runs_with_different_tokenizers_are_compared_in_bits_per_byte(tmp_path):
 
 def test_a_stream_of_ones_own_is_drawn_and_in_the_table(tmp_path):
     run = plot_log.read_log(make_log(tmp_path, 80), "r")
-    run.streams |= {"wnorm": {0: 5.0, 80: -7.5}, "entropy": {step: 2.0 + step for step in range(80)}}
+    run.streams |= {"wnorm": {0: 5.0, 80: -7.5}, "entropy": {step: 2.0 + step for step in range(80)}, "skipped": {3: 1}}
     panels = {ax.get_title(loc="left"): ax for ax in plot_log.draw_runs([run], "steps").axes}
+    assert plot_log.own_streams([run]) == ["entropy", "wnorm"] and [*panels][5:] == ["entropy", "wnorm"]
     (line,) = panels["wnorm"].lines
     assert line.get_xydata().tolist() == [[0, 5], [80, -7.5]] and line.get_marker() == "o"
     assert [line.get_gid() for line in panels["entropy"].lines] == ["raw", "smooth"], "as every stream of every step"
@@ -509,7 +511,10 @@ def test_the_page_is_one_file_that_loads_and_runs_nothing_of_the_logs(tmp_path, 
     scripts = [[tag for tag, _ in parsed.tags].count("script") for parsed in (page, plain)]
     assert scripts[0] == scripts[1] and not [tag for tag, _ in page.tags if tag == "img"]
     assert page.text.count(EVIL) >= 4 and "The log has none" in plain.text and "config: max_lr" in plain.text
+    with (tmp_path / "c" / "log.txt").open("a") as file:
+        file.write('# samples {"step": 80, "texts": ["half a \\ud800 character"]}\n')
     command(tmp_path / "c", "--out", tmp_path / "run.html")
+    assert "half a ? character" in (tmp_path / "run.html").read_text(encoding="utf-8")
     assert "wrote" in capsys.readouterr().out and (tmp_path / "run.html").stat().st_size < 2e6
     assert "must end in .png, .svg, .pdf" in failure(capsys, "--model", tmp_path, "--out", tmp_path / "model.html")
 
