@@ -16,8 +16,8 @@ demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=$(RANKS) train_gpt2.py \
 	    --data_dir data/python-docs --log_dir $(DEMO) \
 	    --n_layer 4 --n_head 4 --n_embd 128 --seq_len 256 --total_batch_size 1024 --micro_batch 2 --recipe fast \
-	    --max_steps 700 --warmup_steps 20 --max_lr 1e-2 --muon_lr 5e-3 --val_every 175 --sample_every 350 \
-	    --hella_every 0 --save_every 350 --sample_prompt "The function returns"
+	    --max_steps 640 --warmup_steps 20 --max_lr 1e-2 --muon_lr 5e-3 --val_every 320 --sample_every 320 \
+	    --hella_every 0 --save_every 320 --sample_prompt "The function returns"
 	$(BIN)/python sample.py --model $(DEMO) --prompt "Return a list of" $(SAFE)
 	$(BIN)/python plot_log.py $(DEMO) --out $(DEMO)/curves.png
 	$(BIN)/python plot_log.py --model $(DEMO) --out $(DEMO)/inside.png --prompt "$(PROMPT)"
@@ -27,12 +27,12 @@ demo: $(READY)
 	@echo
 	@echo "  $(BIN)/python sample.py --model $(DEMO) $(SAFE)"
 	@echo "      continue prompts that you type"
+	@echo "  $(BIN)/python sample.py --model $(DEMO) --prompt '' --num_samples 3 $(SAFE)"
+	@echo "      write three documents from their beginning"
 	@echo "  $(BIN)/python sample.py --model $(DEMO) --export exported"
 	@echo "      the weights in the form of Hugging Face transformers"
-	@echo "  $(BIN)/python bench/finetune_demo.py"
-	@echo "      teach it to answer questions, in minutes"
 	@echo
-	@echo "README.md goes on with your own text, and with GPT-2 124M on GPUs."
+	@echo "README.md goes on with your own text, finetuning, and GPT-2 124M on GPUs."
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow" --numprocesses=auto --maxprocesses=4 --dist=loadfile
