@@ -116,7 +116,7 @@ class Fetcher:
             self.thread.start()
 
     def try_to_fetch(self, number: int) -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):
             self.files[number].fetch(self.scratch)
 
     def release(self, done: int) -> None:

@@ -1,6 +1,5 @@
 """fineweb.py against a local server that answers the hub's calls, and misbehaves as hubs and networks do."""
 
-import contextlib
 import errno
 import hashlib
 import http.server
@@ -57,7 +56,7 @@ class Hub(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.folder, self.faults, self.requests = folder, [], []
+        self.folder, self.faults, self.requests, self.pause = folder, [], [], 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
@@ -104,6 +103,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, path, fault):
         body = path.read_bytes()
+        threading.Event().wait(self.server.pause)  # time.sleep is not what it was
         headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             start = int(wanted[1])
@@ -491,17 +491,23 @@ def test_a_killed_fetch_goes_on(bins, tmp_path, monkeypatch, moment):
 
 
 def test_a_fetch_that_is_killed_with_sigkill(bins, tmp_path):
-    """In processes of their own, at any moment: what has a name is whole."""
+    """In processes of their own, after a while in which so many files came: what has a name is whole."""
     command = [sys.executable, str(ROOT / "fineweb.py"), "--dataset", REPO, "--out", "out"]
     fetch(tmp_path / "whole")
-    for seconds in (0.8, 1.2, 1.6, 2, 2.5, 60):
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
+    bins.pause = 0.2
+    for number in (0, 1, 2, 3):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=-3, stderr=-3)
+        bins.requests.clear()
+        while process.poll() is None and not (bins.requests and len(list(tmp_path.glob("out/*.bin"))) >= number):
+            threading.Event().wait(0.01)
+        threading.Event().wait(0.1)
+        assert process.poll() is None
         process.kill()
-        process.communicate()
+        process.wait()
         for path in (tmp_path / "out").glob("*.bin"):
             assert path.read_bytes() == bins.data[path.name]
+    bins.pause = 0
+    assert subprocess.run(command, cwd=tmp_path, stdout=-3, stderr=-3, timeout=60).returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
