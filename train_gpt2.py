@@ -1063,9 +1063,9 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     """
     log_dir, log, steps = config.log_dir, Path(config.log_dir) / "log.txt", saved_steps(config.log_dir)
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
-    if log.exists() and not paths and not died_before_first_checkpoint(log, config.save_every):
+    if os.path.exists(log) and not paths and not died_before_first_checkpoint(log, config.save_every):
         raise UserError(f"{log_dir} has a log.txt but no checkpoint to resume from; choose another --log_dir")
-    if not config.resume and (steps or log.exists()):
+    if not config.resume and (steps or os.path.exists(log)):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
     saved, damaged = None, []
     while saved is None and len(damaged) < len(paths):
@@ -1079,7 +1079,7 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     if saved is None:
         if damaged and not config.force:
             raise UserError(f"{log_dir}: no checkpoint of this run can be read ({damaged[0]}); --force starts anew")
-        if log.exists():
+        if os.path.exists(log):
             print0(f"resuming at step 0: {log_dir} has no checkpoint yet")
         return None
     if config.resume_from and (later := [step for step in steps if step > saved["step"]]):
