@@ -358,8 +358,8 @@ class Soak:
             for pid in pids:
                 if pid not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
                     statuses[pid] = found[1]
-            landed = board.get(STRUCK)
-            if not landed and at and time.monotonic() > at and (where := board.get(RANKS + fault["rank"])):
+            landed, where = board.get(STRUCK), board.get(RANKS + fault["rank"])
+            if not landed and at and time.monotonic() > at and where and state_of(where[1]) not in "ZX":
                 at, landed = None, where[0]
                 if fault["kind"] in BY_RANK:
                     strike(fault["kind"], where[1], group)
@@ -393,8 +393,7 @@ class Soak:
 
     def attend(self, kind: Kind, fault: dict, landed: str, pids: list[int]) -> None:
         """The part of a fault that the ranks can't do themselves."""
-        where = [found for rank in range(kind.ranks) if (found := board.get(RANKS + rank))]
-        processes = [pid for _, pid in where]
+        processes = {rank: found[1] for rank in range(kind.ranks) if (found := board.get(RANKS + rank))}
         if fault["kind"] == "halt":
             while state_of(processes[fault["rank"]]) not in "TZX":  # it says so just before it halts
                 time.sleep(0.001)
@@ -408,10 +407,10 @@ class Soak:
                 time.sleep(0.02)
             os.kill(processes[fault["rank"]], signal.SIGKILL)
         elif fault["kind"] == "full disk":
-            self.disk.fill(processes)
+            self.disk.fill([*processes.values()])
             board.set(STRUCK, None)
             time.sleep(self.rng.uniform(0.1, 0.8))
-            self.disk.free(processes)
+            self.disk.free([*processes.values()])
         elif fault["kind"] == "kill a rank" and not kind.torchrun and landed == "start-up":
             time.sleep(0.2)  # those who wait for one that never came give up after three minutes; here they are killed
             strike("kill all", 0, pids[0])
