@@ -427,13 +427,13 @@ class Soak:
             os.killpg(group, signal.SIGKILL)
         if re.search("^Traceback", text, re.MULTILINE):  # torchrun logs its own
             self.complain(f"{kind.name}: a traceback after {hits}", output)
+        stacks = [*Path(config.log_dir).glob("stack_rank*.txt")]
         if last[0] == "halt for good":
             halted = re.findall(r"does not answer: (rank \d)", text)
-            stacks = [*Path(config.log_dir).glob("stack_rank*.txt")]
             if {*halted} != {f"rank {rank}"} or len(halted) != kind.ranks - 1 or len(stacks) != kind.ranks - 1:
                 self.complain(f"{kind.name}: {last}: {halted} named, {len(stacks)} stacks", output)
-            for stack in stacks:
-                stack.unlink()
+        for stack in stacks:
+            stack.unlink()
         if last[0] == "tear":
             tear(Path(config.log_dir) / "log.txt", train_gpt2.saved_steps(config.log_dir))
         at_once = signal.SIGTERM in statuses  # a rank that had not begun to listen; the others then miss it
@@ -467,7 +467,7 @@ def compare(expected: Path, log_dir: Path, steps: int) -> str:
         data.append(file.getvalue())
     if data[0] != data[1]:
         return "another last checkpoint"
-    ours = re.compile(r"log\.txt|ckpt_\d{6}\.pt|stack_rank\d\.txt")
+    ours = re.compile(r"log\.txt|ckpt_\d{6}\.pt")
     strays = [path.name for path in log_dir.iterdir() if not ours.fullmatch(path.name)]
     return f"left behind: {strays}" if strays else ""
 
