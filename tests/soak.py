@@ -47,7 +47,7 @@ import train_gpt2  # noqa: E402
 
 PHASES = ("start-up", "set-up", "training", "evaluation", "saving")
 RESTARTS = 3  # of its ranks, by torchrun
-LONGEST = 120  # seconds from the start of a run to the end of all its ranks; then it counts as hanging
+LONGEST = 120  # seconds without a word, from a run that writes a line a step; then it counts as hanging
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ class Soak:
         board.set(AIM, fault if fault["phase"] else None)
         pids, statuses, began = start(kind, config, output), {}, time.monotonic()
         group, at, hits, restarts = pids[0], self.moment(fault), [], 0
-        struck = -1
+        struck, said, moved = -1, 0, began
         while len(statuses) < len(pids):
             for pid in pids:
                 if pid not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
@@ -376,7 +376,9 @@ class Soak:
                     at = self.moment(fault)
                 else:
                     fault = fault | {"phase": "over"}
-            if time.monotonic() - began > LONGEST:
+            if (size := output.stat().st_size if output.exists() else 0) != said:
+                said, moved = size, time.monotonic()
+            if time.monotonic() - moved > LONGEST:
                 self.complain(f"{kind.name}: hangs after {hits}", output)
                 os.killpg(group, signal.SIGKILL)
                 statuses |= {pid: os.waitpid(pid, 0)[1] for pid in pids if pid not in statuses}

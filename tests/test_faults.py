@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -365,6 +366,19 @@ def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
     silent = r"wait for one that does not answer: rank 1, last heard of \d+ s ago: after training step"
     assert re.search(silent, result.stderr)
     assert "train_step" in (tmp_path / "log" / "stack_rank0.txt").read_text()
+
+
+def test_ranks_that_never_come_cost_one_line(data, tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    second = timedelta(seconds=1)
+    whole = torch.distributed.rendezvous
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: whole(url, timeout=second))
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.run_command_line(flags(tiny_config(data, tmp_path / "log", micro_batch=4)))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "not all 2 ranks came in time (Timed out after" in said and "1/2 clients" in said
+    assert said.count("error: ") == 1 and "Traceback" not in said
 
 
 LATE = """
