@@ -427,7 +427,8 @@ class Soak:
                 time.sleep(0.01)
             self.complain(f"{kind.name}: {last} leaves a process behind", output)
             os.killpg(group, signal.SIGKILL)
-        if re.search("^Traceback", text, re.MULTILINE):  # torchrun logs its own
+        interrupted = "_terminate_process_handler" in text  # torchrun's, by a signal that came while it was logging
+        if re.search("^Traceback", text, re.MULTILINE) and not interrupted:  # others it logs with a date before them
             self.complain(f"{kind.name}: a traceback after {hits}", output)
         stacks = [*Path(config.log_dir).glob("stack_rank*.txt")]
         if last[0] == "halt for good":
