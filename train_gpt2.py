@@ -765,7 +765,11 @@ def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
 @contextlib.contextmanager
 def joined_ranks(device: str, check: Callable = lambda: None) -> Iterator[Ranks]:
     """`join_ranks`, and leave them at the end."""
-    ranks, failed = join_ranks(device, check), True
+    try:
+        ranks, failed = join_ranks(device, check), True
+    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
+        W, why = os.environ.get("WORLD_SIZE"), str(error).split("\n")[0]
+        raise LocalError(f"not all {W} ranks came in time ({why}); see what the others say, or use torchrun") from error
     try:
         yield ranks
         failed = False

@@ -47,7 +47,7 @@ import train_gpt2  # noqa: E402
 
 PHASES = ("start-up", "set-up", "training", "evaluation", "saving")
 RESTARTS = 3  # of its ranks, by torchrun
-LONGEST = 120  # seconds from the start of a run to the end of all its ranks; then it counts as hanging
+LONGEST = 120  # seconds without a word, from a run that writes a line a step; then it counts as hanging
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,6 +102,8 @@ def seen(event: str, arguments: tuple) -> None:
 
 
 def rank_main(argv: list[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # torchrun's handlers, which a started rank has not
+        signal.signal(number, signal.SIG_DFL)
     enter("start-up")
     sys.addaudithook(seen)
     register_optimizer_step_post_hook(lambda *_: enter("training"))
@@ -302,13 +304,15 @@ class Soak:
 
     def undisturbed(self, kind: Kind) -> Path:
         """The log directory of a run without faults; as many ranks give the same, with torchrun or without."""
-        log_dir = self.folder / f"undisturbed-{kind.ranks}-{len(kind.settings)}"
-        if not log_dir.exists():
-            board.clear()
-            pids = start(replace(kind, torchrun=False), self.config(kind, log_dir), self.folder / "undisturbed.txt")
-            statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-            assert not any(statuses), (self.folder / "undisturbed.txt").read_text()[-3000:]
-        return log_dir
+        return self.folder / f"undisturbed-{kind.ranks}-{len(kind.settings)}"
+
+    def run_undisturbed(self) -> None:
+        board.clear()
+        kinds = {self.undisturbed(kind): replace(kind, torchrun=False) for kind in KINDS}
+        output = self.folder / "undisturbed.txt"
+        pids = [pid for path, kind in kinds.items() for pid in start(kind, self.config(kind, path), output)]
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+        assert not any(statuses), output.read_text()[-3000:]
 
     def run_series(self, kind: Kind) -> None:
         """A run, started again after every fault, to its end."""
@@ -349,13 +353,13 @@ class Soak:
         board.set(AIM, fault if fault["phase"] else None)
         pids, statuses, began = start(kind, config, output), {}, time.monotonic()
         group, at, hits, restarts = pids[0], self.moment(fault), [], 0
-        struck = -1
+        struck, said, moved = -1, 0, began
         while len(statuses) < len(pids):
             for pid in pids:
                 if pid not in statuses and (found := os.waitpid(pid, os.WNOHANG))[0]:
                     statuses[pid] = found[1]
-            landed = board.get(STRUCK)
-            if not landed and at and time.monotonic() > at and (where := board.get(RANKS + fault["rank"])):
+            landed, where = board.get(STRUCK), board.get(RANKS + fault["rank"])
+            if not landed and at and time.monotonic() > at and where and state_of(where[1]) not in "ZX":
                 at, landed = None, where[0]
                 if fault["kind"] in BY_RANK:
                     strike(fault["kind"], where[1], group)
@@ -372,7 +376,9 @@ class Soak:
                     at = self.moment(fault)
                 else:
                     fault = fault | {"phase": "over"}
-            if time.monotonic() - began > LONGEST:
+            if (size := output.stat().st_size if output.exists() else 0) != said:
+                said, moved = size, time.monotonic()
+            if time.monotonic() - moved > LONGEST:
                 self.complain(f"{kind.name}: hangs after {hits}", output)
                 os.killpg(group, signal.SIGKILL)
                 statuses |= {pid: os.waitpid(pid, 0)[1] for pid in pids if pid not in statuses}
@@ -389,8 +395,7 @@ class Soak:
 
     def attend(self, kind: Kind, fault: dict, landed: str, pids: list[int]) -> None:
         """The part of a fault that the ranks can't do themselves."""
-        where = [found for rank in range(kind.ranks) if (found := board.get(RANKS + rank))]
-        processes = [pid for _, pid in where]
+        processes = {rank: found[1] for rank in range(kind.ranks) if (found := board.get(RANKS + rank))}
         if fault["kind"] == "halt":
             while state_of(processes[fault["rank"]]) not in "TZX":  # it says so just before it halts
                 time.sleep(0.001)
@@ -404,10 +409,10 @@ class Soak:
                 time.sleep(0.02)
             os.kill(processes[fault["rank"]], signal.SIGKILL)
         elif fault["kind"] == "full disk":
-            self.disk.fill(processes)
+            self.disk.fill([*processes.values()])
             board.set(STRUCK, None)
             time.sleep(self.rng.uniform(0.1, 0.8))
-            self.disk.free(processes)
+            self.disk.free([*processes.values()])
         elif fault["kind"] == "kill a rank" and not kind.torchrun and landed == "start-up":
             time.sleep(0.2)  # those who wait for one that never came give up after three minutes; here they are killed
             strike("kill all", 0, pids[0])
@@ -422,15 +427,16 @@ class Soak:
                 time.sleep(0.01)
             self.complain(f"{kind.name}: {last} leaves a process behind", output)
             os.killpg(group, signal.SIGKILL)
-        if re.search("^Traceback", text, re.MULTILINE):  # torchrun logs its own
+        interrupted = "_terminate_process_handler" in text  # torchrun's, by a signal that came while it was logging
+        if re.search("^Traceback", text, re.MULTILINE) and not interrupted:  # others it logs with a date before them
             self.complain(f"{kind.name}: a traceback after {hits}", output)
+        stacks = [*Path(config.log_dir).glob("stack_rank*.txt")]
         if last[0] == "halt for good":
             halted = re.findall(r"does not answer: (rank \d)", text)
-            stacks = [*Path(config.log_dir).glob("stack_rank*.txt")]
             if {*halted} != {f"rank {rank}"} or len(halted) != kind.ranks - 1 or len(stacks) != kind.ranks - 1:
                 self.complain(f"{kind.name}: {last}: {halted} named, {len(stacks)} stacks", output)
-            for stack in stacks:
-                stack.unlink()
+        for stack in stacks:
+            stack.unlink()
         if last[0] == "tear":
             tear(Path(config.log_dir) / "log.txt", train_gpt2.saved_steps(config.log_dir))
         at_once = signal.SIGTERM in statuses  # a rank that had not begun to listen; the others then miss it
@@ -464,7 +470,7 @@ def compare(expected: Path, log_dir: Path, steps: int) -> str:
         data.append(file.getvalue())
     if data[0] != data[1]:
         return "another last checkpoint"
-    ours = re.compile(r"log\.txt|ckpt_\d{6}\.pt|stack_rank\d\.txt")
+    ours = re.compile(r"log\.txt|ckpt_\d{6}\.pt")
     strays = [path.name for path in log_dir.iterdir() if not ours.fullmatch(path.name)]
     return f"left behind: {strays}" if strays else ""
 
@@ -473,21 +479,36 @@ def compare(expected: Path, log_dir: Path, steps: int) -> str:
 # Tokenizing
 
 
-def soak_tokenizer(soak: Soak, faults: int) -> None:
-    """Worker processes of fineweb.py are killed, and fineweb.py itself."""
+def soak_tokenizer(soak: Soak, faults: int, end: float) -> None:
+    """Worker processes of fineweb.py are killed, five in a run, and fineweb.py itself."""
     import test_fineweb_workers as workers
 
-    whole = workers.undisturbed(soak.folder / "whole")
-    for kind, share, disturb in (("worker", 5, workers.kill_workers), ("fineweb.py or a worker", 1, None)):
-        began, count = time.monotonic(), faults * share // 6
-        folder = soak.folder / kind.split()[-1]
-        folder.mkdir()
-        if disturb:
-            disturb(whole, folder, count, soak.rng)
+    whole, number = workers.undisturbed(soak.folder / "whole"), 0
+    while soak.done() < faults and time.monotonic() < end:
+        began, number, count = time.monotonic(), number + 1, 1
+        (folder := soak.folder / f"tokens{number}").mkdir()
+        if number % 3:
+            workers.run_through_kills(whole, folder / "out", 1, soak.rng)
         else:
-            workers.run_through_kills(whole, folder / "out", count, soak.rng)
-        soak.table[f"kill {kind}", "tokenizing"] += count
-        soak.seconds[f"kill {kind}"] += time.monotonic() - began
+            count = kill_workers(workers, whole, folder, soak.rng)
+        kind = "kill fineweb.py" if number % 3 else "kill a worker"
+        soak.table[kind, "tokenizing"] += count
+        soak.seconds[kind] += time.monotonic() - began
+
+
+def kill_workers(workers, whole: tuple[Path, Path], folder: Path, rng: random.Random, most: int = 5) -> int:
+    """How many were killed: as they start, read, encode, send or wait."""
+    process, killed = workers.start(whole[0].parent, folder / "out", workers.SLOW), 0
+    while process.poll() is None and killed < most:
+        time.sleep(rng.uniform(0, 1.5))
+        if found := workers.workers_of(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(found), signal.SIGKILL)
+                killed += 1
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert workers.contents(folder / "out") == workers.contents(whole[1]), "other shards"
+    return killed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -511,7 +532,7 @@ def report(soak: Soak, lanes: int, minutes: float) -> str:
     return "\n".join(lines)
 
 
-def lane(soak: Soak, number: int, faults: int, began: float) -> None:
+def lane(soak: Soak, number: int, faults: int, began: float, end: float) -> None:
     """Its share of the faults, one series after the other, in a directory of its own."""
     global board
     board, soak.rng = Board(), random.Random(f"{soak.seed} {number}")
@@ -519,7 +540,7 @@ def lane(soak: Soak, number: int, faults: int, began: float) -> None:
     soak.here.mkdir()
     soak.disk = Disk(soak.here / "disk")
     try:
-        while soak.done() < faults:
+        while soak.done() < faults and time.monotonic() < end:
             soak.run_series(KINDS[number % len(KINDS)])
             number += 1
             print(f"{time.monotonic() - began:5.0f} s: {soak.done()} of {faults} faults of this lane", flush=True)
@@ -534,6 +555,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--lanes", type=int, default=4, help="side by side: most of the time is waiting")
+    parser.add_argument("--minutes", type=float, default=120, help="no series begins after this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(ROOT / "log" / "soak.txt"), help="the table goes there, too")
     options, began = parser.parse_args(), time.monotonic()
@@ -542,22 +564,24 @@ def main() -> int:
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # torch imports much of itself at its first use
             train_gpt2.main(tiny_config(soak.data, folder / "warm", **BASE | {"max_steps": 1, "micro_batch": 6}))
-        for kind in KINDS:
-            soak.undisturbed(kind)
+        soak.run_undisturbed()
         gc.freeze()  # a collection in a fork would copy all of this memory
-        tokenizing = options.faults * 15 // 100
+        tokenizing = options.faults // 10
         share = -(-(options.faults - tokenizing) // options.lanes)
         for number in range(options.lanes):
             if not os.fork():
-                lane(soak, number, share, began)
+                lane(soak, number, share, began, began + 60 * options.minutes)
                 os._exit(0)
-        soak_tokenizer(soak, tokenizing)
+        try:
+            soak_tokenizer(soak, tokenizing, began + 60 * options.minutes)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            soak.complain(f"tokenizing: {error}", Path(os.devnull))
         for _ in range(options.lanes):
             os.wait()
         for number in range(options.lanes):
             soak.add(pickle.loads((folder / f"lane{number}" / "done.pickle").read_bytes()))
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     table = report(soak, options.lanes, (time.monotonic() - began) / 60)
     print(table)
     Path(options.out).parent.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -112,6 +113,8 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(data, tmp_path):
     config = tiny_config(data, tmp_path / "log", max_steps=100_000, save_every=0, val_every=0, log_every=1)
     process = subprocess.Popen(command(config, 1), stdout=subprocess.PIPE, text=True)
     assert wait_for(process, "step     3 |")
+    with pytest.raises(UserError, match=rf'another process trains there \(.*"pid": {process.pid}\); choose another'):
+        main(replace(config, resume=True, max_lr=1e-3))
     process.send_signal(signal.SIGUSR1)
     output = process.stdout.read()
     assert process.wait(timeout=30) == 0
@@ -120,14 +123,17 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(data, tmp_path):
     assert max(read_log(tmp_path / "log")["train"]) == step - 1
 
 
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_run_that_was_told_to_end_saves_and_does_not_look_finished(data, tmp_path, name, status):
-    config = tiny_config(data, tmp_path / "log", max_steps=100_000, save_every=0, val_every=0, log_every=1)
-    process = subprocess.Popen(command(config, 1), stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    "name, ranks, status", [("SIGINT", 1, 130), ("SIGTERM", 1, 143), ("SIGHUP", 1, 129), ("SIGHUP", 2, 1)]
+)
+def test_a_run_that_was_told_to_end_saves_and_does_not_look_finished(data, tmp_path, name, ranks, status):
+    settings = {"max_steps": 100_000, "save_every": 0, "val_every": 0, "log_every": 1, "micro_batch": 4}
+    line, pipes = command(tiny_config(data, tmp_path / "log", **settings), ranks), {"stdout": -1, "stderr": -1}
+    process = subprocess.Popen(line, **pipes, text=True, start_new_session=True)
     assert wait_for(process, "step     3 |")
-    process.send_signal(getattr(signal, name))
-    process.stdout.read()
-    assert process.wait(timeout=30) == status and len(train_gpt2.saved_steps(tmp_path / "log")) == 1
+    os.killpg(process.pid, getattr(signal, name))  # as a terminal that closes does: with all who write to it
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status and len(list((tmp_path / "log").glob("ckpt_*.pt"))) == 1, stderr
 
 
 @pytest.mark.parametrize("ranks", [3, 4])
@@ -168,6 +174,13 @@ def test_compiled_ranks_sort_their_buckets_before_the_first_step_and_compile_onc
     line[at : at + 1] = [str(tmp_path / "buckets.py"), str(ROOT)]
     result = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+def test_every_step_has_its_lines_however_often_it_saves(data, tmp_path):
+    tiny = {"n_layer": 1, "n_embd": 8, "seq_len": 8, "total_batch_size": 16, "micro_batch": 2}
+    main(tiny_config(data, tmp_path / "log", **tiny, max_steps=60, save_every=1, log_every=1, val_every=0))
+    lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines if " train " in line] == [str(step) for step in range(60)]
 
 
 def test_a_stop_inside_an_evaluation_breaks_it_off(data, tmp_path, monkeypatch):
@@ -280,6 +293,18 @@ def test_ranks_end_with_torchrun(data, tmp_path):
     process.communicate(timeout=30)  # the output ends when the last that could write to it has
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell's ulimit")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_without_room_for_the_last_checkpoint_all_ranks_end_and_say_so(data, tmp_path, ranks):
+    line = command(tiny_config(data, tmp_path / "log", micro_batch=4), ranks)
+    line = ["sh", "-c", 'ulimit -f 100; exec "$@"', "-", *line]  # 512 or 1,024 bytes each
+    result = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    assert "ckpt_000005.pt was not saved, training goes on: [Errno 27] File too large" in result.stderr
+    assert "the last checkpoint, of step 10, could not be saved; make room and --resume" in result.stderr
+    assert result.returncode == (2 if ranks == 1 else 1) and "RuntimeError" not in result.stderr
+    assert [path.name for path in (tmp_path / "log").iterdir()] == ["log.txt"]
+
+
 DRIVER = """
 import sys, time
 sys.path.insert(0, sys.argv.pop(1))
@@ -341,6 +366,19 @@ def test_a_rank_that_hangs_ends_the_run(data, tmp_path):
     silent = r"wait for one that does not answer: rank 1, last heard of \d+ s ago: after training step"
     assert re.search(silent, result.stderr)
     assert "train_step" in (tmp_path / "log" / "stack_rank0.txt").read_text()
+
+
+def test_ranks_that_never_come_cost_one_line(data, tmp_path, monkeypatch, capsys):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    second = timedelta(seconds=1)
+    whole = torch.distributed.rendezvous
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: whole(url, timeout=second))
+    with pytest.raises(SystemExit) as end:
+        train_gpt2.run_command_line(flags(tiny_config(data, tmp_path / "log", micro_batch=4)))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "not all 2 ranks came in time (Timed out after" in said and "1/2 clients" in said
+    assert said.count("error: ") == 1 and "Traceback" not in said
 
 
 LATE = """
