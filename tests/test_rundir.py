@@ -399,7 +399,7 @@ def test_a_log_dir_that_cannot_be(saved, tmp_path, name):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"--log_dir .*(can't be made: .*choose another|that can't be printed)"):
+    with pytest.raises(USER_ERRORS, match=r"--log_dir .*(can't be made: .*choose another|that can't be printed)"):
         train_gpt2.main(tiny_config(saved[0], tmp_path / name))
     assert sorted(tmp_path.iterdir()) == before
 
