@@ -292,6 +292,9 @@ def test_what_others_reached_is_drawn_only_where_it_compares(tmp_path, config, s
     assert any("reference" in name for name in names) == curve
     assert "chance 0.25" in names and "NaN or infinite" not in names and "resumed" not in names
     assert not any("reference" in name for name in named(plot_log.draw_runs([run], "hours"))), "it has no hours"
+    other = plot_log.read_log(make_log(tmp_path / "other", 80, source="python-docs"), "other")
+    names = named(plot_log.draw_runs([run, other], "steps"))
+    assert not any("124M" in name for name in names), "not all runs compare"
     run.comments["data"]["tokenizer"] = "bytes"
     assert not plot_log.on_fineweb_edu(run)
 
