@@ -413,6 +413,9 @@ class Soak:
             board.set(STRUCK, None)
             time.sleep(self.rng.uniform(0.1, 0.8))
             self.disk.free([*processes.values()])
+        elif fault["kind"] in ("kill all", "tear") and not kind.torchrun:
+            for pid in pids:  # one that was forked after its group was killed is not yet of it
+                strike("kill a rank", pid, 0)
         elif fault["kind"] == "kill a rank" and not kind.torchrun and landed == "start-up":
             time.sleep(0.2)  # those who wait for one that never came give up after three minutes; here they are killed
             strike("kill all", 0, pids[0])
