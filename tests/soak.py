@@ -104,6 +104,7 @@ def seen(event: str, arguments: tuple) -> None:
 def rank_main(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # torchrun's handlers, which a started rank has not
         signal.signal(number, signal.SIG_DFL)
+    board.set(ENDING, None)  # torchrun can lose a signal that comes while it logs, and start its ranks again
     enter("start-up")
     sys.addaudithook(seen)
     register_optimizer_step_post_hook(lambda *_: enter("training"))
