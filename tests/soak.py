@@ -104,6 +104,7 @@ def seen(event: str, arguments: tuple) -> None:
 def rank_main(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # torchrun's handlers, which a started rank has not
         signal.signal(number, signal.SIG_DFL)
+    board.set(ENDING, None)  # torchrun can lose a signal that comes while it logs, and start its ranks again
     enter("start-up")
     sys.addaudithook(seen)
     register_optimizer_step_post_hook(lambda *_: enter("training"))
@@ -413,6 +414,9 @@ class Soak:
             board.set(STRUCK, None)
             time.sleep(self.rng.uniform(0.1, 0.8))
             self.disk.free([*processes.values()])
+        elif fault["kind"] in ("kill all", "tear") and not kind.torchrun:
+            for pid in pids:  # one that was forked after its group was killed is not yet of it
+                strike("kill a rank", pid, 0)
         elif fault["kind"] == "kill a rank" and not kind.torchrun and landed == "start-up":
             time.sleep(0.2)  # those who wait for one that never came give up after three minutes; here they are killed
             strike("kill all", 0, pids[0])

@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -413,6 +414,27 @@ def test_examples_to_score(home, edits):
             assert (here / "out.jsonl").exists() != bool(said)
 
     fuzz(edits, st.tuples(st.sampled_from([*RECORDS]), st.sampled_from(["karpathy", "lm-eval"]), JSON), check)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links, and names that are not UTF-8")
+@pytest.mark.parametrize("name", ["file", "file/x", "loop", "n" * 300, "/proc/x", "not \udcff utf-8", "nul \0"])
+def test_a_log_dir_that_cannot_be(home, tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = sorted(tmp_path.iterdir())
+    directory = Path("/proc") if name.startswith("/") else tmp_path
+    said = run(train_gpt2, flags(tiny_config(home / "data", tmp_path / name, **SHAPE)), directory)
+    assert re.search("--log_dir .*(can't be made: .*choose another|that can't be printed)", said)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+HUGE = {"total_batch_size": 2**50, "seed": 2**63, "max_lr": float("inf"), "n_layer": 2**62, "val_tokens": 2**70}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_numbers_beyond_all_bounds_cost_one_line(home, tmp_path, name):
+    changes = SHAPE | {"micro_batch": 0, "max_steps": 1, name: HUGE[name]}
+    assert run(train_gpt2, flags(tiny_config(home / "data", tmp_path / "log", **changes)), tmp_path)
 
 
 def test_what_is_written_outside_is_seen(tmp_path):
