@@ -484,35 +484,16 @@ def compare(expected: Path, log_dir: Path, steps: int) -> str:
 
 
 def soak_tokenizer(soak: Soak, faults: int, end: float) -> None:
-    """Worker processes of fineweb.py are killed, five in a run, and fineweb.py itself."""
-    import test_fineweb_workers as workers
+    """fineweb.py is killed and started again."""
+    import test_fineweb_workers as tokenizing
 
-    whole, number = workers.undisturbed(soak.folder / "whole"), 0
+    whole, number = tokenizing.undisturbed(soak.folder / "whole"), 0
     while soak.done() < faults and time.monotonic() < end:
-        began, number, count = time.monotonic(), number + 1, 1
+        began, number = time.monotonic(), number + 1
         (folder := soak.folder / f"tokens{number}").mkdir()
-        if number % 3:
-            workers.run_through_kills(whole, folder / "out", 1, soak.rng)
-        else:
-            count = kill_workers(workers, whole, folder, soak.rng)
-        kind = "kill fineweb.py" if number % 3 else "kill a worker"
-        soak.table[kind, "tokenizing"] += count
-        soak.seconds[kind] += time.monotonic() - began
-
-
-def kill_workers(workers, whole: tuple[Path, Path], folder: Path, rng: random.Random, most: int = 5) -> int:
-    """How many were killed: as they start, read, encode, send or wait."""
-    process, killed = workers.start(whole[0].parent, folder / "out", workers.SLOW), 0
-    while process.poll() is None and killed < most:
-        time.sleep(rng.uniform(0, 1.5))
-        if found := workers.workers_of(folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(found), signal.SIGKILL)
-                killed += 1
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert workers.contents(folder / "out") == workers.contents(whole[1]), "other shards"
-    return killed
+        tokenizing.run_through_kills(whole, folder / "out", 1, soak.rng)
+        soak.table["kill fineweb.py", "tokenizing"] += 1
+        soak.seconds["kill fineweb.py"] += time.monotonic() - began
 
 
 # ----------------------------------------------------------------------------------------------------------------------
