@@ -722,11 +722,13 @@ def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.devi
         device = here if name == "auto" else torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N") from error
-    optional("extras.hardware").check_device(name, device, W, local_W)
+    optional("extras.hardware").check_device(name, device)
     count = torch.accelerator.device_count() if device.type == here.type else 0
     if device.type != "cpu" and max(device.index or 0, local_W - 1) >= count:
         ranks = f" for {local_W} ranks" if local_W > 1 else ""
         raise UserError(f"--device {name}: there is none here{ranks}; {device.type} devices: {count}; auto is {here}")
+    if W > 1 and (device.type == "mps" or device.index is not None):
+        raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
     if device.type == "cpu":
         optional("extras.hardware").keep_freed_memory()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
@@ -935,9 +937,9 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
         else:
             checks.compare_settings(saved, steps, config, loader, print0)
             return saved
-    if not paths and os.path.exists(f"{log_dir}/log.txt"):
+    if os.path.exists(f"{log_dir}/log.txt"):
         checks.check_log(config)
-        print0(f"resuming at step 0: {log_dir} has no checkpoint yet")
+        print0(f"resuming at step 0: {log_dir} has no checkpoint {'that can be read' if paths else 'yet'}")
     return None
 
 

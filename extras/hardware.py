@@ -50,16 +50,14 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def check_device(name: str, device: torch.device, ranks: int = 1, on_this_node: int = 1) -> None:
-    """UserError for a device with which this torch, or so many ranks, can't work. name: what was asked for."""
+def check_device(name: str, device: torch.device) -> None:
+    """UserError for a device with which this torch can't work. name: what was asked for."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 11):  # 2.10 compiled gives NaNs on A100
         raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
     explain_cuda(name, device)
     if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
         raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
-    if ranks > 1 and (device.type == "mps" or device.index is not None):
-        raise UserError(f"--device {device} is one device, and there are {ranks} ranks; use --device cuda or cpu")
 
 
 def keep_freed_memory() -> None:

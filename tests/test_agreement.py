@@ -101,7 +101,7 @@ def test_without_hellaswag_on_one_node_both_train_without(data, tmp_path):
     configs = [tiny_config(data, tmp_path / f"log{rank}", micro_batch=4, **changes) for rank in (0, 1)]
     ends = run_nodes(configs, (ROOT, home))
     assert [status for status, _, _ in ends] == [0, 0], ends
-    assert "step: 2" in ends[0][1] and "hella" not in ends[0][1]
+    assert "step: 2" in ends[0][1] and "\nhella" not in ends[0][1] and "training without HellaSwag" in ends[0][1]
 
 
 def test_a_hellaswag_file_that_one_node_lacks_ends_both(data, tmp_path):

@@ -298,7 +298,10 @@ def test_a_limit_draws_the_same_examples_everywhere(records, tmp_path):
     path = write_jsonl(tmp_path / "val.jsonl", records)
     drawn = [example["line"] for example in hellaswag.load_examples(path, 10)]
     assert drawn == sorted(set(drawn)) and len(drawn) == 10 and drawn != [*range(1, 11)]
-    assert [row.line for row in hellaswag.rows_or_none(path, 10, load_tokenizer("gpt2"), 128)] == drawn
+    settings, one = SimpleNamespace(hella_data=path, hella_limit=10, seq_len=128), SimpleNamespace(rank=0)
+    agreed = (lambda flag, ranks: flag), nullcontext  # as train_gpt2.py's ranks would, if there were several
+    rows = hellaswag.rows_for_training(settings, load_tokenizer("gpt2"), one, *agreed)
+    assert [row.line for row in rows] == drawn
     assert len(hellaswag.load_examples(path, 1000)) == len(records)
     with pytest.raises(UserError, match="limit of -5"):
         hellaswag.load_examples(path, -5)

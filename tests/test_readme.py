@@ -139,7 +139,7 @@ def test_every_command_parses(tmp_path):
             assert (ROOT / words[script]).exists(), (page, words)
             name, arguments = words[script].removesuffix(".py"), words[script + 1 :]
             if name == "train_gpt2":
-                train_gpt2.check(train_gpt2.resolve(train_gpt2.parse(arguments)))
+                train_gpt2.check(train_gpt2.resolve(extras.cli.parse(train_gpt2.Config, "", arguments)))
             elif name in CONFIGS:
                 extras.cli.parse(CONFIGS[name], "", arguments)
             seen.add(name)

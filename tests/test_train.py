@@ -364,7 +364,7 @@ def test_tokens_of_a_foreign_file_are_not_taken_for_gpt2s(tmp_path, ids):
 
 def test_a_folder_of_another_projects_tokens_is_recognized(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"0000")
-    with pytest.raises(USER_ERRORS, match=r"no train shards in .*\(train.bin of nanoGPT: see the README\)"):
+    with pytest.raises(USER_ERRORS, match=r"no train shards in .*, but train.bin of nanoGPT: see the README"):
         main(tiny_config(tmp_path, tmp_path / "log"))
 
 
