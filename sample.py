@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 from extras.cli import UserError, run
-from extras.generation import continue_texts, stream
+from extras.generation import continue_texts, stream, use_onednn
 from extras.hardware import find_device, keep_freed_memory
 from extras.templates import alpaca_prompt, encode_question
 from extras.tokenizer import END, encode_prompt, printable, tokenizer_for, tokenizer_name
@@ -84,6 +84,7 @@ def main(config: Config) -> None:
     draw = stream_samples if config.stream else draw_batches
     try:
         model.to(device).eval()
+        use_onednn(model)
         if config.compile:
             model.features = torch.compile(model.features)
         if config.format == "chat":

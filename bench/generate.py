@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 
 from extras.cli import run
+from extras.generation import use_onednn
 from extras.hardware import keep_freed_memory
 from train_gpt2 import GPT, SIZES, GPTConfig
 
@@ -49,6 +50,7 @@ def main(config: Config) -> None:
     torch.manual_seed(0)
     ours = GPT(GPTConfig(**SIZES[config.model])).to(config.device, getattr(torch, config.dtype)).eval()
     theirs = same_in_transformers(ours)
+    use_onednn(ours)  # as sample.py does
     print(f"{config.model}, {config.prompt_tokens} + {config.new_tokens} tokens, {config.dtype}, {config.device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, "
           f"{'top-k 50' if config.sample else 'greedy'}", flush=True)  # fmt: skip

@@ -11,6 +11,7 @@ Knows nothing of training: a model is something with `features(idx, positions, m
 """
 
 import math
+import platform
 from collections.abc import Iterator
 
 import torch
@@ -124,6 +125,29 @@ def filter_logits(logits, top_k: int, top_p: float):
         nucleus = ordered.masked_fill(dropped, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter_(1, order, nucleus)
     return logits
+
+
+class OneDNNLinear(torch.nn.Linear):
+    """nn.Linear, whose float32 forwards without gradients are oneDNN's on x86, as bfloat16's are anyway.
+
+    MKL's, on AMD, read weights half as fast for one row, and multiply a quarter less for many.
+    """
+
+    def forward(self, x):
+        in_float32 = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if in_float32 and not torch.is_grad_enabled() and not traced:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+
+def use_onednn(model: torch.nn.Module) -> None:
+    """Let the Linear layers of a model that will not be trained use oneDNN, where there is one."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.__class__ = OneDNNLinear
 
 
 def draw_samples(run, n: int = 4, length: int = 24) -> dict[str, list[str]]:
