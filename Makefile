@@ -30,7 +30,7 @@ demo: $(READY)
 	@echo "  $(BIN)/python sample.py --model $(DEMO) --prompt '' --num_samples 3 $(SAFE)"
 	@echo "      write three documents from their beginning"
 	@echo "  $(BIN)/python sample.py --model $(DEMO) --export exported"
-	@echo "      the weights in the form of Hugging Face transformers"
+	@echo "      the weights in Hugging Face's format"
 	@echo
 	@echo "README.md goes on with your own text, finetuning, and GPT-2 124M on GPUs."
 

@@ -16,11 +16,11 @@ and ends with the same bytes as an undisturbed one.
 
 Instructions are JSON lines in one of two formats. GPT-2 has no tokens for roles, so the template is plain text:
 
-    --format alpaca   {"instruction": I, "input": N, "output": O}; input may be missing or empty, and so then its line
+    --format alpaca   {"instruction": I, "input": N, "output": O}; no input: no line of it
     --format chat     {"messages": [{"role": "system" | "user" | "assistant", "content": C}, ...]}
 
-    Instruction: I                  System: C
-                                                                              (with the empty lines)
+    Instruction: I                  System: C               (the empty lines belong to it)
+
     Input: N                        User: C
 
     Answer: O<|endoftext|>          Assistant: C<|endoftext|>
@@ -75,7 +75,7 @@ class Config:
     format: Literal["text", "alpaca", "chat"] = "text"  # plain text, or instructions of which the answers are learned
     text_column: str = "text"  # the column or JSON field that holds the text
     revision: str | None = None  # branch, tag or commit of the hub dataset (default: main as it is today)
-    max_tokens: int | None = None  # stop after so many tokens (default: all); of .bin shards as many as hold them
+    max_tokens: int | None = None  # stop after so many tokens (default: all); .bin shards: once they hold them
     shuffle: int | None = None  # seed: shuffle row groups over all files, and documents in them; fetches all first
     part: str | None = None  # I/N: tokenize the I-th of N parts, for job arrays; all share --out
     skip_bad: bool = False  # leave out documents that can't be read, and count them

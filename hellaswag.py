@@ -78,8 +78,8 @@ class Config:
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "gpt2"  # a hub name, a run directory, a checkpoint
     device: Annotated[str, tyro.conf.arg(aliases=["-d"])] = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["float32", "bfloat16"] = "float32"  # what matrices are multiplied in
-    task: Literal["hellaswag", "piqa", "arc", "lambada"] = "hellaswag"  # the questions
+    dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the matrix products
+    task: Literal["hellaswag", "piqa", "arc", "lambada"] = "hellaswag"  # which set of questions
     data: str = ""  # a .jsonl or .jsonl.gz file; by default HellaSwag's validation set, downloaded once
     limit: int = 0  # score this many examples, always the same ones; 0 = all
     style: Literal["karpathy", "lm-eval"] = "karpathy"  # whose convention to follow

@@ -43,7 +43,7 @@ class Config:
     out: str = ""  # where to: .html for a page, else .png, .svg or .pdf; curves.png beside the first log if not given
     x: Literal["steps", "tokens", "hours"] = "steps"  # horizontal axis; hours are of training, without evaluations
     watch: bool = False  # redraw whenever a log has grown, until every run is done or Ctrl-C
-    model: str = ""  # draw a model instead, of whatever sample.py reads: position embeddings and attention
+    model: str = ""  # draw a model instead (anything sample.py reads): position embeddings and attention
     prompt: str = "The cat that the dogs chased was tired because it had been running all day"
     """text whose attention is drawn"""
 

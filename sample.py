@@ -62,7 +62,7 @@ class Config:
     temperature: float = 1.0  # below 1 is safer, above 1 wilder; 0 takes the likeliest token
     top_k: int = 50  # draw from the k likeliest tokens; 0 = from all
     top_p: float = 1.0  # draw from the fewest tokens that have this probability together
-    repetition_penalty: float = 1.0  # above 1 makes tokens that were there less likely
+    repetition_penalty: float = 1.0  # above 1 makes tokens already in the text less likely
     seed: int = 1337  # the same seed draws the same text
 
 
@@ -203,6 +203,8 @@ def chat(model: GPT, tokenizer, system: str, questions: Iterable[list[str]], opt
         except KeyboardInterrupt:  # ends this answer
             pass
         print()
+        if not answer:
+            print("(no answer: the model ended at once)", file=sys.stderr)
         messages = [*asked, ("assistant", answer.removeprefix(" "))]
 
 

@@ -79,7 +79,7 @@ class Config:
     log_dir: str = "log"  # log.txt and checkpoints go here; one run, one directory
     resume: bool = False  # continue from the newest checkpoint in log_dir, or start if there is none yet
     resume_from: str = ""  # continue from this checkpoint, not the newest; --resume PATH says the same
-    seed: int = 1337  # of the initial weights, the order of the data, and the samples
+    seed: int = 1337  # seed of the initial weights, the order of the data, and the samples
     order: Literal["shuffle", "sequential"] = "shuffle"  # a new order of the sequences each epoch, or as they stand
 
     model: Literal[*SIZES] = "gpt2"  # size of the model
@@ -104,7 +104,7 @@ class Config:
     weight_decay: float = 0.1  # for matrices and embeddings; biases and LayerNorms have none
     grad_clip: float = 1.0  # largest norm of the gradient (0 = no clipping)
 
-    val_every: int = 1000  # steps between validations, 1% of the time (0 = never)
+    val_every: int = 1000  # steps between validations (0 = never); at the default 1% of the time
     val_tokens: int = 20 * 2**19  # tokens of the val split to validate on: always the same, the first
     hella_every: int = 1000  # steps between HellaSwag evaluations (0 = never)
     hella_data: str = ""  # a local hellaswag_val.jsonl(.gz); empty = the cached file, or download it
@@ -119,10 +119,10 @@ class Config:
     force: bool = False  # resume even though the data, the model or the batch changed
 
     device: str = "auto"  # cuda, mps, xpu, cpu, or one device such as cuda:1
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of autocast
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of autocast
     compile: bool | None = None  # torch.compile the training step (default: on CUDA, if there is Triton)
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: slower, far less memory
-    sdpa: Literal["auto", "flash", "cudnn", "mem_efficient", "math"] = "auto"  # attention of training on CUDA
+    sdpa: Literal["auto", "flash", "cudnn", "mem_efficient", "math"] = "auto"  # attention kernel to train with on CUDA
     timeout_minutes: float = 10.0  # end the run if the ranks wait for one of them as long as this
 
 
@@ -496,7 +496,8 @@ class SampleStream:
         if not len(self):
             raise UserError(
                 f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only "
-                f"{max(len(s.tokens) for s in shards)}; lower it, or prepare more text (for val, a larger --val_size)"
+                f"{max(len(s.tokens) for s in shards)}; lower it, or prepare more text "
+                "(for val: fineweb.py with a larger --val_size and a new --out)"
             )
         self.has_masks = any(shard.mask is not None for shard in shards)
         self.shard_order = lru_cache(maxsize=2)(self._shard_order)
