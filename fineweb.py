@@ -16,7 +16,7 @@ and ends with the same bytes as an undisturbed one.
 
 Instructions are JSON lines in one of two formats. GPT-2 has no tokens for roles, so the template is plain text:
 
-    --format alpaca   {"instruction": I, "input": N, "output": O}; no input: no line of it
+    --format alpaca   {"instruction": I, "input": N, "output": O}; without input its line is left out
     --format chat     {"messages": [{"role": "system" | "user" | "assistant", "content": C}, ...]}
 
     Instruction: I                  System: C               (the empty lines belong to it)
