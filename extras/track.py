@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from extras.cli import UserError
 from extras.files import atomic_file
@@ -62,14 +63,23 @@ def open_tracker(name: str, log_dir: str, config: dict, start: int) -> Tracker |
         return None
     try:
         return {"tensorboard": to_tensorboard, "wandb": to_wandb, "mlflow": to_mlflow}[name](log_dir, config, start)
+    except UserError:
+        raise
     except Exception as error:  # no key, no network, a store it no longer likes: each has its own
         raise UserError(f"{name} refuses: {error}; {HINTS[name]}, or leave --track out") from error
 
 
 def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
     """The id under which the tracker knows the run of this directory, made by `new` the first time."""
-    path = Path(log_dir) / "track.json"
-    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    from pydantic import Field, TypeAdapter, ValidationError
+
+    path, kept = Path(log_dir) / "track.json", dict[str, Annotated[str, Field(pattern=r"^[\w.-]{1,100}$")]]
+    try:
+        ids = TypeAdapter(kept).validate_json(path.read_bytes(), strict=True) if path.exists() else {}
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise UserError(f"{path} is not as a run left it ({place}: {first['msg']}); delete it, or restore it") from None
     if name not in ids:
         ids[name] = new()
         with atomic_file(path) as file:

@@ -49,6 +49,14 @@ def test_a_run_keeps_its_id(tmp_path):
     assert [track.kept_id(tmp_path, name, lambda: next(ids)) for name in ("wandb", "mlflow", "wandb")] == [*"aba"]
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"wandb": 7}', '{"wandb": "../x y"}', "{" * 9, '{"wandb": ""}'])
+def test_ids_that_no_run_left_are_named_and_not_used(tmp_path, text):
+    (tmp_path / "track.json").write_text(text)
+    with pytest.raises(UserError, match=r"track.json is not as a run left it \((it|wandb): "):
+        track.kept_id(tmp_path, "wandb", str)
+    assert (tmp_path / "track.json").read_text() == text
+
+
 @pytest.mark.parametrize("name, project", [(None, None), ("mine", "ours")])
 def test_wandb_is_given_the_names_of_the_environment_or_the_directorys(tmp_path, monkeypatch, name, project):
     started = {}
