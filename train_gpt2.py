@@ -606,8 +606,11 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(state | {"param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, settings):
+            group.update(values)
         optional("extras.checks").check_moments(optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"

@@ -332,6 +332,7 @@ LIES = {
     "a weight of one number, repeated": lambda s: change(s["model"], lambda t: torch.ones(1, 1).expand(t.shape)),
     "a weight of half the precision": lambda s: change(s["model"], lambda t: t.half()),
     "a moment that is text": lambda s: s["optimizer"]["state"][0].update(exp_avg="x"),
+    "no moments' group": lambda s: s["optimizer"]["param_groups"].pop(),
     "no moments of a weight": lambda s: s["optimizer"]["state"].pop(0),
 }
 
