@@ -1167,9 +1167,9 @@ class Meter:
         log.flush()
         run.ranks.print0(self.screen.begin(run) or f"training on {run.device}; extras/ is not here")
 
-    def end(self, step: int) -> dict[str, float]:
+    def end(self, step: int, finished: bool) -> dict[str, float]:
         """Show the last values as a block of `key: value`, made for grep, and return those of all streams."""
-        run, log, finished = self.run, self.log, step >= self.run.config.max_steps
+        run, log = self.run, self.log
         last = {name: max(of.items()) for name, of in run.evaluated.items()} | log.last
         facts = {"step": step} | {n: x for n, (at, x) in last.items() if at >= step - 1 and n not in ("lr", "ms")}
         facts |= self.screen.end(run, self.seconds, self.steps, self.began) or {}
@@ -1279,6 +1279,7 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
                     continue  # it was evaluated before this checkpoint was saved
                 if every and (last or step % every == 0) and not stopping:
                     stopping = meter.read() or not meter.evaluate(step, name)
+            finished = last and not stopping  # whoever is stopped in the last step has evaluations to make up for
             if step > run.start and (last or stopping or (config.save_every and step % config.save_every == 0)):
                 stopping |= meter.read()
                 if not meter.bad_steps:  # destroyed weights must not push good ones out
@@ -1293,8 +1294,8 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
             saver.save(run.state(step))
             if not saver.wait():
                 raise UserError(f"the last checkpoint, of step {step}, could not be saved; make room and --resume")
-        values = meter.end(step)
-    if step < config.max_steps and (status := stop.exit_status()):
+        values = meter.end(step, finished)
+    if not finished and (status := stop.exit_status()):
         raise SystemExit(status)
     return values
 

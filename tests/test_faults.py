@@ -176,6 +176,21 @@ def test_compiled_ranks_sort_their_buckets_before_the_first_step_and_compile_onc
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no SIGUSR1")
+def test_a_run_that_is_stopped_in_its_last_step_still_has_to_be_evaluated(tmp_path, monkeypatch):
+    config = tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=4, val_every=2)
+    lr_at = train_gpt2.lr_at
+    with monkeypatch.context() as patch:
+        stop = lambda step: os.kill(os.getpid(), signal.SIGUSR1) if step == 3 else None  # noqa: E731
+        patch.setattr(train_gpt2, "lr_at", lambda step, config: stop(step) or lr_at(step, config))
+        main(config)
+    log = (tmp_path / "log" / "log.txt").read_text()
+    assert "# stopped" in log and "# done" not in log and 4 not in read_log(tmp_path / "log")["val"]
+    assert train_gpt2.saved_steps(tmp_path / "log") == [4]
+    main(replace(config, resume=True))
+    assert 4 in read_log(tmp_path / "log")["val"] and "# done" in (tmp_path / "log" / "log.txt").read_text()
+
+
 def test_every_step_has_its_lines_however_often_it_saves(data, tmp_path):
     tiny = {"n_layer": 1, "n_embd": 8, "seq_len": 8, "total_batch_size": 16, "micro_batch": 2}
     main(tiny_config(data, tmp_path / "log", **tiny, max_steps=60, save_every=1, log_every=1, val_every=0))
