@@ -267,15 +267,27 @@ def under_torchrun(argv: list[str], ranks: int) -> None:
         sys.exit(1)
 
 
+def next_port() -> int:
+    """One that nobody listens on, below those of the system, which gloo of another lane may get in the meantime."""
+    global port_number
+    for _ in range(1000):
+        port_number = (port_number + 1) % 1000
+        port = 20_000 + 1000 * (os.getpid() % 10) + port_number
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise OSError("no free port")
+
+
+port_number = 0
+
+
 def start(kind: Kind, config, output: Path) -> list[int]:
     """Process ids: of torchrun, or of the ranks. They are one process group."""
     argv = flags(config)
     if kind.torchrun:
         return [fork(lambda: under_torchrun(argv, kind.ranks), output, {}, 0)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    pids = []
+    port, pids = str(next_port()), []
     for rank in range(kind.ranks):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": kind.ranks, "LOCAL_WORLD_SIZE": kind.ranks}
         environment = {name: str(value) for name, value in names.items()} if kind.ranks > 1 else {}
