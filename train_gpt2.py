@@ -578,10 +578,7 @@ def prefetched(make: Callable, first: int, stop: int) -> Iterator:
 # Optimization
 
 def lr_at(step: int, config: Config) -> float:
-    """The learning rate of AdamW; Muon's is muon_lr / max_lr times it.
-
-    Linear warm-up over warmup_steps, then cosine (Brown et al. 2020) or linear decay to min_lr at max_steps.
-    """
+    """AdamW's rate: linear warm-up, then cosine (Brown et al. 2020) or linear decay; Muon's is in proportion."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps))
@@ -919,10 +916,9 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict | None:
-    """The newest whole checkpoint in log_dir, from which the run continues; None for one that begins. Writes nothing.
+    """The newest whole checkpoint in log_dir; None for a run that begins. Writes nothing.
 
-    extras/checks.py refuses one that is not the same run: other weights or, without --force, another batch, order or
-    data. `loader` says what the stream of samples depends on.
+    extras/checks.py refuses one of another run. loader: what the stream of samples depends on.
     """
     log_dir, steps, checks = config.log_dir, saved_steps(config.log_dir), optional("extras.checks")
     if not config.resume and (steps or os.path.exists(f"{log_dir}/log.txt")):
@@ -1263,8 +1259,12 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
     with all_or_none():
-        optional("extras.checks").require_directory(config, run.raw_model, rank0)
-        os.makedirs(config.log_dir, exist_ok=True)
+        try:
+            os.makedirs(config.log_dir, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--log_dir {config.log_dir} can't be made: {error}; choose another") from error
+        if rank0:
+            optional("extras.checks").require_room(config, run.raw_model)
         if rank0 and config.track != "none":
             from extras.track import open_tracker
             track = open_tracker(config.track, config.log_dir, asdict(config), step)

@@ -8,7 +8,6 @@ been checked. Without this file the trainer trusts what it reads, and finds out 
 
 import contextlib
 import math
-import os
 import re
 import shutil
 from dataclasses import asdict
@@ -213,16 +212,9 @@ def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0
         print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
 
 
-def require_directory(config, model, writes: bool) -> None:
-    """UserError unless --log_dir is there or can be made, and, on the rank that writes, takes files and has room."""
-    log_dir = config.log_dir
-    try:
-        os.makedirs(log_dir, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--log_dir {log_dir} can't be made: {error}; choose another") from error
-    if not writes:
-        return
-    size = 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
+def require_room(config, model) -> None:
+    """UserError unless --log_dir takes files, and has room for all checkpoints."""
+    log_dir, size = config.log_dir, 12 * sum(p.numel() for p in model.parameters())  # weights and two moments
     needed = (config.keep_checkpoints + 2) * size  # and the best one, and one that is being written
     needed -= sum(path.stat().st_size for path in Path(log_dir).glob("ckpt_*"))  # half a one is removed before
     if needed > (free := shutil.disk_usage(log_dir).free):

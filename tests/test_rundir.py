@@ -16,7 +16,7 @@ from tiny import USER_ERRORS, tiny_config, token_set
 
 import train_gpt2
 from extras import track
-from extras.checks import require_directory
+from extras.checks import require_room
 from extras.cli import parse
 from train_gpt2 import (
     GPT,
@@ -180,7 +180,7 @@ def test_no_room_is_known_before(tmp_path, log, monkeypatch):
     for free, keep, enough in ((4 * need, 2, True), (3 * need - 50_000, 2, False), (3 * need, 1, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         try:
-            require_directory(Config(log_dir=str(tmp_path), keep_checkpoints=keep), model, True)
+            require_room(Config(log_dir=str(tmp_path), keep_checkpoints=keep), model)
             assert enough
         except USER_ERRORS as error:
             assert not enough and "GB free and" in str(error) and "GB are needed for checkpoints" in str(error)
@@ -411,7 +411,7 @@ def test_a_directory_without_room_for_a_file_is_known_before(tmp_path, log, monk
     monkeypatch.setattr(train_gpt2.Path, "write_bytes", fail)
     model = GPT(GPTConfig(block_size=8, vocab_size=60, n_layer=1, n_head=1, n_embd=8))
     with pytest.raises(USER_ERRORS, match=r"no checkpoint could be saved in .*Read-only file system"):
-        require_directory(Config(log_dir=str(tmp_path), keep_checkpoints=1), model, True)
+        require_room(Config(log_dir=str(tmp_path), keep_checkpoints=1), model)
 
 
 def test_destroyed_weights_do_not_push_good_checkpoints_out(saved, tmp_path):
