@@ -10,6 +10,7 @@ import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tiny import USER_ERRORS, tiny_config, token_set
@@ -243,6 +244,33 @@ def test_evaluations_of_a_resumed_run_are_those_of_its_own_history(tmp_path, cap
     assert re.findall(r"EVAL +(\d+)", capsys.readouterr().out) == ["6"], "step 4 was evaluated before it was saved"
     after = read_checkpoint(checkpoint_path(tmp_path / "log", 6))["evaluations"]["val"]
     assert after == seen["val"] | {6: values["val"]}
+
+
+def test_an_evaluation_may_return_any_number(tmp_path, monkeypatch):
+    """What a fork's evaluation returns goes into the checkpoint, which must still be readable."""
+    kinds = {"int": 3, "numpy": np.float64(0.5), "tensor": torch.tensor(2)}
+    monkeypatch.setitem(train_gpt2.EVALUATIONS, "kinds", ("val_every", lambda run, stop: dict(kinds)))
+    config = tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=2, val_every=2)
+    main(config)
+    main(replace(config, max_steps=4, resume=True))
+    seen = read_checkpoint(checkpoint_path(tmp_path / "log", 4))["evaluations"]
+    for name, value in kinds.items():
+        assert seen[name] == dict.fromkeys((0, 2, 4), float(value))
+
+
+def test_the_best_checkpoint_of_an_older_version_is_kept(tmp_path):
+    """Its evaluations are in log.txt alone."""
+    config = tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=6, val_every=2, save_every=2)
+    main(replace(config, keep_checkpoints=0))
+    lines = (tmp_path / "log" / "log.txt").read_text().splitlines()
+    lines = ["2 val 0.100000" if line.startswith("2 val") else line for line in lines]
+    (tmp_path / "log" / "log.txt").write_text("\n".join(lines) + "\n")
+    for step in (2, 4, 6):
+        state = torch.load(checkpoint_path(tmp_path / "log", step), weights_only=True)
+        del state["evaluations"]
+        write(checkpoint_path(tmp_path / "log", step), state)
+    main(replace(config, keep_checkpoints=1, max_steps=8, resume=True))
+    assert saved_steps(tmp_path / "log") == [8, 2]
 
 
 def test_a_validation_that_is_not_a_number_is_not_the_best(tmp_path, log):
