@@ -19,13 +19,8 @@ Instructions are JSON lines in one of two formats. GPT-2 has no tokens for roles
     --format alpaca   {"instruction": I, "input": N, "output": O}; without input its line is left out
     --format chat     {"messages": [{"role": "system" | "user" | "assistant", "content": C}, ...]}
 
-    Instruction: I                  System: C               (the empty lines belong to it)
-
-    Input: N                        User: C
-
-    Answer: O<|endoftext|>          Assistant: C<|endoftext|>
-
-                                    User: C ...
+    Instruction: I\\n\\nInput: N\\n\\nAnswer: O<|endoftext|>
+    System: C\\n\\nUser: C\\n\\nAssistant: C<|endoftext|>\\n\\nUser: C ...
 
 Each shard then has a mask, `edufineweb_train_000001.mask.npy`: uint8, 1 for the tokens of an answer, from the space
 before it to the end-of-text after it, else 0. Only those tokens are training targets.

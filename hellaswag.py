@@ -156,10 +156,7 @@ def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> li
 
 
 def rows_for_training(config, tokenizer, ranks, any_rank, all_or_none) -> list["Row"] | None:
-    """For train_gpt2.py, which can go on without: the rows on every rank; on none, with a line, if one can't have them.
-
-    any_rank(flag, ranks) and all_or_none() are the trainer's, by which its ranks agree.
-    """
+    """For train_gpt2.py: the rows on every rank, or None on all of them. any_rank and all_or_none are the trainer's."""
     rows = None
     for first in (True, False):  # rank 0 before the others: it may have to download the file
         with all_or_none():

@@ -494,11 +494,10 @@ class SampleStream:
         counts = [max((len(s.tokens) - spare) // seq_len, (len(s.tokens) - 1) // seq_len > 0) for s in shards]
         self.counts = np.array(counts, dtype=np.int64)  # sequences in each shard
         if not len(self):
-            raise UserError(
-                f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only "
-                f"{max(len(s.tokens) for s in shards)}; lower it, or prepare more text "
-                "(for val: fineweb.py with a larger --val_size and a new --out)"
-            )
+            most = max(len(s.tokens) for s in shards)
+            none = f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only {most}"
+            more = "prepare more text (for val: fineweb.py with a larger --val_size and a new --out)"
+            raise UserError(f"{none}; lower it, or {more}")
         self.has_masks = any(shard.mask is not None for shard in shards)
         self.shard_order = lru_cache(maxsize=2)(self._shard_order)
         self.sequence_order = lru_cache(maxsize=4)(self._sequence_order)
@@ -716,28 +715,22 @@ class Ranks:
 
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
     """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
-    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if not optional("extras.hardware") and here.type == "mps":
-        here = torch.device("cpu")  # extras/hardware.py knows which versions compute wrongly on MPS
     try:
-        device = here if name == "auto" else torch.device(name)
+        device = optional("extras.hardware").find_device(name, local_W)
+        if device is None:  # auto alone is never MPS: extras/hardware.py knows which versions compute wrongly there
+            device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if W > 1 and (device.type == "mps" or device.index is not None):
+            raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
+        if device.type not in ("cpu", "mps"):
+            device = torch.device(device.type, local_rank if device.index is None else device.index)
+            torch.accelerator.set_device_index(device.index)
+            torch.set_float32_matmul_precision("high")
     except RuntimeError as error:
-        raise UserError(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N") from error
-    optional("extras.hardware").check_device(name, device)
-    count = torch.accelerator.device_count() if device.type == here.type else 0
-    if device.type != "cpu" and max(device.index or 0, local_W - 1) >= count:
-        ranks = f" for {local_W} ranks" if local_W > 1 else ""
-        raise UserError(f"--device {name}: there is none here{ranks}; {device.type} devices: {count}; auto is {here}")
-    if W > 1 and (device.type == "mps" or device.index is not None):
-        raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
+        raise UserError(f"--device {name} can't be used: {error}") from error
     if device.type == "cpu":
         optional("extras.hardware").keep_freed_memory()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
-    elif device.type != "mps":
-        device = torch.device(device.type, local_rank if device.index is None else device.index)
-        torch.accelerator.set_device_index(device.index)
-        torch.set_float32_matmul_precision("high")
     return device
 
 
@@ -871,11 +864,6 @@ class StopSignal:
             os._exit(128 + number)
         self.since, self.number = self.since or time.monotonic(), number
 
-    def exit_status(self) -> int:
-        """128 + the signal's number, so that `train && export` stops, too; 0 for SIGUSR1, and for torchrun to see."""
-        asked_to_continue = self.number == getattr(signal, "SIGUSR1", None) or "TORCHELASTIC_RUN_ID" in os.environ
-        return 128 + self.number if self.number and not asked_to_continue else 0
-
     def agreed(self) -> bool:
         """Whether any rank was asked to stop."""
         return any_rank(self.since is not None, self.ranks)
@@ -944,14 +932,11 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
 
 
 class Log:
-    """LOG_DIR/log.txt: `step stream value` a line, append-only; lines that begin with # tell about the run.
-
-    If the disk is full, the lines wait in memory until there is room. `last`: stream -> its last step and value.
-    """
+    """LOG_DIR/log.txt: `step stream value` a line, or `# what {...}`. On a full disk the lines wait in memory."""
 
     def __init__(self, log_dir: str, writes: bool, start: int = 0, track: Callable[[int, dict], None] | None = None):
         self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
-        self.last: dict[str, tuple[int, float]] = {}
+        self.last: dict[str, tuple[int, float]] = {}  # stream -> its last step and value
         if writes:
             try:
                 self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -1000,10 +985,7 @@ class Log:
 
 
 class Saver:
-    """Saves in the background: `save` returns as soon as the state is copied to host memory.
-
-    A save that fails warns and leaves the older checkpoints as they are. One save is under way at a time.
-    """
+    """Saves in the background, one at a time. A save that fails warns and leaves the older checkpoints as they are."""
 
     def __init__(self, log_dir: str, keep: int, log: Log, evaluated: dict[str, dict[int, float]]):
         self.log_dir, self.keep, self.log, self.evaluated = Path(log_dir), keep, log, evaluated
@@ -1012,7 +994,7 @@ class Saver:
             half.unlink()  # a run that was killed may have left it
 
     def save(self, state: dict) -> None:
-        """Save `state` as its step's checkpoint, after the log: a resumed run does not log again what came before."""
+        """Copy `state` to memory and write it, after the log: a resumed run does not log again what came before."""
         self.wait()
         self.failed = self.writes and not self.log.flush(to_disk=True)
         if self.writes and not self.failed:
@@ -1295,8 +1277,9 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
             if not saver.wait():
                 raise UserError(f"the last checkpoint, of step {step}, could not be saved; make room and --resume")
         values = meter.end(step, finished)
-    if not finished and (status := stop.exit_status()):
-        raise SystemExit(status)
+    killed = stop.number not in (0, getattr(signal, "SIGUSR1", 0)) and "TORCHELASTIC_RUN_ID" not in os.environ
+    if killed and not finished:
+        raise SystemExit(128 + stop.number)  # so that `train && export` stops, too; torchrun wants 0
     return values
 
 

@@ -40,27 +40,24 @@ def all_or_none(store=None, rank: int = 0, world_size: int = 1) -> Iterator[None
             raise UserError(f"rank {other}: {text}")
 
 
-def exchange(text: str, store, rank: int, world_size: int) -> list[str]:
-    """What every rank has to say, by rank."""
+def exchange(mine, store=None, rank: int = 0, world_size: int = 1) -> list:
+    """What every rank has to say, by rank; to a store, text."""
     if store is not None:
-        store.set(f"said{rank}", text)
+        store.set(f"said{rank}", mine)
         said = [store.get(f"said{other}").decode() for other in range(world_size)]
         store.set(f"heard{rank}", "")
         if rank == 0:  # the store may live in this process
             store.wait([f"heard{other}" for other in range(world_size)])
         return said
-    said = [text] * (dist.get_world_size() if dist.is_initialized() else 1)
+    said = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
     if len(said) > 1:
-        dist.all_gather_object(said, text)
+        dist.all_gather_object(said, mine)
     return said
 
 
 def require_same(what: str, value: object) -> None:
     """UserError on every rank unless all of them have the same value."""
-    everyones = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(everyones) > 1:
-        dist.all_gather_object(everyones, value)
-    if len(set(everyones)) > 1:
+    if len(set(everyones := exchange(value))) > 1:
         raise UserError(f"all nodes need the same {what}; rank by rank they have {', '.join(map(str, everyones))}")
 
 

@@ -2,8 +2,7 @@
 What train_gpt2.py refuses before it begins: settings that can't be right, files that are not what they should be, a run
 that is not the one to go on with, and a directory that it could not write into.
 
-Files are evidence, not orders: whoever wrote a manifest, a shard or a checkpoint, no value in it is used before it has
-been checked. Without this file the trainer trusts what it reads, and finds out as it goes.
+No value of a file is used before it has been checked. Without this one the trainer trusts what it reads.
 """
 
 import contextlib
@@ -186,10 +185,7 @@ def check_log(config) -> None:
 
 
 def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0) -> None:
-    """UserError if a run with these settings and data can't go on from checkpoint `saved`; else say what changed.
-
-    steps: of all checkpoints in log_dir. loader: what the stream of samples depends on.
-    """
+    """UserError if this run can't go on from checkpoint `saved`; else say what changed. steps: of all in log_dir."""
     if "evaluations" not in saved:  # an older version's: they are in its log alone
         log, saved["evaluations"] = Path(config.log_dir, "log.txt"), {"val": {}}
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
