@@ -24,7 +24,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -131,6 +131,14 @@ class Soap(Apart):
         return basis @ ((basis.mT @ ahead) / (squares.sqrt() + 1e-12))
 
 
+class AdamFirst(Apart):
+    """As Soap, in the basis that is there: the momentum divided by the running RMS of the gradient, then Muon."""
+
+    def before(self, state, grad, ahead, beta=0.95):
+        squares = state.setdefault("squares", torch.zeros_like(grad)).lerp_(grad.square(), 1 - beta)
+        return ahead / ((squares / (1 - beta ** int(state["step"]))).sqrt() + 1e-12)
+
+
 def optimizer(kind: type[Muon]):
     return patch.object(extras.muon, "Muon", kind)
 
@@ -197,6 +205,7 @@ LEVERS = {  # name -> settings, and a change for as long as a trial takes
     "growing batch": ({"micro_batch": 8}, growing_batch),
     "normuon": ({}, lambda: optimizer(NorMuon)),
     "soap": ({}, lambda: optimizer(Soap)),
+    "adam first": ({}, lambda: optimizer(AdamFirst)),  # what the basis must beat
 }
 
 

@@ -49,8 +49,8 @@ SIZES = {  # the model, the batch, and the middle of the grids: max_lr of gpt2, 
     "3M": (SMALL | {"n_layer": 7, "n_head": 3, "n_embd": 192}, 2e-3, 1.4e-2),
     "8M": (
         SMALL
-        | {"n_layer": 10, "n_head": 4, "n_embd": 256, "total_batch_size": 2048, "val_tokens": 32768, "val_every": 50},
-        1.4e-3,
+        | {"n_layer": 10, "n_head": 4, "n_embd": 256, "total_batch_size": 2048, "val_tokens": 32768, "val_every": 100},
+        7e-4,
         1.4e-2,
     ),
     "124M": ({"model": "gpt2", "val_tokens": 2**21}, 1.2e-3, 3.6e-3),  # on a GPU
