@@ -2,9 +2,9 @@
 What could be added to --recipe fast: one lever at a time on top of it, all arms alike in steps, tokens and seeds.
 
     python fineweb.py --input 'texts/*.parquet' --tokenizer bytes --out data/texts
-    python bench/recipe/levers.py --data_dir data/texts --rates 0.007 0.014 0.028 --arms fast     # tune fast itself
-    python bench/recipe/levers.py --data_dir data/texts --seeds 1 2 3 --arms hold normuon         # and fast
-    python bench/recipe/levers.py --report                                                        # trains nothing
+    python bench/recipe/levers.py --rates 0.007 0.014 0.028 --arms fast    # tune fast itself
+    python bench/recipe/levers.py --seeds 1 2 3 --arms fast soap           # at --rates 0.014
+    python bench/recipe/levers.py --seeds 1 2 3 --report                   # what is there of these; trains nothing
 
 A lever is either a setting or a change of train_gpt2.py and extras/muon.py within this process: nothing of it is in the
 product unless it wins. Every trial also evaluates two averages of its weights: of the last tenth of its steps, and an
@@ -190,6 +190,14 @@ def growing_batch():
     return patch.object(train_gpt2.Run, "batch", batch)
 
 
+@contextlib.contextmanager
+def both(*changes):
+    with contextlib.ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
+        yield
+
+
 LEVERS = {  # name -> settings, and a change for as long as a trial takes
     "fast": ({}, nullcontext),
     "apart": ({}, lambda: optimizer(Apart)),  # must end where fast ends: nothing is changed
@@ -199,7 +207,7 @@ LEVERS = {  # name -> settings, and a change for as long as a trial takes
     "decay x25": ({}, lambda: decays(2.5)),  # as much over so short a run as over a real one
     "no clipping": ({"grad_clip": 0.0}, nullcontext),
     "cautious decay": ({}, lambda: optimizer(Cautious)),
-    "cautious decay x25": ({}, lambda: _both(optimizer(Cautious), decays(2.5))),
+    "cautious decay x25": ({}, lambda: both(optimizer(Cautious), decays(2.5))),
     "momentum warm-up": ({}, momentum_warmup),
     "momentum 0.9": ({"muon_momentum": 0.9}, nullcontext),  # what the warm-up must beat
     "growing batch": ({"micro_batch": 8}, growing_batch),
@@ -207,14 +215,6 @@ LEVERS = {  # name -> settings, and a change for as long as a trial takes
     "soap": ({}, lambda: optimizer(Soap)),
     "adam first": ({}, lambda: optimizer(AdamFirst)),  # what the basis must beat
 }
-
-
-@contextlib.contextmanager
-def _both(*changes):
-    with contextlib.ExitStack() as stack:
-        for change in changes:
-            stack.enter_context(change)
-        yield
 
 
 # ----------------------------------------------------------------------------------------------------------------------
