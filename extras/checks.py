@@ -9,6 +9,7 @@ import contextlib
 import math
 import re
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 
 from extras.cli import UserError
+from extras.files import lock
+from extras.track import require_tracker
 
 SHAPE = ("model", "n_layer", "n_head", "n_embd")  # of the weights: what not even --force can change
 FIXED = ("seq_len", "total_batch_size", "order", "seed", "tokenizer", "data")  # what only --force can change
@@ -44,6 +47,8 @@ def check_settings(config) -> None:
         raise UserError(f"--total_batch_size {config.total_batch_size} is not {multiple}")
     if config.epochs and config.max_steps != type(config).max_steps:
         raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
+    if config.track != "none":
+        require_tracker(config.track)
 
 
 def check_batch(config, ranks) -> None:
@@ -126,9 +131,20 @@ def check_shard(shard, listed_tokens: int | None, tokenizer: dict) -> None:
 # Checkpoints
 
 
+def check_archive(path: Path) -> None:
+    """ValueError unless a checkpoint is as torch.save writes it, and undamaged: torch.load looks at no checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type for entry in archive.infolist()):  # it could be of any size
+            raise ValueError("it is compressed")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} fails its checksum")
+
+
 def check_checkpoint(state: dict) -> None:
-    """ValueError unless all but the tensors is of the kind that the trainer saved."""
+    """ValueError unless it has all keys, and all but the tensors is of the kind that the trainer saved."""
     dicts = ("model", "model_config", "optimizer", "loader", "config")
+    if lacking := [key for key in ("step", *dicts, "versions") if key not in state]:
+        raise ValueError(f"it has no {', '.join(lacking)}")
     wrong = [key for key in dicts if not isinstance(state[key], dict)]
     evaluations = state.get("evaluations", {})
     if not wrong:
@@ -182,6 +198,17 @@ def check_log(config) -> None:
     if text and (not text.startswith("# config {") or done > 2 * config.save_every > 0):
         there = f"{config.log_dir} has a log.txt but no checkpoint to resume from"
         raise UserError(f"{there}; choose another --log_dir")
+
+
+def lock_log(file) -> None:
+    """UserError if another process trains in the directory of this open log.txt; else none can until it is closed."""
+
+    def owner() -> str:
+        text = Path(file.name).read_text(encoding="utf-8", errors="replace")
+        said = re.findall(r'"host": "(.*?)", "pid": (\d+)', text)
+        return "process {1} on {0}".format(*said[-1]) if said else "another process"
+
+    lock(file, owner)
 
 
 def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0) -> None:

@@ -8,8 +8,7 @@ import time
 import torch
 
 from extras.cli import NO_MEMORY, UserError
-
-HEAD_BYTES = 13 * 2048  # of the loss where nothing is compiled, for each id: train_gpt2.HEAD_ROWS rows of logits
+from extras.loss import HEAD_ROWS
 
 
 def estimate(config, shape, ranks, compiled: bool, dtype: torch.dtype) -> int:
@@ -19,7 +18,7 @@ def estimate(config, shape, ranks, compiled: bool, dtype: torch.dtype) -> int:
     buckets, then for each token. Eager keeps no logits, but every LayerNorm's input in float32.
     """
     L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
-    fixed = (18 if ranks.world_size > 1 else 14) * (12 * L * C**2 + V * C) + (0 if compiled else HEAD_BYTES * V)
+    fixed = (18 if ranks.world_size > 1 else 14) * (12 * L * C**2 + V * C) + (0 if compiled else 13 * HEAD_ROWS * V)
     blocks = 2 * L + 12 if config.recompute else (33 if compiled and dtype == torch.bfloat16 else 38) * L
     per_token = (blocks * C + (2 * V if compiled else 0)) * (2 if dtype == torch.float32 else 1)
     free = 0.85 * torch.cuda.mem_get_info(ranks.device)[0]  # memory has gaps

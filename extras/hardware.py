@@ -36,8 +36,8 @@ def peak_flops(device: torch.device) -> float:
     return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if set(card.split()) <= words), 0.0)
 
 
-def find_device(name: str, on_this_node: int = 1) -> torch.device:
-    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError unless each rank here can have one."""
+def find_device(name: str, ranks: int = 1, on_this_node: int = 1) -> torch.device:
+    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError unless each of so many ranks can have one."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 11):  # 2.10 compiled gives NaNs on A100
         raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
@@ -46,11 +46,13 @@ def find_device(name: str, on_this_node: int = 1) -> torch.device:
         device = here if name == "auto" else torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N") from error
+    if ranks > 1 and (device.type == "mps" or device.index is not None):
+        raise UserError(f"--device {device} is one device, and there are {ranks} ranks; use --device cuda or cpu")
     explain_cuda(name, device)
     count = torch.accelerator.device_count() if device.type == here.type else 0
     if device.type != "cpu" and max(device.index or 0, on_this_node - 1) >= count:
-        ranks = f" for {on_this_node} ranks" if on_this_node > 1 else ""
-        raise UserError(f"--device {name}: there is none here{ranks}; {device.type} devices: {count}; auto is {here}")
+        each = f" for {on_this_node} ranks" if on_this_node > 1 else ""
+        raise UserError(f"--device {name}: there is none here{each}; {device.type} devices: {count}; auto is {here}")
     if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
         raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
     return device

@@ -113,7 +113,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(data, tmp_path):
     config = tiny_config(data, tmp_path / "log", max_steps=100_000, save_every=0, val_every=0, log_every=1)
     process = subprocess.Popen(command(config, 1), stdout=subprocess.PIPE, text=True)
     assert wait_for(process, "step     3 |")
-    with pytest.raises(USER_ERRORS, match=rf'another process trains there \(.*"pid": {process.pid}\); choose another'):
+    with pytest.raises(USER_ERRORS, match=rf"is being written by process {process.pid} on "):
         main(replace(config, resume=True, max_lr=1e-3))
     process.send_signal(signal.SIGUSR1)
     output = process.stdout.read()

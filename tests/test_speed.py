@@ -207,7 +207,7 @@ def test_the_estimate_is_what_was_measured(monkeypatch):
     """Peaks beyond 16 bytes a parameter, measured on an H200 or (*) computed by bench/gpuless.py: a step must fit."""
     pick = partial(estimate, monkeypatch)
     parameters, slope = 124.5e6, {"compiled": 402e3, "eager": 342e3, "recompute": 123e3}  # the first and the last *
-    constant = {"compiled": 2 * parameters, "eager": fit.HEAD_BYTES * 50304, "recompute": 2 * parameters}
+    constant = {"compiled": 2 * parameters, "eager": 13 * fit.HEAD_ROWS * 50304, "recompute": 2 * parameters}
     for how, settings in (("compiled", {}), ("eager", {"compiled": False}), ("recompute", {"recompute": True})):
         for gib in (7.6, 15.6, 23.5, 39.4, 79.1):
             B = pick(gib, **settings)
