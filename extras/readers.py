@@ -16,7 +16,7 @@ from typing import NamedTuple
 from extras.cli import UserError
 from extras.manifest import Settings
 from extras.sources import SourceFile
-from extras.templates import ROLES, alpaca_prompt, chat_pairs
+from extras.tokenizer import ROLES, alpaca_prompt, chat_pairs
 
 CHUNK_BYTES = 4 * 2**20  # of a text file per chunk: about a million tokens, as in a row group of FineWeb-Edu
 ROW_CHUNK_BYTES = 64 * 2**20  # a row group with more text than this becomes several chunks
