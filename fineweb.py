@@ -28,7 +28,6 @@ before it to the end-of-text after it, else 0. Only those tokens are training ta
 
 import contextlib
 import hashlib
-import io
 import itertools
 import os
 import random
@@ -57,6 +56,7 @@ from extras.tokenizer import load_tokenizer
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
+PAST_THE_END = "manifest.json continues past the end of the source (cursor); choose another --out"
 HEADER_BYTES = 1024  # of a .bin file of llm.c or modded-nanogpt: 256 int32, of which three count
 
 
@@ -181,14 +181,13 @@ class ShardWriter:
         """Write the shard and record it. cursor: where the next one begins."""
         start, _, skipped = self.pieces[0]
         pieces, path = [tokens for _, tokens, _ in self.pieces], self.out / self.manifest.name_of(self.index)
-        mask_sha256 = None
-        if pieces[0].targets is not None:  # the mask first, so that no shard is ever without it
-            mask_sha256 = write_array(path.with_suffix(".mask.npy"), "|u1", [piece.targets for piece in pieces])
-        sha256 = write_array(path, "<u2", [piece.ids for piece in pieces])
         counts = [count(piece.ids, piece.targets, self.manifest.tokenizer.name) for piece in pieces]
+        documents, text_bytes = map(sum, zip(*counts))
         shard = {"name": path.name, "split": self.manifest.split_of(self.index), "tokens": self.length}
-        shard |= {"documents": sum(n for n, _ in counts), "bytes": sum(n for _, n in counts)}
-        shard |= {"skipped_before": skipped, "sha256": sha256, "mask_sha256": mask_sha256}
+        shard |= {"documents": documents, "bytes": text_bytes, "skipped_before": skipped}
+        if pieces[0].targets is not None:  # the mask first, so that no shard is ever without it
+            shard["mask_sha256"] = write_array(path.with_suffix(".mask.npy"), [piece.targets for piece in pieces])
+        shard["sha256"] = write_array(path, [piece.ids for piece in pieces])
         self.pieces, self.length = [], 0
         record(self.out, self.manifest, cursor, complete, start, Shard(**shard))
 
@@ -219,27 +218,21 @@ def record(out: Path, manifest: Manifest, cursor: Cursor, complete: bool, start:
     write_manifest(out / manifest_name(manifest.part), manifest)
 
 
-def write_array(path: Path, dtype: str, arrays: list[np.ndarray]) -> str:
+def write_array(path: Path, arrays: list[np.ndarray]) -> str:
     """Write the arrays as one 1-D .npy file, as np.save would; its sha256."""
-    header, shape = io.BytesIO(), (sum(map(len, arrays)),)
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return write_blocks(path, [header.getvalue(), *(array.astype(dtype, copy=False).data for array in arrays)])
-
-
-def write_blocks(path: Path, blocks: list) -> str:
-    digest = hashlib.sha256()
+    header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (sum(map(len, arrays)),)}
     with atomic_file(path) as file:
-        for data in blocks:
-            file.write(data)
-            digest.update(data)
-    return digest.hexdigest()
+        np.lib.format.write_array_header_1_0(file, header)
+        file.writelines(arrays)
+    return sha256_of(path)
 
 
-def is_damaged(path: Path, sha256: str) -> bool:
+def sha256_of(path: Path) -> str | None:
+    """None if there is no such file."""
     if not path.is_file():
-        return True
+        return None
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() != sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +279,7 @@ def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
         for name, sha256 in shard.files:
             path = out / name
             is_older = path.is_file() and path.stat().st_mtime_ns < written  # checksums take long: trust the times
-            if not is_older and is_damaged(path, sha256):
+            if not is_older and sha256_of(path) != sha256:
                 print(f"{path} is missing or damaged: going on from there")
                 before = {"shards": manifest.shards[:number], "starts": manifest.starts[:number], "complete": False}
                 before |= {"cursor": manifest.starts[number], "skipped": shard.skipped_before}
@@ -435,10 +428,8 @@ def fetch_shards(config: Config, files: list[SourceFile], manifest: Manifest, ou
     """Fetch a dataset of .bin files, which are shards as they are: each is checked, moved to `out` and recorded."""
     import tqdm
 
-    def train_tokens(file):
-        return (file.size - HEADER_BYTES) // 2 if "_train_" in file.name else 0
-
-    before = itertools.accumulate(map(train_tokens, files), initial=0)  # val files, which come first, count nothing
+    sizes = ((file.size - HEADER_BYTES) // 2 if "_train_" in file.name else 0 for file in files)
+    before = itertools.accumulate(sizes, initial=0)  # val files, which come first, count nothing
     files = [file for file, tokens in zip(files, before) if tokens < (config.max_tokens or sys.maxsize)]
     first = manifest.cursor.block
     fetcher = Fetcher(files, first, downloads, config.keep_downloads)
@@ -447,9 +438,11 @@ def fetch_shards(config: Config, files: list[SourceFile], manifest: Manifest, ou
         data = path.read_bytes()
         path.unlink()  # if it is damaged, it is fetched again next time
         ids = ids_of_bin(name, data)
+        with atomic_file(out / name) as file:
+            file.write(data)
         documents, text_bytes = count(ids, None, "gpt2")
         shard = {"name": name, "split": "train" if "_train_" in name else "val", "tokens": len(ids)}
-        shard |= {"documents": documents, "bytes": text_bytes, "sha256": write_blocks(out / name, [data])}
+        shard |= {"documents": documents, "bytes": text_bytes, "sha256": hashlib.sha256(data).hexdigest()}
         record(out, manifest, Cursor(number + 1, 0, 0), False, Cursor(number, 0, 0), Shard(**shard))
         fetcher.release(number + 1)
     shutil.rmtree(downloads, ignore_errors=True)
@@ -480,22 +473,18 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
     writer = ShardWriter(out, manifest, plan.val_blocks)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if config.workers is None else config.workers
-    backend, chunks = pick_backend(config.backend, config.tokenizer), planned_chunks(plan, first, fetcher, out)
-    stream = tokenize_all(chunks, manifest.settings, backend, workers)
+    backend = pick_backend(config.backend, config.tokenizer)
+    stream = tokenize_all(planned_chunks(plan, first, fetcher), manifest.settings, backend, workers)
     bytes_total = sum(file.weight for file in plan.files) / manifest.part[1]
     tokens_seen = bytes_seen = 0
-    look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
     seconds = 0.5 if sys.stderr.isatty() else 30  # a log file is not a screen
-    bar = tqdm.tqdm(initial=writer.total, mininterval=seconds, **look)
+    bar = tqdm.tqdm(initial=writer.total, mininterval=seconds, unit="tok", unit_scale=True, dynamic_ncols=True)
     with contextlib.closing(stream), bar:
-        for (block, number, chunk), tokens in stream:
-            skip = first.token if (block, number) == first[:2] else 0
-            if skip >= max(1, len(tokens.ids)):
-                raise past_the_end(out)
-            shards = len(manifest.shards)
-            writer.write(Cursor(block, number, skip), tokens, manifest.skipped, skip + limit - writer.total)
-            if len(manifest.shards) > shards:
-                fetcher.release(plan.done[manifest.cursor.block])
+        for cursor, chunk, tokens in stream:
+            if cursor.token >= max(1, len(tokens.ids)):
+                raise UserError(PAST_THE_END)
+            writer.write(cursor, tokens, manifest.skipped, cursor.token + limit - writer.total)
+            fetcher.release(plan.done[manifest.cursor.block])
             manifest.skipped += tokens.skipped
             tokens_seen += chunk.tokens if chunk.tokens and config.tokenizer == "gpt2" else len(tokens.ids)
             bytes_seen += chunk.source_bytes
@@ -510,21 +499,17 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
         bar.total = bar.n
 
 
-def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher, out: Path) -> Iterator:
-    """((block, number, chunk), chunk) of every chunk from `first` on; files are fetched as they are needed."""
+def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher) -> Iterator[tuple[Cursor, Chunk]]:
+    """Every chunk, and where in it to begin, from `first` on; files are fetched as they are needed."""
     if first.block >= len(plan.blocks) and first != (0, 0, 0):
-        raise past_the_end(out)
+        raise UserError(PAST_THE_END)
     for block in range(first.block, len(plan.blocks)):
         chunks = plan.chunks(block, [fetcher.get(number) for number in range(plan.done[block], plan.done[block + 1])])
-        begin = first.chunk if block == first.block else 0
-        if begin >= max(1, len(chunks)):
-            raise past_the_end(out)
-        for number in range(begin, len(chunks)):
-            yield (block, number, chunks[number]), chunks[number]
-
-
-def past_the_end(out: Path) -> UserError:
-    return UserError(f"the manifest in {out} continues past the end of the source (cursor); choose another --out")
+        begin = first if block == first.block else Cursor(block, 0, 0)
+        if begin.chunk >= max(1, len(chunks)):
+            raise UserError(PAST_THE_END)
+        for number in range(begin.chunk, len(chunks)):
+            yield begin if number == begin.chunk else Cursor(block, number, 0), chunks[number]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -537,7 +522,7 @@ def verify(out: Path, config: Config) -> None:
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to verify the shards against; choose another --out")
     files = [file for shard in manifest.shards for file in shard.files]
-    damaged = [name for name, sha256 in files if is_damaged(out / name, sha256)]
+    damaged = [name for name, sha256 in files if sha256_of(out / name) != sha256]
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         what = f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}"
