@@ -43,13 +43,12 @@ from typing import Literal
 import numpy as np
 
 from extras import manifest as schema
-from extras import sources
 from extras.cli import UserError, run
 from extras.files import atomic_file, exclusive
 from extras.manifest import Cursor, Manifest, Shard, manifest_name, parse_part, read_manifest, write_manifest
 from extras.python_docs import PYTHON_DOCS, docs_source
 from extras.readers import Chunk, chunks_of
-from extras.sources import Fetcher, Source, SourceFile
+from extras.sources import Fetcher, Source, SourceFile, hub_source, is_compressed, local_source, utf8
 from extras.tokenize_workers import Tokens, count, pick_backend, tokenize_all, tokenize_chunk
 from extras.tokenizer import load_tokenizer
 
@@ -110,24 +109,24 @@ def check(config: Config) -> None:
 class Plan:
     """blocks: lists of (index, file, start in the source's bytes) whose chunks are shuffled together, if at all.
 
-    The first `val_files` files are the val split, in part 1. Of the others, part i of n takes the chunks that begin in
+    The first `val_blocks` blocks are --val_input, in part 1. Of the others, part i of n takes the chunks that begin in
     the i-th n-th of the bytes.
     """
 
     def __init__(self, val: Source | None, source: Source, settings: schema.Settings):
         self.settings, (self.part, self.parts) = settings, parse_part(settings.part)
-        self.starts = list(itertools.accumulate((file.weight for file in source.files), initial=0))
-        low, high = (self.starts[-1] * part for part in (self.part, self.part + 1))
-        mine = [
-            (index, file, start)
-            for index, (file, start) in enumerate(zip(source.files, self.starts))
-            if start * self.parts < high and (start + file.weight) * self.parts > low
-        ]
+        starts = list(itertools.accumulate((file.weight for file in source.files), initial=0))
+        self.bytes = starts[-1]
+        places = zip(itertools.count(), source.files, starts)
+        mine = [p for p in places if self.part_of(p[2]) <= self.part <= self.part_of(p[2] + p[1].weight - 1)]
         self.blocks = [[(None, file, 0)] for file in val.files] if val and self.part == 0 else []
         self.val_blocks = len(self.blocks)
         self.blocks += [[place] for place in mine] if settings.shuffle is None else [mine] if mine else []
         self.done = list(itertools.accumulate(map(len, self.blocks), initial=0))  # files before each block
         self.files = [file for block in self.blocks for _, file, _ in block]  # in the order of use
+
+    def part_of(self, byte: int) -> int:
+        return byte * self.parts // self.bytes
 
     def chunks(self, block: int, paths: list[Path]) -> list[Chunk]:
         """The chunks of a block in the order of the stream."""
@@ -135,8 +134,7 @@ class Plan:
         for (index, file, start), path in zip(self.blocks[block], paths):
             of_file = chunks_of(file, path, self.settings.text_column)
             for number, chunk in enumerate(of_file):
-                place = start * len(of_file) + file.weight * number
-                if index is None or place * self.parts // (self.starts[-1] * len(of_file)) == self.part:
+                if index is None or self.part_of(start + file.weight * number // len(of_file)) == self.part:
                     chunks.append(chunk if seed is None else chunk._replace(order=f"{seed} {index} {number}"))
         if seed is not None:
             random.Random(f"units {seed}").shuffle(chunks)  # "units": so that old sets can still be resumed
@@ -249,7 +247,7 @@ def begin(config: Config, val: Source | None, source: Source) -> Manifest:
 
 def settings_of(config: Config) -> schema.Settings:
     values = {name: getattr(config, name) for name in schema.Settings.model_fields}
-    values |= {name: list(map(sources.utf8, getattr(config, name))) for name in ("input", "val_input")}
+    values |= {name: list(map(utf8, getattr(config, name))) for name in ("input", "val_input")}
     return schema.Settings(**values | ({"dataset": None} if config.input else {"input": None}))
 
 
@@ -257,13 +255,12 @@ def val_size_of(config: Config, files: list[SourceFile]) -> int:
     """Tokens in the val split: a shard of FineWeb-Edu, a twentieth of anything else, and never all there are."""
     if config.val_size is not None:
         return config.val_size
-    limit, is_fineweb = config.max_tokens or sys.maxsize, config.dataset.startswith(FINEWEB_EDU.partition(":")[0])
-    # a guess from the files' sizes alone, so that it is the same whenever it is made
-    sizes = ((f.kind, f.size * (COMPRESSION if sources.is_compressed(f.name) else 1)) for f in files)
-    tokens = sum(size * TOKENS_PER_BYTE[kind] for kind, size in sizes)
-    tokens = int(tokens if config.tokenizer == "gpt2" else tokens / TOKENS_PER_BYTE["txt"])
-    size = config.shard_size
-    if config.input or not is_fineweb:
+    size, limit = config.shard_size, config.max_tokens or sys.maxsize
+    if config.input or not config.dataset.startswith(FINEWEB_EDU.partition(":")[0]):
+        # a guess from the files' sizes alone, so that it is the same whenever it is made
+        sizes = ((f.kind, f.size * (COMPRESSION if is_compressed(f.name) else 1)) for f in files)
+        tokens = sum(size * TOKENS_PER_BYTE[kind] for kind, size in sizes)
+        tokens = int(tokens if config.tokenizer == "gpt2" else tokens / TOKENS_PER_BYTE["txt"])
         size = min(size, min(tokens, limit) // 20)
     return max(1, size if size < limit else limit // 20)
 
@@ -289,14 +286,14 @@ def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
 
 def open_sources(config: Config, manifest: Manifest | None, out: Path) -> tuple[Source | None, Source]:
     """(--val_input, everything else). Raises UserError if they are not those of the manifest that is resumed."""
-    val = sources.local_source(config.val_input, "--val_input") if config.val_input else None
+    val = local_source(config.val_input, "--val_input") if config.val_input else None
     if config.input:
-        source = sources.local_source(config.input)
+        source = local_source(config.input)
     elif config.dataset == PYTHON_DOCS:
         source = docs_source()
     else:
         enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; an English token has 4.6
-        source = sources.hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
+        source = hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
     if source.record.is_tokens:
         for name in ("val_input", "format", "shuffle", "part", "shard_size", "val_size", "tokenizer"):
             if getattr(config, name) != getattr(Config(), name):
@@ -401,17 +398,18 @@ def join_parts(out: Path, part: tuple[int, int]) -> None:
 
 
 def summary(manifest: Manifest) -> str:
-    shards = manifest.shards
-    tokens = {split: sum(shard.tokens for shard in shards if shard.split == split) for split in ("train", "val")}
-    documents = sum(shard.documents for shard in shards)
-    return f"{documents:,} documents, {len(shards)} shards, {tokens['train']:,} train and {tokens['val']:,} val tokens"
+    tokens, documents = {"train": 0, "val": 0}, sum(shard.documents for shard in manifest.shards)
+    for shard in manifest.shards:
+        tokens[shard.split] += shard.tokens
+    what = f"{documents:,} documents, {len(manifest.shards)} shards"
+    return f"{what}, {tokens['train']:,} train and {tokens['val']:,} val tokens"
 
 
 def remark(manifest: Manifest, files: int) -> None:
     """Print what may surprise about a set: left out documents, a short shard, a val split unlike the rest."""
+    shards, size, is_shuffled = manifest.shards, manifest.settings.shard_size, manifest.settings.shuffle is not None
     if manifest.skipped:
         print(f"{manifest.skipped} documents could not be read and were left out")
-    shards, size, is_shuffled = manifest.shards, manifest.settings.shard_size, manifest.settings.shuffle is not None
     if shards and (last := shards[-1].tokens) < size:
         print(f"The last shard is short ({last:,} of {size:,} tokens): expected, no failure.")
     if manifest.val_size and manifest.part[0] == 0 and len(shards) > 1:
