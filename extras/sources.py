@@ -96,7 +96,7 @@ class Fetcher:
 
     def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool, is_limited=False):
         self.files, self.scratch, self.keep_downloads = files, scratch, keep_downloads
-        self.released, self.ahead, self.thread = 0, 0, None
+        self.released, self.thread = 0, None
         scratch.mkdir(exist_ok=True)
         needed = files[done : done + 1] if is_limited else files[done:]
         absent = [file.name for file in needed if file.is_remote and not (scratch / file.path).exists()]
@@ -115,8 +115,7 @@ class Fetcher:
     def fetch_ahead(self) -> None:
         """At most two files are on the disk, unless more are needed at once. `get` tries again what fails here."""
         number, is_busy = self.released + 1, self.thread and self.thread.is_alive()
-        if self.ahead < number < len(self.files) and not is_busy:
-            self.ahead = number
+        if number < len(self.files) and not is_busy:
             # a daemon, so that Ctrl-C need not wait for the end of a download
             self.thread = threading.Thread(target=self.try_to_fetch, args=[number], name="fetch", daemon=True)
             self.thread.start()
@@ -252,22 +251,21 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
         raise UserError(f"--dataset {dataset!r} is not the name of a dataset of the hub; --input takes files, folders")
     repo, _, config = dataset.partition(":")
     if recorded is None:
-        ask = lambda: hub().dataset_info(repo, revision=revision, files_metadata=True)  # noqa: E731
-        info = with_retries(f"dataset {repo}", ask)
+        settings = {"revision": revision, "files_metadata": True}
+        info = with_retries(f"dataset {repo}", hub().dataset_info, repo, **settings)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
         configs = (info.card_data.get("configs") if info.card_data else None) or []
         names = train_files(list(sizes), configs, config, repo)
         recorded = SourceRecord(dataset=dataset, revision=info.sha, files=[(name, sizes[name]) for name in names])
-    commit = recorded.revision
+    commit, files = recorded.revision, []
     if all(suffix_of(name) in (*KINDS, "bin") for name, _ in recorded.files):
-        files = [
-            SourceFile(name, size, scratch_name(name, commit), functools.partial(download, repo, commit, name), True)
-            for name, size in recorded.files
-        ]
+        for name, size in recorded.files:
+            make = functools.partial(download, repo, commit, name)
+            files.append(SourceFile(name, size, scratch_name(name, commit), make, True))
     else:
         name, size = f"{repo}.jsonl", sum(size for _, size in recorded.files)
-        make = functools.partial(stream, dataset, commit, max_bytes)
-        files = [SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make, True)]
+        make = functools.partial(with_retries, f"dataset {repo}", stream, dataset, commit, max_bytes)
+        files.append(SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make, True))
     return Source(recorded, files)
 
 
@@ -286,9 +284,9 @@ def hub():
 
 def download(repo: str, commit: str, name: str, target: Path) -> None:
     """Fetch a file of the hub to `target`, which is there whole or not at all."""
-    fetch = lambda: hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)  # noqa: E731
     folder = target.with_name(target.name + ".download")
-    path = Path(with_retries(name, fetch))
+    settings = {"repo_type": "dataset", "revision": commit, "local_dir": folder}
+    path = Path(with_retries(name, hub().hf_hub_download, repo, name, **settings))
     if is_compressed(name):
         unpack(path, target)
     else:
@@ -298,30 +296,26 @@ def download(repo: str, commit: str, name: str, target: Path) -> None:
 
 def stream(dataset: str, commit: str, max_bytes: int | None, target: Path) -> None:
     """Write the train split of a dataset that only `datasets` can read to a JSON lines file."""
+    import datasets
+
     repo, _, config = dataset.partition(":")
-
-    def attempt():
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
-            with atomic_file(target) as file:
-                for row in rows:
-                    file.write((json.dumps(row, default=str) + "\n").encode())
-                    if max_bytes is not None and file.tell() >= max_bytes:
-                        break
-        except (RuntimeError, ValueError, FileNotFoundError) as error:  # dataset scripts, wrong names, broken files
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
-
-    with_retries(f"dataset {repo}", attempt)
+    try:
+        rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
+        with atomic_file(target) as file:
+            for row in rows:
+                file.write((json.dumps(row, default=str) + "\n").encode())
+                if max_bytes is not None and file.tell() >= max_bytes:
+                    break
+    except (RuntimeError, ValueError, FileNotFoundError) as error:  # dataset scripts, wrong names, broken files
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
 
 
-def with_retries(what: str, action: Callable):
-    """`action()`, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
+def with_retries(what: str, action: Callable, *arguments, **settings):
+    """What `action` returns, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
     for attempt in range(TRIES):
         try:
-            return action()
+            return action(*arguments, **settings)
         except Exception as error:
             if isinstance(error, UserError) or getattr(error, "errno", None) in DISK_ERRORS:
                 raise
@@ -355,8 +349,8 @@ def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -
         raise UserError(f"{repo} has several configurations; say {repo}:NAME, of: {', '.join(data_files)}")
     if wanted and wanted not in data_files:
         raise UserError(f"{repo} has no configuration {wanted!r}; it has: {', '.join(data_files) or 'none'}")
-    names, default = sorted(names), "default" if "default" in data_files else next(iter(data_files), None)
-    patterns = train_patterns(data_files.get(wanted or default))
+    chosen = wanted or ("default" if "default" in data_files else next(iter(data_files), None))
+    names, patterns = sorted(names), train_patterns(data_files.get(chosen))
     found = [name for pattern in patterns for name in names if re.fullmatch(glob_translate(pattern), name)]
     if not patterns:
         split = re.compile(r"(^|[/_.-])(train|test|valid|validation|val|dev|eval)(?=[/_.-])")

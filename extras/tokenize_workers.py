@@ -84,10 +84,7 @@ def encode_dialogues(dialogues: list[list[tuple]], tokenizer, backend: str) -> t
 
 def insert_tokens(ids: np.ndarray, places: np.ndarray, eot: int) -> np.ndarray:
     """(n + m,) uint16: the n ids in order, and end-of-text at the m places."""
-    joined, is_text = np.empty(len(ids) + len(places), np.uint16), np.ones(len(ids) + len(places), bool)
-    is_text[places] = False
-    joined[places], joined[is_text] = eot, ids
-    return joined
+    return np.insert(ids.astype(np.uint16, copy=False), places - np.arange(len(places)), eot)
 
 
 def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
