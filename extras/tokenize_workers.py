@@ -60,7 +60,7 @@ def tokenize_chunk(chunk: Chunk, settings: Settings, backend: str) -> Tokens:
 def encode_documents(texts: list[str], tokenizer, backend: str) -> np.ndarray:
     """(n,) uint16: end-of-text before every document. Raises UserError that quotes a text which fails."""
     ids, counts = encode_texts(texts, tokenizer, backend)
-    return np.insert(ids.astype(np.uint16), np.cumsum(counts) - counts, tokenizer.eot)
+    return insert_tokens(ids, np.cumsum(counts + 1) - counts - 1, tokenizer.eot)
 
 
 def encode_dialogues(dialogues: list[list[tuple]], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
@@ -74,12 +74,20 @@ def encode_dialogues(dialogues: list[list[tuple]], tokenizer, backend: str) -> t
     texts = [text for dialogue in dialogues for pair in dialogue for text in pair]
     ids, counts = encode_texts(texts, tokenizer, backend)
     is_answer = np.arange(len(texts)) % 2 == 1
-    begins = np.zeros(len(texts), bool)  # True for the first prompt of a document
-    begins[np.cumsum([0] + [2 * len(dialogue) for dialogue in dialogues])[:-1]] = True
-    ends = np.cumsum(counts)
-    places = np.concatenate([(ends - counts)[begins], ends[is_answer]])
-    targets = np.repeat(is_answer, begins + counts + is_answer).astype(np.uint8)
-    return np.insert(ids.astype(np.uint16), places, tokenizer.eot), targets
+    begins = np.zeros(len(texts), np.int64)  # 1 for the first prompt of a document
+    begins[np.cumsum([0] + [2 * len(dialogue) for dialogue in dialogues])[:-1]] = 1
+    lengths = begins + counts + is_answer
+    ends = np.cumsum(lengths)
+    marks = np.sort(np.concatenate([(ends - lengths)[begins == 1], ends[is_answer] - 1]))
+    return insert_tokens(ids, marks, tokenizer.eot), np.repeat(is_answer, lengths).astype(np.uint8)
+
+
+def insert_tokens(ids: np.ndarray, places: np.ndarray, eot: int) -> np.ndarray:
+    """(n + m,) uint16: the n ids in order, and end-of-text at the m places."""
+    joined, is_text = np.empty(len(ids) + len(places), np.uint16), np.ones(len(ids) + len(places), bool)
+    is_text[places] = False
+    joined[places], joined[is_text] = eot, ids
+    return joined
 
 
 def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
