@@ -31,8 +31,7 @@ import torch
 from extras.cli import UserError, run
 from extras.generation import continue_texts, stream, use_onednn
 from extras.hardware import find_device, keep_freed_memory
-from extras.templates import alpaca_prompt, encode_question
-from extras.tokenizer import END, encode_prompt, printable, tokenizer_for, tokenizer_name
+from extras.tokenizer import END, alpaca_prompt, encode_chat, encode_prompt, printable, tokenizer_for, tokenizer_name
 from train_gpt2 import GPT
 
 SAMPLES_BYTES = 2**31  # memory for the keys, values and logits of one batch of samples
@@ -187,7 +186,7 @@ def chat(model: GPT, tokenizer, system: str, questions: Iterable[list[str]], opt
     limit = block_size - options["max_new_tokens"]
     for question in itertools.chain.from_iterable(questions):
         asked = [*messages, ("user", question)]
-        while len(ids := encode_question(tokenizer, asked)) > limit and len(asked) > oldest + 1:
+        while len(ids := encode_chat(tokenizer, asked)) > limit and len(asked) > oldest + 1:
             del asked[oldest : oldest + 2]
         if len(ids) > limit:
             print(f"too long: {len(ids)} tokens, and only up to {limit} leave room for an answer", file=sys.stderr)
