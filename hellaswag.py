@@ -57,11 +57,10 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from extras.checkpoints import load_any
 from extras.cli import UserError, run
 from extras.files import atomic_file
 from extras.hardware import find_device
-from extras.pretrained import to_transformers
+from extras.pretrained import load_any, to_transformers
 from extras.tokenizer import printable, tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"

@@ -728,7 +728,7 @@ def main(config: Config) -> None:
         logs = find_logs(config.run_dirs)
         (watch if config.watch else draw_curves)(logs, config.x, Path(config.out or logs[0][1].parent / "curves.png"))
         return
-    from extras.checkpoints import find_checkpoint, load_any
+    from extras.pretrained import find_checkpoint, load_any
 
     path = find_checkpoint(config.model)
     title = "/".join(Path(path or config.model).parts[-2:])

@@ -299,13 +299,13 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
         """A model of the hub ("gpt2" ... "gpt2-xl"), a directory, a run or a checkpoint, cropped to `block_size`."""
-        from extras.checkpoints import load_any
+        from extras.pretrained import load_any
         return cls.of(*load_any(name_or_dir, block_size))
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "GPT":
         """The model of a checkpoint: of this trainer, of build-nanogpt or of nanoGPT."""
-        from extras.checkpoints import load_checkpoint
+        from extras.pretrained import load_checkpoint
         return cls.of(*load_checkpoint(path))
 
     @classmethod
@@ -1122,7 +1122,7 @@ class Run:
 def make_model(config: Config, n_tokens: int) -> GPT:
     """The model a run begins with: that of --init_from, or random weights from the seed, the same on every device."""
     if config.init_from:
-        from extras.checkpoints import load_any
+        from extras.pretrained import load_any
         return GPT.of(*load_any(config.init_from))
     sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
     torch.manual_seed(config.seed)

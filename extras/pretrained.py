@@ -1,7 +1,8 @@
 """
-GPT-2 weights in and out: directories of Hugging Face's `transformers`, and its hub.
+GPT-2 weights in and out: checkpoints of train_gpt2.py, of build-nanogpt and of nanoGPT, run directories of any of them,
+directories of Hugging Face's `transformers`, and its hub. All scripts read models here.
 
-    shape, state = load("gpt2-medium")                # a hub name, or a directory with config.json and weights
+    shape, state = load_any("log")                    # the newest checkpoint of a run; a file, "gpt2", a directory
     save("exported", model)                           # what transformers, lm-eval and llama.cpp's converter load
 
 Knows no model class of ours: it speaks of a shape, a dict with the fields of train_gpt2.GPTConfig, and of a state dict
@@ -22,6 +23,7 @@ import torch
 from extras.cli import UserError
 from extras.tokenizer import END, tokenizer_name, vocab_files
 
+NAMES = (re.compile(r"ckpt_(\d{6,})\.pt"), re.compile(r"model_(\d+)\.pt"), re.compile(r"ckpt()\.pt"))  # ours, theirs
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older files carry along
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -34,7 +36,59 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8 bits
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In: directories and the hub
+# In
+
+
+def load_any(source: str, block_size: int | None = None) -> tuple[dict, dict]:
+    """Shape and state of a checkpoint file, a run directory, a hub name or a directory of `transformers`.
+
+    block_size: take only so many of its positions, the first.
+    """
+    path = find_checkpoint(source)
+    shape, state = load_checkpoint(path) if path else load(source)
+    if block_size is None:
+        return shape, state
+    if not 0 < block_size <= shape["block_size"]:
+        raise UserError(f"block_size {block_size} is not in 1 .. {shape['block_size']}, the positions of {source}")
+    wpe = state["transformer.wpe.weight"][:block_size].clone()
+    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
+
+
+def find_checkpoint(source: str) -> Path | None:
+    """The checkpoint file itself, or a run directory's newest; None for other directories and hub names."""
+    if os.path.isfile(source):
+        return Path(source)
+    files = os.listdir(source) if os.path.isdir(source) else []
+    for name in NAMES:
+        if found := [match for match in map(name.fullmatch, files) if match]:
+            return Path(source, max(found, key=lambda match: int(match[1] or 0))[0])
+    if "log.txt" in files and "config.json" not in files:
+        raise UserError(f"{source} is a run without a checkpoint; it saves one every --save_every steps and at its end")
+    return None
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
+    """Shape and state dict of the model in a checkpoint of train_gpt2.py, of build-nanogpt or of nanoGPT.
+
+    nanoGPT's GELU is the exact one, ours is GPT-2's with tanh: its models' logits come out some 1e-3 different.
+    """
+    if (suffix := Path(path).suffix) in (".safetensors", ".bin", ".json"):
+        alone = "configuration" if suffix == ".json" else "weights"
+        raise UserError(f"{path} is the {alone} alone; name the directory, where config.json and the weights are")
+    saved, foreign = read_tensors(path), f"{path} is no GPT-2 checkpoint: it"
+    if not isinstance(saved, dict) or "model" not in saved:
+        raise UserError(f"{foreign} has no model")
+    config = next((saved[key] for key in ("model_config", "model_args", "config") if key in saved), None)
+    config = config if isinstance(config, dict) else getattr(config, "__dict__", {})  # build-nanogpt pickles a class
+    shape = sizes_of(config, foreign)
+    state = unwrapped(saved["model"], f"{foreign}s model is not a dict of names and dense tensors")
+    if "model_config" in saved:  # ours, or a fork's, whose config has more and whose weights have other names
+        shape = config | shape
+        if state.keys() - {"lm_head.weight"} != layout(shape).keys():
+            return shape, state
+    if config.get("bias") is False:  # nanoGPT can leave them out: that is, they are 0
+        state |= {name: torch.zeros(1).expand(size) for name, size in layout(shape).items() if name.endswith("bias")}
+    return shape, fit(state, shape, str(path))
 
 
 def load(name_or_dir: str) -> tuple[dict, dict]:
@@ -53,9 +107,9 @@ def load(name_or_dir: str) -> tuple[dict, dict]:
         raise UserError(f"{name_or_dir} has a config.json but no weights: none of {', '.join(WEIGHTS)}")
     state = {}
     for path in parts(found) if found.suffix == ".json" else [found]:
-        state |= read_weights(path)
+        state |= unwrapped(read_tensors(path), f"{path} holds other things than names and dense tensors")
     state = {name if name == "lm_head.weight" else f"transformer.{name.removeprefix('transformer.')}": tensor
-             for name, tensor in unwrapped(state).items()}  # fmt: skip
+             for name, tensor in state.items()}  # fmt: skip
     return shape, fit(transpose_conv1d(state), shape, name_or_dir)
 
 
@@ -73,14 +127,14 @@ def fetch(name: str) -> Path:
         if not any(folder.glob("model*.safetensors*")):
             snapshot_download(name, allow_patterns="pytorch_model*.bin*")
         return folder
-    except LocalEntryNotFoundError as error:  # not in the cache, and no network
-        reason = "is not here, and the hub can't be reached to ask for it (online once, it is cached then)"
-        raise UserError(f"{name} {reason}") from error
-    except HFValidationError as error:
-        raise UserError(f"{name} is not a file or directory here, and no name for one on the hub") from error
     except Exception as error:  # a repository that isn't there, or is gated, or any of the network's own
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"
-        raise UserError(f"{name} is not here, and the hub did not give it: {reason}") from error
+        first_line, *_ = str(error).strip().split("\n")
+        why = f"the hub did not give it: {type(error).__name__}: {first_line[:150]}"
+        if isinstance(error, LocalEntryNotFoundError):  # not in the cache, and no network
+            why = "the hub can't be reached to ask for it (online once, it is cached then)"
+        elif isinstance(error, HFValidationError):
+            why = "it is no name for one on the hub"
+        raise UserError(f"{name} is not here, and {why}") from error
 
 
 def shape_of(config: dict, source: str) -> dict:
@@ -129,22 +183,6 @@ def parts(index: Path) -> list[Path]:
     return [index.parent / file for file in files]
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file or a pickle, memory-mapped where the file can be."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except Exception as error:  # safetensors has its own for a file that is not whole
-            raise UserError(f"{path} {flaw(path, error)}") from error
-    else:
-        tensors = read_pickle(path)
-    if not isinstance(tensors, dict) or not all(map(is_weight, tensors, tensors.values())):
-        raise UserError(f"{path} holds other things than names and dense tensors; a state dict is wanted")
-    return tensors
-
-
 class Opaque:
     """Stands in for any class or function a pickle names: it keeps attributes, and calls nothing."""
 
@@ -156,13 +194,17 @@ class Opaque:
             self.__dict__.update(state)
 
 
-def read_pickle(path: str | Path):
-    """What torch.save wrote, on the CPU, memory-mapped. Raises UserError unless the file is whole.
+def read_tensors(path: str | Path):
+    """What is in a safetensors file, or what torch.save wrote; on the CPU, memory-mapped where it can be.
 
-    `torch.load` does not check the CRC32 of each tensor, so a flipped bit would pass: we do. Objects that are not
-    tensors, numbers or strings (a config class, numpy's scalars) become Opaque; nothing in the file is executed.
+    UserError unless the file is whole. `torch.load` does not check the CRC32 of each tensor, so a flipped bit would
+    pass: we do. Objects that are not tensors, numbers or strings (a config class, numpy's scalars) become Opaque.
     """
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         globals_, zipped = [], zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
@@ -173,7 +215,7 @@ def read_pickle(path: str | Path):
             globals_ = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Opaque, name) for name in globals_]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # pickle, zipfile and torch each have their own
+    except Exception as error:  # safetensors, pickle, zipfile and torch each have their own
         raise UserError(f"{path} {flaw(path, error)}") from error
 
 
@@ -202,8 +244,13 @@ def flaw(path: str | Path, error: Exception) -> str:
     return f"is damaged, or holds no weights ({type(error).__name__}: {reason}); use another copy"
 
 
-def unwrapped(state: dict) -> dict:
-    """Names without what DDP, torch.compile, FSDP and activation checkpointing put in, in any order and depth."""
+def unwrapped(state, otherwise: str) -> dict[str, torch.Tensor]:
+    """Names without what DDP, torch.compile, FSDP and activation checkpointing put in, in any order and depth.
+
+    UserError(otherwise) unless these are names and tensors.
+    """
+    if not isinstance(state, dict) or not all(map(is_weight, state, state.values())):
+        raise UserError(otherwise)
     return {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
@@ -310,12 +357,10 @@ def save(directory: str, model: torch.nn.Module) -> None:
 @torch.no_grad()
 def write_model(folder: Path, model: torch.nn.Module) -> None:
     """Write config.json and weights. Raises UserError unless transformers computes the model's logits from them."""
-    from transformers import GPT2LMHeadModel
-
-    to_transformers(vars(model.config), model.state_dict()).save_pretrained(folder)
+    theirs = to_transformers(vars(model.config), model.state_dict())
+    theirs.save_pretrained(folder)
     if model.lm_head.weight.dtype != torch.float32 or model.lm_head.weight.device.type != "cpu":
         model = copy.deepcopy(model).float().cpu()
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
     n, generator, training = model.config.n_tokens, torch.Generator().manual_seed(0), model.training
     ids = torch.randint(n, (2, min(64, model.config.block_size)), generator=generator)
     ours, theirs = model.eval()(ids)[0][..., :n], theirs(ids).logits
