@@ -37,7 +37,10 @@ def peak_flops(device: torch.device) -> float:
 
 
 def find_device(name: str, on_this_node: int = 1) -> torch.device:
-    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError unless each rank here can have one."""
+    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError unless each rank here can have one.
+
+    An NVIDIA card of no use to this torch is an error for --device cuda, and a warning for auto.
+    """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 11):  # 2.10 compiled gives NaNs on A100
         raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
@@ -46,7 +49,13 @@ def find_device(name: str, on_this_node: int = 1) -> torch.device:
         device = here if name == "auto" else torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N") from error
-    explain_cuda(name, device)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto" or device.type == "cuda":
+        problem = cuda_problem(local_rank if device.index is None else device.index)
+        if problem and device.type == "cuda":
+            raise UserError(f"--device {name}: {problem}")
+        if problem and local_rank == 0:
+            print(f"WARNING: training on {device.type}, not on CUDA: {problem}", file=sys.stderr, flush=True)
     count = torch.accelerator.device_count() if device.type == here.type else 0
     if device.type != "cpu" and max(device.index or 0, on_this_node - 1) >= count:
         ranks = f" for {on_this_node} ranks" if on_this_node > 1 else ""
@@ -71,17 +80,6 @@ def triton_problem() -> str:
     except Exception as error:
         return f"Triton needs gcc and Python's headers to build its launcher ({str(error)[:80]})"
     return ""
-
-
-def explain_cuda(name: str, device: torch.device) -> None:
-    """If there is an NVIDIA card of no use to this torch: UserError for --device cuda, and a warning for auto."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    index = local_rank if device.index is None else device.index
-    problem = cuda_problem(index) if name == "auto" or device.type == "cuda" else ""
-    if problem and device.type == "cuda":
-        raise UserError(f"--device {name}: {problem}")
-    if problem and local_rank == 0:
-        print(f"WARNING: training on {device.type}, not on CUDA: {problem}", file=sys.stderr, flush=True)
 
 
 def cuda_problem(index: int) -> str:

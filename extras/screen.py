@@ -52,10 +52,10 @@ def hardware(device: torch.device) -> str:
         free, total = (number / 2**30 for number in torch.cuda.mem_get_info(device))
         free += (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2**30  # ours to use
         return f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GiB free"
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        return f"{torch.get_num_threads()} of {os.cpu_count()} threads, {total:.1f} GiB"
-    return f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    memory = ""
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # Windows has none
+        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    return f"{torch.get_num_threads()} of {os.cpu_count()} threads{memory}"
 
 
 def peak_memory(device: torch.device) -> float:
