@@ -57,7 +57,7 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from extras.cli import UserError, run
+from extras.cli import UserError, run, user_error
 from extras.files import atomic_file
 from extras.hardware import find_device
 from extras.pretrained import load_any, to_transformers
@@ -128,11 +128,11 @@ class Unavailable(UserError):
 
 def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> list[dict]:
     """The examples of a .jsonl or .jsonl.gz file, every one checked: ctx, endings, label (an index), line, where, and
-    what lm-eval makes of them, query and choices (empty if the file lacks HellaSwag's activity_label).
+    what lm-eval makes of them, query and choices (query is empty if the file lacks HellaSwag's activity_label).
 
-    Without a path, HellaSwag's validation set, downloaded on first use: let one process call this, and hand the list to
-    the others. limit draws that many, always the same ones, in the file's order. Raises Unavailable if the set is not
-    here and can't be downloaded, UserError with file and line for an example that is not right.
+    Without a path, HellaSwag's validation set, downloaded on first use, by one process at a time. limit draws that
+    many, always the same ones, in the file's order. Raises Unavailable if the set is not here and can't be downloaded,
+    UserError with file and line for an example that is not right.
     """
     if limit < 0:
         raise UserError(f"a limit of {limit} examples makes no sense; 0 scores all of them")
@@ -142,12 +142,10 @@ def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> li
     examples = []
     for line, record in read_jsonl(file):
         where = f"{file} line {line}"
-        try:
+        with user_error(f"{where}: not a record of {task}", ValueError, TypeError, AttributeError, LookupError):
             if not isinstance(record, dict):
                 raise ValueError("it is no JSON object")
             examples.append({"where": where, "line": line, **READERS[task](record)})
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise UserError(f"{where}: not a record of {task}: {error}") from error
     if not examples:
         raise UserError(f"{file} has no examples")
     if 0 < limit < len(examples):
@@ -187,13 +185,11 @@ def cached_validation_set() -> Path:
             raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
         return CACHE
     try:
-        with urlopen(URL, timeout=30) as reply:
-            data = reply.read()
-        if hashlib.sha256(data).hexdigest() != SHA256:
-            raise Unavailable(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
         CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(CACHE) as file:
-            file.write(data)
+        with urlopen(URL, timeout=30) as reply, atomic_file(CACHE) as file:
+            file.write(data := reply.read())
+            if hashlib.sha256(data).hexdigest() != SHA256:
+                raise Unavailable(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
     except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
         raise Unavailable(f"can't fetch {URL} or can't write {CACHE} ({error}); give the file with --data") from error
     return CACHE
@@ -308,21 +304,19 @@ def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpa
     """
     rows, longest = [], max(block_size, LONGEST_CONTEXT)
     for example in examples:
-        context, endings, lengths = encode(example, tokenizer, style)
+        where, (context, endings, lengths) = example["where"], encode(example, tokenizer, style)
         sizes = [len(ending) for ending in endings]
         if len(context) > longest:
-            raise UserError(f"{example['where']}: a context of {len(context)} tokens; at most {longest} are allowed")
+            raise UserError(f"{where}: a context of {len(context)} tokens; at most {longest} are allowed")
         if min(lengths) == 0:
-            raise UserError(f"{example['where']}: ending {lengths.index(0)} is empty in {style} style")
+            raise UserError(f"{where}: ending {lengths.index(0)} is empty in {style} style")
         if max(sizes) > block_size:
-            longer = f"an ending of {max(sizes)} tokens is over the block size {block_size}"
-            raise Unavailable(f"{example['where']}: {longer}")
+            raise Unavailable(f"{where}: an ending of {max(sizes)} tokens is over the block size {block_size}")
         # n tokens of context and an ending of m are n + m - 1 fed tokens
         contexts = [context[max(0, len(context) + size - block_size - 1) :] for size in sizes]
         paths = [np.array(kept + ending, np.int32) for kept, ending in zip(contexts, endings)]
-        first = np.array([endings.index(ending) for ending in endings])
-        about, trees = (example["line"], example["label"]), grow_trees(paths, sizes, block_size)
-        rows.append(Row(*about, paths, np.array(sizes), np.array(lengths), first, trees))
+        first, trees = [endings.index(ending) for ending in endings], grow_trees(paths, sizes, block_size)
+        rows.append(Row(example["line"], example["label"], paths, *map(np.array, (sizes, lengths, first)), trees))
     return rows
 
 
@@ -500,15 +494,12 @@ def shown(example: dict, row: Row, found: Score) -> str:
 def write_records(config: Config, rows: list[Row], scores: list[Score]) -> None:
     """The --out file, a line per example."""
     about = {"task": config.task, "style": config.style, "model": config.model}
-    try:
-        with atomic_file(config.out) as file:
-            for row, found in zip(rows, scores):
-                pred, pred_norm = answers(row, found)
-                record = {"line": row.line, "label": row.label, "pred": pred, "pred_norm": pred_norm}
-                record |= {"nats": found.nats.tolist(), "lengths": row.lengths.tolist()}
-                file.write(json.dumps(about | record).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"can't write {config.out}: {error}") from error
+    with user_error(f"can't write {config.out}", OSError), atomic_file(config.out) as file:
+        for row, found in zip(rows, scores):
+            pred, pred_norm = answers(row, found)
+            record = {"line": row.line, "label": row.label, "pred": pred, "pred_norm": pred_norm}
+            record |= {"nats": found.nats.tolist(), "lengths": row.lengths.tolist()}
+            file.write(json.dumps(about | record).encode() + b"\n")
 
 
 def compare(paths: list[str]) -> str:
@@ -516,11 +507,9 @@ def compare(paths: list[str]) -> str:
     if len(paths) != 2:
         raise UserError(f"--compare takes two files that --out wrote, not {len(paths)}")
     sets = [[record for _, record in read_jsonl(Path(path))] for path in paths]
-    try:
+    with user_error(f"{paths[0]} or {paths[1]} was not written by --out, for it lacks a field", KeyError, TypeError):
         a, b = ([(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in sets)
         right = {name: [[r[name] == r["label"] for r in records] for records in sets] for name in ("pred", "pred_norm")}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{paths[0]} or {paths[1]} was not written by --out: no {error}") from error
     if a != b or not a:
         raise UserError(f"{paths[0]} ({len(a)} lines) and {paths[1]} ({len(b)}) are not of the same examples and style")
     lines = [f"{a[0][0]} ({a[0][1]} style), n {len(a)}: A {paths[0]}, B {paths[1]}"]

@@ -837,7 +837,7 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: b
         return B
     most = min(64, max(1, 4096 // T))  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
-        most = optional("extras.fit").estimate(config, shape, ranks, compiled, dtype) or 16
+        most = optional("extras.hardware").estimate_micro_batch(config, shape, ranks, compiled, dtype) or 16
     most, sequences = int(all_reduce(torch.tensor(float(most)), ranks, "MIN")), config.total_batch_size // T // W
     return max(B for B in range(1, most + 1) if sequences % B == 0)
 
@@ -1084,8 +1084,8 @@ class Run:
         self.tokenizer, self.hella_rows = load_texts(config, name, ranks)
         self.intervals = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
         self.intervals |= ({} if self.tokenizer else {"samples": 0}) | ({} if self.hella_rows else {"hella": 0})
-        if self.compiled or self.device.type != "cpu":  # extras/fit.py tries it, and halves what doesn't fit
-            self.micro_batch = optional("extras.fit").fit_micro_batch(self, any_rank) or self.micro_batch
+        if self.compiled or self.device.type != "cpu":  # extras/hardware.py tries it, and halves what doesn't fit
+            self.micro_batch = optional("extras.hardware").fit_micro_batch(self, any_rank) or self.micro_batch
         if ranks.world_size > 1:
             self.sort_buckets()
 

@@ -136,19 +136,16 @@ def blame(error: Exception, directory: str) -> None:
     raise LocalError(f"{waits}; what this one did is in {file.name}") from error
 
 
-def silent_ranks(seconds: float = 3) -> list[str]:
-    """The ranks that don't say within `seconds` that they, too, wait in vain, and what each was last heard of."""
-    store, mine, silent = dist.distributed_c10d._get_default_store(), dist.get_rank(), set(range(dist.get_world_size()))
+def silent_ranks() -> list[str]:
+    """The ranks that don't say within 3 seconds that they, too, wait in vain, and what each was last heard of."""
+    store, mine, found = dist.distributed_c10d._get_default_store(), dist.get_rank(), []
     store.set(f"waits{mine}", "")
-    deadline = time.monotonic() + seconds + (mine == 0)  # rank 0 may be where the store is
-    while silent and time.monotonic() < deadline:
-        silent = {rank for rank in silent if not store.check([f"waits{rank}"])}
-        time.sleep(0.05)
-    found = []
-    for rank in sorted(silent):
-        ago = "which never began"
-        if store.check([f"at{rank}"]):
-            what, when = store.get(f"at{rank}").decode().split("\n")
-            ago = f"last heard of {time.time() - float(when):.0f} s ago: {what}"
-        found.append(f"rank {rank}, {ago}")
+    time.sleep(3 + (mine == 0))  # rank 0 may be where the store is
+    for rank in range(dist.get_world_size()):
+        if not store.check([f"waits{rank}"]):
+            ago = "which never began"
+            if store.check([f"at{rank}"]):
+                what, when = store.get(f"at{rank}").decode().split("\n")
+                ago = f"last heard of {time.time() - float(when):.0f} s ago: {what}"
+            found.append(f"rank {rank}, {ago}")
     return found

@@ -2,10 +2,11 @@
 Command lines from dataclasses, by tyro, and one way to fail.
 """
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # the last: there was no room for cuBLAS's handle
 NO_MEMORY = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
@@ -17,6 +18,15 @@ class UserError(ValueError):
 
 class LocalError(UserError):
     """A UserError that only one rank may hit, so that rank reports it; else the first rank of each node does."""
+
+
+@contextlib.contextmanager
+def user_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """What the block raises of these kinds becomes a UserError: the message, and why."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{message}: {error}") from error
 
 
 ELSEWHERE = {  # flags of nanoGPT, transformers and others -> what train_gpt2.py calls them

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from extras.cli import UserError
+from extras.cli import UserError, user_error
 from extras.tokenizer import END, tokenizer_name, vocab_files
 
 NAMES = (re.compile(r"ckpt_(\d{6,})\.pt"), re.compile(r"model_(\d+)\.pt"), re.compile(r"ckpt()\.pt"))  # ours, theirs
@@ -28,10 +28,10 @@ CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older files carry along
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PLAIN = {  # with another value in its config.json, a model computes something else than GPT-2
-    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False, "tie_word_embeddings": True,
+    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False], "tie_word_embeddings": [True],
+    "activation_function": ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"],  # alike
 }  # fmt: skip
-TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")  # one function
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8 bits and fewer would need their scales
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -143,12 +143,8 @@ def shape_of(config: dict, source: str) -> dict:
     if kind != "gpt2":
         raise UserError(f"{source} is a {kind or 'model of unknown type'}, not a GPT-2 (model_type in its config.json)")
     shape = sizes_of(config | {"block_size": config.get("n_positions")}, f"the config.json of {source}")
-    other = {name: config[name] for name, value in PLAIN.items() if config.get(name, value) != value}
-    if (activation := config.get("activation_function", "gelu_new")) not in TANH_GELU:
-        other["activation_function"] = activation
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        other["n_inner"] = config["n_inner"]
-    if other:
+    plain = PLAIN | {"n_inner": [None, 4 * shape["n_embd"]]}
+    if other := {name: config[name] for name, values in plain.items() if config.get(name, values[0]) not in values}:
         raise UserError(f"{source} is not a plain GPT-2: {json.dumps(other)}")
     return shape
 
@@ -167,10 +163,8 @@ def sizes_of(config: dict, source: str) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    try:
+    with user_error(f"can't read {path} as a JSON object", OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"can't read {path} as a JSON object: {error}") from error
 
 
 def parts(index: Path) -> list[Path]:
@@ -262,13 +256,13 @@ def transpose_conv1d(state: dict) -> dict:
 def layout(shape: dict) -> dict[str, tuple[int, ...]]:
     """Names and sizes of the weights of a GPT-2, in nn.Linear's layout, without the head."""
     C, V, T = shape["n_embd"], shape["vocab_size"], shape["block_size"]
+    block = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    block |= {"ln_1": (C,), "ln_2": (C,)}
+    modules = {f"h.{i}.{name}": size for i in range(shape["n_layer"]) for name, size in block.items()} | {"ln_f": (C,)}
     sizes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C)}
-    linears = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    for name in [f"transformer.h.{i}." for i in range(shape["n_layer"])]:
-        for linear, size in linears.items():
-            sizes |= {f"{name}{linear}.weight": size, f"{name}{linear}.bias": size[:1]}
-        sizes |= {f"{name}{norm}.{part}": (C,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    return sizes | {f"transformer.ln_f.{part}": (C,) for part in ("weight", "bias")}
+    for name, size in modules.items():
+        sizes |= {f"transformer.{name}.weight": size, f"transformer.{name}.bias": size[:1]}
+    return sizes
 
 
 def fit(state: dict, shape: dict, source: str) -> dict:
@@ -305,22 +299,18 @@ def to_transformers(shape: dict, state: dict):
     """The model as transformers' GPT2LMHeadModel on the CPU in float32, of the tokens that exist."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    n = shape["n_tokens"]
+    n, T = shape["n_tokens"], shape["block_size"]
     end = 50256 if tokenizer_name(n) == "gpt2" else n - 1
-    config = GPT2Config(
-        vocab_size=n, n_positions=shape["block_size"], n_ctx=shape["block_size"], n_layer=shape["n_layer"],
-        n_head=shape["n_head"], n_embd=shape["n_embd"], activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=end, eos_token_id=end, pad_token_id=end, dtype="float32", **PLAIN,
-        architectures=["GPT2LMHeadModel"],
-    )  # fmt: skip
+    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
+    tokens = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=n, n_positions=T, n_ctx=T, dtype="float32", **sizes, **tokens, **dropout)
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in transpose_conv1d(state).items()}
     wte = state["transformer.wte.weight"][:n]
-    try:
+    with user_error(f"this is {NOT_PLAIN}", RuntimeError):
         model.load_state_dict(state | {"transformer.wte.weight": wte, "lm_head.weight": wte}, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"this is {NOT_PLAIN}: {error}") from error
     model.tie_weights()
     return model.eval()
 
@@ -346,8 +336,6 @@ def save(directory: str, model: torch.nn.Module) -> None:
         if target.exists():  # empty; Windows would not rename onto it
             target.rmdir()
         os.rename(temporary, target)
-    except ModuleNotFoundError as error:
-        raise UserError(f"exporting a model needs a package: pip install {error.name}") from error
     except OSError as error:
         raise UserError(f"can't write {directory}: {error}") from error
     finally:

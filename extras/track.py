@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from extras.cli import UserError
+from extras.cli import UserError, user_error
 from extras.files import atomic_file
 
 HINTS = {
@@ -29,10 +29,8 @@ HINTS = {
 
 def require_tracker(name: str) -> None:
     """UserError if the tracker's package is not installed."""
-    try:
+    with user_error(f"--track {name} needs a package, pip install {name}", ImportError):
         importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--track {name} needs a package: pip install {name}") from error
 
 
 @dataclass
