@@ -572,7 +572,7 @@ def plot_panel(ax, axis: str):
         if line.get_linewidth():
             plot.line(x, y, line_width=line.get_linewidth(), line_dash=dashes[line.get_linestyle()], **style)
         if line.get_marker() in ("o", "x"):
-            plot.scatter(x, y, marker={"o": "circle", "x": "x"}[line.get_marker()], size=6, **style)
+            plot.scatter(x, y, marker=line.get_marker(), size=6, **style)
     for bars in ax.collections:
         ends = np.array(bars.get_segments(), np.float32)  # (n, 2 ends, x and y)
         plot.segment(*ends[:, 0].T, *ends[:, 1].T, color=to_hex(bars.get_color()[0]))

@@ -37,8 +37,7 @@ def check_settings(config) -> None:
             raise UserError(f"--{name} {value!a} has characters that can't be printed; give it another name")
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower it (a tenth is usual)")
-    if config.total_batch_size % config.seq_len:
-        total, T = config.total_batch_size, config.seq_len
+    if (total := config.total_batch_size) % (T := config.seq_len):
         near = max(1, round(total / T)) * T
         raise UserError(f"--total_batch_size {total} is not a multiple of --seq_len {T}; try {near}")
     if config.epochs and config.max_steps != type(config).max_steps:
@@ -48,9 +47,9 @@ def check_settings(config) -> None:
 def check_batch(config, ranks) -> None:
     """UserError unless ranks and micro-batches can share the batch of an update, and the device sums it well."""
     B, T, W, total = config.micro_batch, config.seq_len, ranks.world_size, config.total_batch_size
-    if total % ((B or 1) * T * W):
-        of = f"of {f'--micro_batch {B} * ' if B else ''}--seq_len {T} * {W} ranks = {(B or 1) * T * W}"
-        near = max(1, total // ((B or 1) * T * W)) * (B or 1) * T * W
+    if total % (unit := (B or 1) * T * W):
+        of = f"of {f'--micro_batch {B} * ' if B else ''}--seq_len {T} * {W} ranks = {unit}"
+        near = max(1, total // unit) * unit
         divisor = next((d for d in range(B, 1, -1) if total // T // W % d == 0), 1)
         better = f"--total_batch_size {near}" if total % (T * W) else f"--micro_batch {divisor}"
         raise UserError(f"--total_batch_size {total} is not a multiple {of}; try {better}, or other ranks")
