@@ -149,7 +149,11 @@ def cuda_problem(index: int) -> str:
     """Why that NVIDIA card is of no use to this torch; empty if it is of use, or there is none."""
     driver, needs, torch_version = driver_cuda(), torch.version.cuda, f"torch {torch.__version__}"
     other = f"take its build for CUDA 12.6, {torch.__version__.split('+')[0]}+cu126"
-    if torch.cuda.is_available() and needs:
+    if not driver:
+        return ""
+    if not needs:
+        return f"there is an NVIDIA driver, but {torch_version} is built without CUDA; install a build with it"
+    if torch.cuda.is_available():
         if index >= torch.cuda.device_count() or not (have := torch.cuda.get_arch_list()):
             return ""
         capability = torch.cuda.get_device_capability(index)
@@ -158,15 +162,11 @@ def cuda_problem(index: int) -> str:
         card = f"{torch.cuda.get_device_name(index)}, of compute capability {capability[0]}.{capability[1]}"
         better = other if capability < (7, 5) else "a newer torch may have them"
         return f"{torch_version} has no kernels for {card}; {better}"
-    if driver and not needs:
-        return f"there is an NVIDIA driver, but {torch_version} is built without CUDA; install a build with it"
-    if driver and driver[0] < int(needs.split(".")[0]):
+    if driver[0] < int(needs.split(".")[0]):
         better = f", or {other}" if driver[0] >= 12 else ""
         knows = f"the NVIDIA driver knows CUDA up to {driver[0]}.{driver[1]}"
         return f"{knows}, and {torch_version} needs {needs}; update the driver{better}"
-    if driver:
-        return "there is an NVIDIA driver, but no card that CUDA can see: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-    return ""
+    return "there is an NVIDIA driver, but no card that CUDA can see: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
