@@ -185,11 +185,13 @@ def cached_validation_set() -> Path:
             raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
         return CACHE
     try:
+        with urlopen(URL, timeout=30) as reply:
+            data = reply.read()
+        if hashlib.sha256(data).hexdigest() != SHA256:
+            raise Unavailable(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
         CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with urlopen(URL, timeout=30) as reply, atomic_file(CACHE) as file:
-            file.write(data := reply.read())
-            if hashlib.sha256(data).hexdigest() != SHA256:
-                raise Unavailable(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
+        with atomic_file(CACHE) as file:
+            file.write(data)
     except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
         raise Unavailable(f"can't fetch {URL} or can't write {CACHE} ({error}); give the file with --data") from error
     return CACHE
