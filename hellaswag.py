@@ -142,10 +142,12 @@ def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> li
     examples = []
     for line, record in read_jsonl(file):
         where = f"{file} line {line}"
-        with user_error(f"{where}: not a record of {task}", ValueError, TypeError, AttributeError, LookupError):
+        try:
             if not isinstance(record, dict):
                 raise ValueError("it is no JSON object")
             examples.append({"where": where, "line": line, **READERS[task](record)})
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise UserError(f"{where}: not a record of {task}: {error}") from error
     if not examples:
         raise UserError(f"{file} has no examples")
     if 0 < limit < len(examples):
