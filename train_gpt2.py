@@ -289,7 +289,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
         """A model of the hub ("gpt2" ... "gpt2-xl"), a directory, a run or a checkpoint, cropped to `block_size`."""
-        from extras.checkpoints import load_any
+        from extras.pretrained import load_any
         return cls.of(*load_any(name_or_dir, block_size))
 
     from_checkpoint = from_pretrained
@@ -548,7 +548,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run."""
     groups = optimizer.state_dict()["param_groups"]
     try:
-        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
+        if str([group["params"] for group in saved["param_groups"]]) != str([group["params"] for group in groups]):
             raise ValueError("their groups differ")
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         optional("extras.checks").check_moments(optimizer)
@@ -686,7 +686,7 @@ def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
         return Ranks(rank, W, claim_device(device, local_rank, W, local_W))
     limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
     store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    store = optional("extras.elastic").store_of_this_start(store, rank, W, limit.total_seconds()) or store
+    store = optional("extras.agree").store_of_this_start(store, rank, W, limit.total_seconds()) or store
     with all_or_none(store, rank, W):
         check()
         mine = claim_device(device, local_rank, W, local_W)
@@ -776,7 +776,7 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: b
         return B
     most = min(64, max(1, 4096 // T))  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
-        most = optional("extras.fit").estimate(config, shape, ranks, compiled, dtype) or 16
+        most = optional("extras.hardware").estimate_micro_batch(config, shape, ranks, compiled, dtype) or 16
     most, sequences = int(all_reduce(torch.tensor(float(most)), ranks, "MIN")), config.total_batch_size // T // W
     return max(B for B in range(1, most + 1) if sequences % B == 0)
 
@@ -1010,8 +1010,8 @@ class Run:
         self.tokenizer, self.hella_rows = load_texts(config, name, ranks)
         self.intervals = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
         self.intervals |= ({} if self.tokenizer else {"samples": 0}) | ({} if self.hella_rows else {"hella": 0})
-        if self.compiled or self.device.type != "cpu":  # extras/fit.py tries it, and halves what doesn't fit
-            self.micro_batch = optional("extras.fit").fit_micro_batch(self, any_rank) or self.micro_batch
+        if self.compiled or self.device.type != "cpu":  # extras/hardware.py tries it, and halves what doesn't fit
+            self.micro_batch = optional("extras.hardware").fit_micro_batch(self, any_rank) or self.micro_batch
         if ranks.world_size > 1:
             self.sort_buckets()
 
@@ -1048,7 +1048,7 @@ class Run:
 def make_model(config: Config, n_tokens: int) -> GPT:
     """The model a run begins with: that of --init_from, or random weights from the seed, the same on every device."""
     if config.init_from:
-        from extras.checkpoints import load_any
+        from extras.pretrained import load_any
         return GPT.of(*load_any(config.init_from))
     sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
     torch.manual_seed(config.seed)
