@@ -685,8 +685,7 @@ def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
         check()
         return Ranks(rank, W, claim_device(device, local_rank, W, local_W))
     limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
-    store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    store = optional("extras.agree").store_of_this_start(store, rank, W, limit.total_seconds()) or store
+    store = optional("extras.agree").meet(rank, W, limit) or next(dist.rendezvous("env://", timeout=limit))[0]
     with all_or_none(store, rank, W):
         check()
         mine = claim_device(device, local_rank, W, local_W)

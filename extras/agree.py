@@ -14,6 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -71,11 +72,29 @@ def prepare_process() -> None:
             os._exit(137)
 
 
-def store_of_this_start(store, rank: int, world_size: int, seconds: float):
-    """The store as the ranks of this start alone see it; the store itself unless torchrun may restart them."""
-    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+def meet(rank: int, world_size: int, limit: timedelta):
+    """The store of this start's ranks, when all have come. LocalError that names those who have not within `limit`."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has the store, and ends all ranks if one of them dies
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+            return store
+        return dist.PrefixStore(name_this_start(store, rank, world_size, limit.total_seconds()), store)
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not (host and port.isdecimal() and int(port) < 2**16):
+        raise LocalError(f"MASTER_ADDR {host!r} and MASTER_PORT {port!r} are no address; let torchrun set them")
+    store, keys = None, [f"came{other}" for other in range(world_size)]
+    options = {"wait_for_workers": False, "multi_tenant": True, "use_libuv": os.environ.get("USE_LIBUV", "1") == "1"}
+    try:
+        store = dist.TCPStore(host, int(port), world_size, rank == 0, limit, **options)
+        store.set(keys[rank], "")
+        store.wait(keys, limit + timedelta(seconds=2 * (rank == 0)))  # rank 0 has the store: it goes last
         return store
-    return dist.PrefixStore(name_this_start(store, rank, world_size, seconds), store)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        missing = []
+        with contextlib.suppress(RuntimeError):
+            missing = [str(other) for other, key in enumerate(keys) if store and not store.check([key])]
+        late = f"rank {rank} waited {limit.total_seconds():.0f} s for rank {', '.join(missing) or 0}"  # 0 has the store
+        raise LocalError(f"{late}; see what the others say, or start them all by torchrun") from error
 
 
 def name_this_start(store, rank: int, world_size: int, seconds: float) -> str:

@@ -49,8 +49,6 @@ def find_device(name: str, ranks: int = 1, on_this_node: int = 1) -> torch.devic
     here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     with user_error(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N", RuntimeError):
         device = here if name == "auto" else torch.device(name)
-    if ranks > 1 and (device.type == "mps" or device.index is not None):
-        raise UserError(f"--device {device} is one device, and there are {ranks} ranks; use --device cuda or cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if name == "auto" or device.type == "cuda":
         problem = cuda_problem(local_rank if device.index is None else device.index)
@@ -62,6 +60,8 @@ def find_device(name: str, ranks: int = 1, on_this_node: int = 1) -> torch.devic
     if device.type != "cpu" and max(device.index or 0, on_this_node - 1) >= count:
         each = f" for {on_this_node} ranks" if on_this_node > 1 else ""
         raise UserError(f"--device {name}: there is none here{each}; {device.type} devices: {count}; auto is {here}")
+    if ranks > 1 and (device.type == "mps" or device.index is not None):
+        raise UserError(f"--device {device} is one device, and there are {ranks} ranks; use --device cuda or cpu")
     if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
         raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
     return device
