@@ -198,7 +198,8 @@ class CausalSelfAttention(nn.Module):
             cache[0, :, :, start : start + T], cache[1, :, :, start : start + T] = k, v
             k, v = cache[:, :, :, : start + T]
         # is_causal puts the triangle in the top left corner: right for whole sequences; a later token sees them all
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and start == 0)
+        is_causal = True if mask is None and start == 0 else False  # noqa: SIM210 - a bool also where T is symbolic
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
