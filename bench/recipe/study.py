@@ -9,9 +9,8 @@ How many tokens --recipe fast saves: both recipes tuned alike, then held against
 Learning rates fall to their end with a run's last step, so a run cut short says nothing: what counts is where whole
 runs of different lengths end. The stages, for each size:
 
-    grid      max_lr of gpt2 and the rates of fast, equally many of each: gpt2 at N steps, fast at N / 1.8
-    levers    each alone and together, N steps, three seeds of each
-    lengths   gpt2 at N steps; fast at N / 1.8, N / 2.4 and N / 3.2: three seeds of each
+    grid      max_lr of gpt2 and the rates of fast, equally many of each: gpt2 at N steps, fast at its greatest length
+    lengths   gpt2 at N steps; fast at N / 1.8, N / 2.4 and N / 3.2 (--lengths): three seeds of each
     clock     steps of both by turns, in one process
 
 The answer is N over the length at which fast would end where gpt2 ends: interpolated between its lengths. Every trial
@@ -48,10 +47,14 @@ SIZES = {  # the model, the batch, and the middle of the grids: max_lr of gpt2, 
     "tiny": (SMALL | {"n_layer": 2, "n_head": 1, "n_embd": 32, "total_batch_size": 2048}, 6e-3, 1e-2),
     "0.6M": (SMALL | {"n_layer": 3, "n_head": 2, "n_embd": 128}, 3e-3, 2e-2),
     "3M": (SMALL | {"n_layer": 7, "n_head": 3, "n_embd": 192}, 2e-3, 1.4e-2),
+    "8M": (
+        SMALL
+        | {"n_layer": 10, "n_head": 4, "n_embd": 256, "total_batch_size": 2048, "val_tokens": 32768, "val_every": 100},
+        7e-4,
+        1.4e-2,
+    ),
     "124M": ({"model": "gpt2", "val_tokens": 2**21}, 1.2e-3, 3.6e-3),  # on a GPU
 }
-FACTORS = (0.25, 0.5, 1.0, 2.0)  # of the middle, on both sides
-LENGTHS = (1.8, 2.4, 3.2)  # times fewer steps than gpt2; of the first, the rates of fast are tuned
 
 
 @dataclass
@@ -60,7 +63,9 @@ class Config:
     out: str = "log/recipe"  # run directories, report.md and curves.png go here
     sizes: list[str] = field(default_factory=lambda: ["0.6M"])  # of the names above
     steps: int = 300  # N, of the gpt2 recipe
-    seeds: int = 3  # of each length and lever
+    factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)  # of the middle of the grids, on both sides
+    lengths: tuple[float, ...] = (1.8, 2.4, 3.2)  # times fewer steps than gpt2; of the first, fast's rates are tuned
+    seeds: int = 3  # of each length
     workers: int = 2  # trials at a time, one thread each
     device: str = "cpu"  # cpu, or cuda with --workers 1
     picture: str = ""  # the last size's picture goes there, too
@@ -163,10 +168,10 @@ def carry_out_all(trials: Iterable[Trial], config: Config) -> None:
 def grids(size: str, config: Config) -> tuple[list[Trial], list[Trial]]:
     """Of gpt2 and of fast, as many trials on both sides."""
     _, max_lr, muon_lr = SIZES[size]
-    short = round(config.steps / LENGTHS[0])
+    short = round(config.steps / config.lengths[0])
     return (
-        [gpt2(size, config.steps, max_lr * factor) for factor in FACTORS],
-        [fast(size, short, muon_lr * factor) for factor in FACTORS],
+        [gpt2(size, config.steps, max_lr * factor) for factor in config.factors],
+        [fast(size, short, muon_lr * factor) for factor in config.factors],
     )
 
 
@@ -182,30 +187,12 @@ def tuned(size: str, config: Config) -> tuple[float, float] | None:
     return (dict(chosen[0].knobs)["max_lr"], dict(chosen[1].knobs)["muon_lr"]) if all(chosen) else None
 
 
-def levers(size: str, config: Config, max_lr: float, muon_lr: float) -> dict[str, list[Trial]]:
-    """Seeds of each lever alone and of all together, as long as gpt2. With Muon the other rates are those of fast."""
-    others = dict(fast(size, 1, muon_lr).knobs)["max_lr"]
-    line, muon = {"schedule": "linear", "min_lr": 0.0}, {"muon_lr": muon_lr}
-    arms = {
-        "a line to zero": (max_lr, "line", line),
-        "a line to zero, twice the rate": (2 * max_lr, "line", line),
-        "Muon": (others, "muon", muon),
-    }
-    seeds = range(1, config.seeds + 1)
-    trials = {
-        name: [gpt2(size, config.steps, lr, arm, seed, **knobs) for seed in seeds]
-        for name, (lr, arm, knobs) in arms.items()
-    }
-    slow = {"gpt2, tuned": [gpt2(size, config.steps, max_lr, seed=seed) for seed in seeds]}
-    return slow | trials | {"Muon, a line to zero: fast": [fast(size, config.steps, muon_lr, seed) for seed in seeds]}
-
-
 def lengths(size: str, config: Config, max_lr: float, muon_lr: float) -> tuple[list[Trial], dict[float, list[Trial]]]:
     """Seeds of gpt2 at N steps; how many times fewer -> seeds of fast."""
     seeds = range(1, config.seeds + 1)
     return (
         [gpt2(size, config.steps, max_lr, seed=seed) for seed in seeds],
-        {times: [fast(size, round(config.steps / times), muon_lr, seed) for seed in seeds] for times in LENGTHS},
+        {times: [fast(size, round(config.steps / times), muon_lr, seed) for seed in seeds] for times in config.lengths},
     )
 
 
@@ -275,10 +262,6 @@ def report(size: str, config: Config) -> list[str]:
     rates = tuned(size, config)
     if rates is None:
         return [*text, ""]
-    steps = [
-        (name, spread([trial.loss(config) for trial in trials]))
-        for name, trials in levers(size, config, *rates).items()
-    ]
     slow, quick = lengths(size, config, *rates)
     target = [trial.loss(config) for trial in slow]
     ends = {times: [trial.loss(config) for trial in trials] for times, trials in quick.items()}
@@ -287,8 +270,7 @@ def report(size: str, config: Config) -> list[str]:
     for times, losses in ends.items():
         below = "yes" if max(losses) < min(target) else "no"
         rows.append((f"fast, {times} times fewer", quick[times][0].steps, spread(losses), below))
-    head = (f"levers: {config.steps} steps, {config.seeds} seeds", "validation loss: mean (lowest to highest)")
-    text += table(head, *steps) + table(*rows)
+    text += table(*rows)
     if all(map(math.isfinite, chain(target, *ends.values()))):
         of_mean, sign = times_fewer(statistics.mean(target), {t: statistics.mean(v) for t, v in ends.items()})
         each = [times_fewer(one, {t: v[i] for t, v in ends.items()})[0] for i, one in enumerate(target)]
@@ -353,9 +335,7 @@ def main(config: Config) -> None:
             slow, quick = lengths(size, config, *rates)
             carry_out_all(chain(slow, *quick.values()), config)
             step_seconds(size, config, *rates)
-            tell(config)
-            carry_out_all(chain(*zip(*levers(size, config, *rates).values())), config)  # seed by seed
-    tell(config)
+        tell(config)
 
 
 if __name__ == "__main__":
