@@ -549,11 +549,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run."""
     groups = optimizer.state_dict()["param_groups"]
     try:
-        if str([group["params"] for group in saved["param_groups"]]) != str([group["params"] for group in groups]):
+        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
             raise ValueError("their groups differ")
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         optional("extras.checks").check_moments(optimizer)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"
         raise UserError(other) from error
 
