@@ -191,7 +191,7 @@ def check_log(config) -> None:
     if list(Path(config.log_dir).glob("ckpt_*.pt")):
         return
     text = Path(config.log_dir, "log.txt").read_text(encoding="utf-8", errors="replace")
-    done = max(map(int, re.findall(r"^(\d+) train ", text, re.M)), default=0)  # the first save ends before the second
+    done = max(map(int, re.findall(r"^(\d{1,15}) train ", text, re.M)), default=0)  # the first save ends before the second
     if text and (not text.startswith("# config {") or done > 2 * config.save_every > 0):
         there = f"{config.log_dir} has a log.txt but no checkpoint to resume from"
         raise UserError(f"{there}; choose another --log_dir")
