@@ -450,3 +450,8 @@ def test_destroyed_weights_do_not_push_good_checkpoints_out(saved, tmp_path):
         train_gpt2.main(replace(config, resume=True, max_lr=1e30, min_lr=0.0))
     assert saved_steps(tmp_path / "log")[-1] == 2 and len(saved_steps(tmp_path / "log")) <= 2
     train_gpt2.main(replace(config, resume=True, resume_from=str(tmp_path / "log" / "ckpt_000002.pt"), max_steps=8))
+
+
+def test_a_step_of_thousands_of_digits_is_no_step(tmp_path):
+    (tmp_path / "log.txt").write_text("# config {}\n" + "9" * 5000 + " train 5.0\n")
+    assert resume(tmp_path)[0] is None
