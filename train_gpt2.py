@@ -923,7 +923,8 @@ class Saver:
 
     def save(self, state: dict) -> None:
         """Copy `state` to memory and write it, after the log: a resumed run does not log again what came before."""
-        self.wait()
+        if not self.wait():
+            self.log.comment("unsaved", {"before": state["step"]})  # why there may be a log and no checkpoint
         self.failed = self.writes and not self.log.flush(to_disk=True)
         if self.writes and not self.failed:
             torch.save(state, data := io.BytesIO())

@@ -187,12 +187,16 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_log(config) -> None:
-    """UserError for a log.txt without checkpoints, unless it is a run's of ours that died before its first save."""
+    """UserError for a log.txt without checkpoints, unless it is a run's of ours that died before its first save.
+
+    That may have failed, on a full disk: then the log says "unsaved".
+    """
     if list(Path(config.log_dir).glob("ckpt_*.pt")):
         return
     text = Path(config.log_dir, "log.txt").read_text(encoding="utf-8", errors="replace")
-    done = max(map(int, re.findall(r"^(\d{1,15}) train ", text, re.M)), default=0)  # the first save ends before the second
-    if text and (not text.startswith("# config {") or done > 2 * config.save_every > 0):
+    done = max(map(int, re.findall(r"^(\d{1,15}) train ", text, re.M)), default=0)
+    lost = done > 2 * config.save_every > 0 and "\n# unsaved " not in text  # the first save ends before the second
+    if text and (lost or not text.startswith("# config {")):
         there = f"{config.log_dir} has a log.txt but no checkpoint to resume from"
         raise UserError(f"{there}; choose another --log_dir")
 

@@ -455,3 +455,21 @@ def test_destroyed_weights_do_not_push_good_checkpoints_out(saved, tmp_path):
 def test_a_step_of_thousands_of_digits_is_no_step(tmp_path):
     (tmp_path / "log.txt").write_text("# config {}\n" + "9" * 5000 + " train 5.0\n")
     assert resume(tmp_path)[0] is None
+
+
+def test_a_run_whose_first_saves_failed_begins_again(saved, tmp_path, monkeypatch):
+    """The disk was full; the user made room and does what the message says."""
+    config = tiny_config(saved[0], tmp_path / "log", max_steps=7, val_every=0, save_every=2)
+    with monkeypatch.context() as full:
+        full.setattr(train_gpt2.os, "replace", lambda *_: exec("raise OSError(28, 'No space left on device')"))
+        with pytest.raises(USER_ERRORS, match="step 7, could not be saved; make room and --resume"):
+            train_gpt2.main(config)
+    assert not saved_steps(tmp_path / "log")
+    train_gpt2.main(replace(config, resume=True))
+    assert saved_steps(tmp_path / "log") == [7, 6]
+    for step in (7, 6):
+        train_gpt2.checkpoint_path(tmp_path / "log", step).unlink()
+    text = (tmp_path / "log/log.txt").read_text()
+    (tmp_path / "log/log.txt").write_text(text.replace("# unsaved ", "# "))
+    with pytest.raises(USER_ERRORS, match=r"has a log\.txt but no checkpoint"):  # they were there, and are gone
+        train_gpt2.main(replace(config, resume=True))
