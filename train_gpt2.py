@@ -547,11 +547,11 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run."""
-    groups = optimizer.state_dict()["param_groups"]
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
-        if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
-            raise ValueError("their groups differ")
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        optimizer.load_state_dict(saved)
+        for group, values in zip(optimizer.param_groups, settings):
+            group.update(values)
         optional("extras.checks").check_moments(optimizer)
     except torch.OutOfMemoryError:
         raise
