@@ -28,7 +28,6 @@ before it to the end-of-text after it, else 0. Only those tokens are training ta
 
 import contextlib
 import hashlib
-import io
 import itertools
 import os
 import random
@@ -44,19 +43,19 @@ from typing import Literal
 import numpy as np
 
 from extras import manifest as schema
-from extras import sources
 from extras.cli import UserError, run
 from extras.files import atomic_file, exclusive
 from extras.manifest import Cursor, Manifest, Shard, manifest_name, parse_part, read_manifest, write_manifest
 from extras.python_docs import PYTHON_DOCS, docs_source
 from extras.readers import Chunk, chunks_of
-from extras.sources import Fetcher, Source, SourceFile
+from extras.sources import Fetcher, Source, SourceFile, hub_source, is_compressed, local_source, utf8
 from extras.tokenize_workers import Tokens, count, pick_backend, tokenize_all, tokenize_chunk
 from extras.tokenizer import load_tokenizer
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 TOKENS_PER_BYTE = {"parquet": 0.35, "jsonl": 0.22, "txt": 0.22}  # GPT-2's, as in FineWeb-Edu, in English
 COMPRESSION = 3  # text bytes per byte of .gz or .zst, about
+PAST_THE_END = "manifest.json continues past the end of the source (cursor); choose another --out"
 HEADER_BYTES = 1024  # of a .bin file of llm.c or modded-nanogpt: 256 int32, of which three count
 
 
@@ -110,24 +109,24 @@ def check(config: Config) -> None:
 class Plan:
     """blocks: lists of (index, file, start in the source's bytes) whose chunks are shuffled together, if at all.
 
-    The first `val_files` files are the val split, in part 1. Of the others, part i of n takes the chunks that begin in
+    The first `val_blocks` blocks are --val_input, in part 1. Of the others, part i of n takes the chunks that begin in
     the i-th n-th of the bytes.
     """
 
     def __init__(self, val: Source | None, source: Source, settings: schema.Settings):
         self.settings, (self.part, self.parts) = settings, parse_part(settings.part)
-        self.starts = list(itertools.accumulate((file.weight for file in source.files), initial=0))
-        low, high = (self.starts[-1] * part for part in (self.part, self.part + 1))
-        mine = [
-            (index, file, start)
-            for index, (file, start) in enumerate(zip(source.files, self.starts))
-            if start * self.parts < high and (start + file.weight) * self.parts > low
-        ]
+        starts = list(itertools.accumulate((file.weight for file in source.files), initial=0))
+        self.bytes = starts[-1]
+        places = zip(itertools.count(), source.files, starts)
+        mine = [p for p in places if self.part_of(p[2]) <= self.part <= self.part_of(p[2] + p[1].weight - 1)]
         self.blocks = [[(None, file, 0)] for file in val.files] if val and self.part == 0 else []
         self.val_blocks = len(self.blocks)
         self.blocks += [[place] for place in mine] if settings.shuffle is None else [mine] if mine else []
         self.done = list(itertools.accumulate(map(len, self.blocks), initial=0))  # files before each block
         self.files = [file for block in self.blocks for _, file, _ in block]  # in the order of use
+
+    def part_of(self, byte: int) -> int:
+        return byte * self.parts // self.bytes
 
     def chunks(self, block: int, paths: list[Path]) -> list[Chunk]:
         """The chunks of a block in the order of the stream."""
@@ -135,8 +134,7 @@ class Plan:
         for (index, file, start), path in zip(self.blocks[block], paths):
             of_file = chunks_of(file, path, self.settings.text_column)
             for number, chunk in enumerate(of_file):
-                place = start * len(of_file) + file.weight * number
-                if index is None or place * self.parts // (self.starts[-1] * len(of_file)) == self.part:
+                if index is None or self.part_of(start + file.weight * number // len(of_file)) == self.part:
                     chunks.append(chunk if seed is None else chunk._replace(order=f"{seed} {index} {number}"))
         if seed is not None:
             random.Random(f"units {seed}").shuffle(chunks)  # "units": so that old sets can still be resumed
@@ -181,14 +179,13 @@ class ShardWriter:
         """Write the shard and record it. cursor: where the next one begins."""
         start, _, skipped = self.pieces[0]
         pieces, path = [tokens for _, tokens, _ in self.pieces], self.out / self.manifest.name_of(self.index)
-        mask_sha256 = None
-        if pieces[0].targets is not None:  # the mask first, so that no shard is ever without it
-            mask_sha256 = write_array(path.with_suffix(".mask.npy"), "|u1", [piece.targets for piece in pieces])
-        sha256 = write_array(path, "<u2", [piece.ids for piece in pieces])
         counts = [count(piece.ids, piece.targets, self.manifest.tokenizer.name) for piece in pieces]
+        documents, text_bytes = map(sum, zip(*counts))
         shard = {"name": path.name, "split": self.manifest.split_of(self.index), "tokens": self.length}
-        shard |= {"documents": sum(n for n, _ in counts), "bytes": sum(n for _, n in counts)}
-        shard |= {"skipped_before": skipped, "sha256": sha256, "mask_sha256": mask_sha256}
+        shard |= {"documents": documents, "bytes": text_bytes, "skipped_before": skipped}
+        if pieces[0].targets is not None:  # the mask first, so that no shard is ever without it
+            shard["mask_sha256"] = write_array(path.with_suffix(".mask.npy"), [piece.targets for piece in pieces])
+        shard["sha256"] = write_array(path, [piece.ids for piece in pieces])
         self.pieces, self.length = [], 0
         record(self.out, self.manifest, cursor, complete, start, Shard(**shard))
 
@@ -219,27 +216,21 @@ def record(out: Path, manifest: Manifest, cursor: Cursor, complete: bool, start:
     write_manifest(out / manifest_name(manifest.part), manifest)
 
 
-def write_array(path: Path, dtype: str, arrays: list[np.ndarray]) -> str:
+def write_array(path: Path, arrays: list[np.ndarray]) -> str:
     """Write the arrays as one 1-D .npy file, as np.save would; its sha256."""
-    header, shape = io.BytesIO(), (sum(map(len, arrays)),)
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return write_blocks(path, [header.getvalue(), *(array.astype(dtype, copy=False).data for array in arrays)])
-
-
-def write_blocks(path: Path, blocks: list) -> str:
-    digest = hashlib.sha256()
+    header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (sum(map(len, arrays)),)}
     with atomic_file(path) as file:
-        for data in blocks:
-            file.write(data)
-            digest.update(data)
-    return digest.hexdigest()
+        np.lib.format.write_array_header_1_0(file, header)
+        file.writelines(arrays)
+    return sha256_of(path)
 
 
-def is_damaged(path: Path, sha256: str) -> bool:
+def sha256_of(path: Path) -> str | None:
+    """None if there is no such file."""
     if not path.is_file():
-        return True
+        return None
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() != sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,7 +247,7 @@ def begin(config: Config, val: Source | None, source: Source) -> Manifest:
 
 def settings_of(config: Config) -> schema.Settings:
     values = {name: getattr(config, name) for name in schema.Settings.model_fields}
-    values |= {name: list(map(sources.utf8, getattr(config, name))) for name in ("input", "val_input")}
+    values |= {name: list(map(utf8, getattr(config, name))) for name in ("input", "val_input")}
     return schema.Settings(**values | ({"dataset": None} if config.input else {"input": None}))
 
 
@@ -264,13 +255,12 @@ def val_size_of(config: Config, files: list[SourceFile]) -> int:
     """Tokens in the val split: a shard of FineWeb-Edu, a twentieth of anything else, and never all there are."""
     if config.val_size is not None:
         return config.val_size
-    limit, is_fineweb = config.max_tokens or sys.maxsize, config.dataset.startswith(FINEWEB_EDU.partition(":")[0])
-    # a guess from the files' sizes alone, so that it is the same whenever it is made
-    sizes = ((f.kind, f.size * (COMPRESSION if sources.is_compressed(f.name) else 1)) for f in files)
-    tokens = sum(size * TOKENS_PER_BYTE[kind] for kind, size in sizes)
-    tokens = int(tokens if config.tokenizer == "gpt2" else tokens / TOKENS_PER_BYTE["txt"])
-    size = config.shard_size
-    if config.input or not is_fineweb:
+    size, limit = config.shard_size, config.max_tokens or sys.maxsize
+    if config.input or not config.dataset.startswith(FINEWEB_EDU.partition(":")[0]):
+        # a guess from the files' sizes alone, so that it is the same whenever it is made
+        sizes = ((f.kind, f.size * (COMPRESSION if is_compressed(f.name) else 1)) for f in files)
+        tokens = sum(size * TOKENS_PER_BYTE[kind] for kind, size in sizes)
+        tokens = int(tokens if config.tokenizer == "gpt2" else tokens / TOKENS_PER_BYTE["txt"])
         size = min(size, min(tokens, limit) // 20)
     return max(1, size if size < limit else limit // 20)
 
@@ -286,7 +276,7 @@ def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
         for name, sha256 in shard.files:
             path = out / name
             is_older = path.is_file() and path.stat().st_mtime_ns < written  # checksums take long: trust the times
-            if not is_older and is_damaged(path, sha256):
+            if not is_older and sha256_of(path) != sha256:
                 print(f"{path} is missing or damaged: going on from there")
                 before = {"shards": manifest.shards[:number], "starts": manifest.starts[:number], "complete": False}
                 before |= {"cursor": manifest.starts[number], "skipped": shard.skipped_before}
@@ -296,14 +286,14 @@ def resumed(manifest: Manifest, config: Config, out: Path) -> Manifest:
 
 def open_sources(config: Config, manifest: Manifest | None, out: Path) -> tuple[Source | None, Source]:
     """(--val_input, everything else). Raises UserError if they are not those of the manifest that is resumed."""
-    val = sources.local_source(config.val_input, "--val_input") if config.val_input else None
+    val = local_source(config.val_input, "--val_input") if config.val_input else None
     if config.input:
-        source = sources.local_source(config.input)
+        source = local_source(config.input)
     elif config.dataset == PYTHON_DOCS:
         source = docs_source()
     else:
         enough = config.max_tokens and 2**20 + 16 * config.max_tokens  # bytes; an English token has 4.6
-        source = sources.hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
+        source = hub_source(config.dataset, config.revision, manifest and manifest.source, enough)
     if source.record.is_tokens:
         for name in ("val_input", "format", "shuffle", "part", "shard_size", "val_size", "tokenizer"):
             if getattr(config, name) != getattr(Config(), name):
@@ -408,17 +398,18 @@ def join_parts(out: Path, part: tuple[int, int]) -> None:
 
 
 def summary(manifest: Manifest) -> str:
-    shards = manifest.shards
-    tokens = {split: sum(shard.tokens for shard in shards if shard.split == split) for split in ("train", "val")}
-    documents = sum(shard.documents for shard in shards)
-    return f"{documents:,} documents, {len(shards)} shards, {tokens['train']:,} train and {tokens['val']:,} val tokens"
+    tokens, documents = {"train": 0, "val": 0}, sum(shard.documents for shard in manifest.shards)
+    for shard in manifest.shards:
+        tokens[shard.split] += shard.tokens
+    what = f"{documents:,} documents, {len(manifest.shards)} shards"
+    return f"{what}, {tokens['train']:,} train and {tokens['val']:,} val tokens"
 
 
 def remark(manifest: Manifest, files: int) -> None:
     """Print what may surprise about a set: left out documents, a short shard, a val split unlike the rest."""
+    shards, size, is_shuffled = manifest.shards, manifest.settings.shard_size, manifest.settings.shuffle is not None
     if manifest.skipped:
         print(f"{manifest.skipped} documents could not be read and were left out")
-    shards, size, is_shuffled = manifest.shards, manifest.settings.shard_size, manifest.settings.shuffle is not None
     if shards and (last := shards[-1].tokens) < size:
         print(f"The last shard is short ({last:,} of {size:,} tokens): expected, no failure.")
     if manifest.val_size and manifest.part[0] == 0 and len(shards) > 1:
@@ -435,10 +426,8 @@ def fetch_shards(config: Config, files: list[SourceFile], manifest: Manifest, ou
     """Fetch a dataset of .bin files, which are shards as they are: each is checked, moved to `out` and recorded."""
     import tqdm
 
-    def train_tokens(file):
-        return (file.size - HEADER_BYTES) // 2 if "_train_" in file.name else 0
-
-    before = itertools.accumulate(map(train_tokens, files), initial=0)  # val files, which come first, count nothing
+    sizes = ((file.size - HEADER_BYTES) // 2 if "_train_" in file.name else 0 for file in files)
+    before = itertools.accumulate(sizes, initial=0)  # val files, which come first, count nothing
     files = [file for file, tokens in zip(files, before) if tokens < (config.max_tokens or sys.maxsize)]
     first = manifest.cursor.block
     fetcher = Fetcher(files, first, downloads, config.keep_downloads)
@@ -447,9 +436,11 @@ def fetch_shards(config: Config, files: list[SourceFile], manifest: Manifest, ou
         data = path.read_bytes()
         path.unlink()  # if it is damaged, it is fetched again next time
         ids = ids_of_bin(name, data)
+        with atomic_file(out / name) as file:
+            file.write(data)
         documents, text_bytes = count(ids, None, "gpt2")
         shard = {"name": name, "split": "train" if "_train_" in name else "val", "tokens": len(ids)}
-        shard |= {"documents": documents, "bytes": text_bytes, "sha256": write_blocks(out / name, [data])}
+        shard |= {"documents": documents, "bytes": text_bytes, "sha256": hashlib.sha256(data).hexdigest()}
         record(out, manifest, Cursor(number + 1, 0, 0), False, Cursor(number, 0, 0), Shard(**shard))
         fetcher.release(number + 1)
     shutil.rmtree(downloads, ignore_errors=True)
@@ -480,22 +471,18 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
     writer = ShardWriter(out, manifest, plan.val_blocks)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = cores if config.workers is None else config.workers
-    backend, chunks = pick_backend(config.backend, config.tokenizer), planned_chunks(plan, first, fetcher, out)
-    stream = tokenize_all(chunks, manifest.settings, backend, workers)
+    backend = pick_backend(config.backend, config.tokenizer)
+    stream = tokenize_all(planned_chunks(plan, first, fetcher), manifest.settings, backend, workers)
     bytes_total = sum(file.weight for file in plan.files) / manifest.part[1]
     tokens_seen = bytes_seen = 0
-    look = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
     seconds = 0.5 if sys.stderr.isatty() else 30  # a log file is not a screen
-    bar = tqdm.tqdm(initial=writer.total, mininterval=seconds, **look)
+    bar = tqdm.tqdm(initial=writer.total, mininterval=seconds, unit="tok", unit_scale=True, dynamic_ncols=True)
     with contextlib.closing(stream), bar:
-        for (block, number, chunk), tokens in stream:
-            skip = first.token if (block, number) == first[:2] else 0
-            if skip >= max(1, len(tokens.ids)):
-                raise past_the_end(out)
-            shards = len(manifest.shards)
-            writer.write(Cursor(block, number, skip), tokens, manifest.skipped, skip + limit - writer.total)
-            if len(manifest.shards) > shards:
-                fetcher.release(plan.done[manifest.cursor.block])
+        for cursor, chunk, tokens in stream:
+            if cursor.token >= max(1, len(tokens.ids)):
+                raise UserError(PAST_THE_END)
+            writer.write(cursor, tokens, manifest.skipped, cursor.token + limit - writer.total)
+            fetcher.release(plan.done[manifest.cursor.block])
             manifest.skipped += tokens.skipped
             tokens_seen += chunk.tokens if chunk.tokens and config.tokenizer == "gpt2" else len(tokens.ids)
             bytes_seen += chunk.source_bytes
@@ -510,21 +497,17 @@ def write_shards(config: Config, plan: Plan, manifest: Manifest, out: Path, down
         bar.total = bar.n
 
 
-def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher, out: Path) -> Iterator:
-    """((block, number, chunk), chunk) of every chunk from `first` on; files are fetched as they are needed."""
+def planned_chunks(plan: Plan, first: Cursor, fetcher: Fetcher) -> Iterator[tuple[Cursor, Chunk]]:
+    """Every chunk, and where in it to begin, from `first` on; files are fetched as they are needed."""
     if first.block >= len(plan.blocks) and first != (0, 0, 0):
-        raise past_the_end(out)
+        raise UserError(PAST_THE_END)
     for block in range(first.block, len(plan.blocks)):
         chunks = plan.chunks(block, [fetcher.get(number) for number in range(plan.done[block], plan.done[block + 1])])
-        begin = first.chunk if block == first.block else 0
-        if begin >= max(1, len(chunks)):
-            raise past_the_end(out)
-        for number in range(begin, len(chunks)):
-            yield (block, number, chunks[number]), chunks[number]
-
-
-def past_the_end(out: Path) -> UserError:
-    return UserError(f"the manifest in {out} continues past the end of the source (cursor); choose another --out")
+        begin = first if block == first.block else Cursor(block, 0, 0)
+        if begin.chunk >= max(1, len(chunks)):
+            raise UserError(PAST_THE_END)
+        for number in range(begin.chunk, len(chunks)):
+            yield begin if number == begin.chunk else Cursor(block, number, 0), chunks[number]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -537,7 +520,7 @@ def verify(out: Path, config: Config) -> None:
     if manifest is None:
         raise UserError(f"{out} has no manifest.json to verify the shards against; choose another --out")
     files = [file for shard in manifest.shards for file in shard.files]
-    damaged = [name for name, sha256 in files if is_damaged(out / name, sha256)]
+    damaged = [name for name, sha256 in files if sha256_of(out / name) != sha256]
     if damaged:
         names = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         what = f"{len(damaged)} of {len(files)} shards in {out} are missing or damaged: {names}"

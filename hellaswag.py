@@ -57,11 +57,10 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from extras.checkpoints import load_any
-from extras.cli import UserError, run
+from extras.cli import UserError, run, user_error
 from extras.files import atomic_file
 from extras.hardware import find_device
-from extras.pretrained import to_transformers
+from extras.pretrained import load_any, to_transformers
 from extras.tokenizer import printable, tokenizer_for
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -93,8 +92,7 @@ def main(config: Config) -> None:
     if config.compare:
         print(compare(config.compare))
         return
-    out = Path(config.out)
-    if config.out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+    if config.out and (os.path.isdir(config.out) or not os.access(Path(config.out).absolute().parent, os.W_OK)):
         raise UserError(f"can't write --out {config.out}: it needs a directory that is there and may be written to")
     if config.show < 0:
         raise UserError(f"--show is {config.show}; it must be at least 0")
@@ -111,7 +109,11 @@ def main(config: Config) -> None:
     scores = method(features, head, rows, device, autocast=autocast, progress=True)
     for example, row, found in list(zip(examples, rows, scores))[: config.show]:
         print(printable(shown(example, row, found)))
-    print(report(summarize(tally(rows, scores)), config.task, config.style), flush=True)
+    result = summarize(tally(rows, scores))
+    normed = f"acc_norm {result['acc_norm']:.4f} ± {result['stderr_norm']:.4f}"
+    other = f"perplexity {math.exp(result['nats']):.2f}" if config.task == "lambada" else normed
+    numbers = f"acc {result['acc']:.4f} ± {result['stderr']:.4f}  {other}  n {result['n']}"
+    print(f"{config.task} ({config.style} style): {numbers}", flush=True)
     if config.out:
         write_records(config, rows, scores)
 
@@ -126,11 +128,11 @@ class Unavailable(UserError):
 
 def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> list[dict]:
     """The examples of a .jsonl or .jsonl.gz file, every one checked: ctx, endings, label (an index), line, where, and
-    what lm-eval makes of them, query and choices (empty if the file lacks HellaSwag's activity_label).
+    what lm-eval makes of them, query and choices (query is empty if the file lacks HellaSwag's activity_label).
 
-    Without a path, HellaSwag's validation set, downloaded on first use: let one process call this, and hand the list to
-    the others. limit draws that many, always the same ones, in the file's order. Raises Unavailable if the set is not
-    here and can't be downloaded, UserError with file and line for an example that is not right.
+    Without a path, HellaSwag's validation set, downloaded on first use, by one process at a time. limit draws that
+    many, always the same ones, in the file's order. Raises Unavailable if the set is not here and can't be downloaded,
+    UserError with file and line for an example that is not right.
     """
     if limit < 0:
         raise UserError(f"a limit of {limit} examples makes no sense; 0 scores all of them")
@@ -142,12 +144,10 @@ def load_examples(path: str = "", limit: int = 0, task: str = "hellaswag") -> li
         where = f"{file} line {line}"
         try:
             if not isinstance(record, dict):
-                raise ValueError("is not a JSON object")
+                raise ValueError("it is no JSON object")
             examples.append({"where": where, "line": line, **READERS[task](record)})
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
-        except (TypeError, AttributeError, LookupError) as error:
-            raise UserError(f"{where}: a value of {task}'s records is missing or of another type: {error}") from error
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise UserError(f"{where}: not a record of {task}: {error}") from error
     if not examples:
         raise UserError(f"{file} has no examples")
     if 0 < limit < len(examples):
@@ -172,14 +172,12 @@ def rows_for_training(config, tokenizer, ranks, any_rank, all_or_none) -> list["
 
 def score_run(run, stop, all_reduce) -> dict[str, float] | None:
     """For train_gpt2.py: accuracy by mean loss per token, and its standard error. None if the run is to stop."""
-    counts = evaluate(
-        run.raw_model.features, run.raw_model.head, run.hella_rows, run.device, run.ranks.rank, run.ranks.world_size,
-        should_stop=stop.agreed, autocast=run.autocast,
-    )  # fmt: skip
-    if counts is None:
+    model, ranks = run.raw_model, (run.ranks.rank, run.ranks.world_size)
+    scores = score(model.features, model.head, run.hella_rows, run.device, *ranks, stop.agreed, run.autocast)
+    if scores is None:
         return None
-    scores = summarize(all_reduce(counts, run.ranks))
-    return {"hella": scores["acc_norm"], "hella_se": scores["stderr_norm"]}
+    result = summarize(all_reduce(tally(run.hella_rows, scores), run.ranks))
+    return {"hella": result["acc_norm"], "hella_se": result["stderr_norm"]}
 
 
 def cached_validation_set() -> Path:
@@ -222,8 +220,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def read_hellaswag(record: dict) -> dict:
-    ctx, endings = text_of(record, "ctx"), checked(record.get("endings"))
-    if len(endings) != 4:
+    ctx, endings = text_of(record, "ctx"), record.get("endings")
+    if not isinstance(endings, list) or len(endings) != 4:
         raise ValueError(f"'endings' must be a list of 4 texts, not {json.dumps(endings)[:60]}")
     example = question(ctx, endings, record.get("label")) | {"query": ""}
     if "activity_label" in record:  # a file may have ctx_a and ctx_b only joined: all of that counts as ctx_a
@@ -241,12 +239,12 @@ def read_piqa(record: dict) -> dict:
 
 def read_arc(record: dict) -> dict:
     choices, key = record.get("choices"), record.get("answerKey")
-    if isinstance(record.get("question"), dict):  # the authors' form; the hub's has the stem, and choices as two lists
-        record = {"question": record["question"].get("stem"), "choices": record["question"].get("choices")}
-        choices = {name: [choice[name] for choice in record["choices"]] for name in ("text", "label")}
+    if isinstance(stem := record.get("question"), dict):  # the authors' form; the hub's has choices as two lists
+        record = {"question": stem.get("stem")}
+        choices = {name: [choice[name] for choice in stem["choices"]] for name in ("text", "label")}
     texts, labels = choices["text"], choices["label"]
-    if not isinstance(labels, list) or key not in labels or not 2 <= len(labels) == len(checked(texts)):
-        raise ValueError(f"'choices' must have as many texts as labels, and answerKey {key!r} be one of the labels")
+    if not (isinstance(texts, list) and isinstance(labels, list) and key in labels and 2 <= len(labels) == len(texts)):
+        raise ValueError(f"'choices' must be lists of as many texts as labels, and answerKey {key!r} one of the labels")
     return question(f"Question: {text_of(record, 'question')}\nAnswer:", texts, labels.index(key))
 
 
@@ -262,20 +260,14 @@ def question(ctx: str, endings: list, label) -> dict:
     """One checked example, with one prompt for both styles. Raises ValueError with what is wrong."""
     if not ctx.strip():
         raise ValueError("the context is empty")
-    if isinstance(label, str) and label.isdecimal():  # as the hub has it
-        label = int(label)
-    if type(label) is not int or not 0 <= label < len(checked(endings)):
-        raise ValueError(f"'label' must be one of 0 to {len(endings) - 1}, not {json.dumps(label)}")
-    return {"ctx": ctx, "endings": endings, "label": label, "query": ctx, "choices": endings}
-
-
-def checked(endings) -> list[str]:
-    if not isinstance(endings, list):
-        raise ValueError(f"the endings must be a list of texts, not {json.dumps(endings)[:60]}")
     for i, ending in enumerate(endings):
         if not isinstance(ending, str) or not ending.strip():
             raise ValueError(f"ending {i} is empty: {json.dumps(ending)[:60]}")
-    return endings
+    if isinstance(label, str) and label.isdecimal():  # as the hub has it
+        label = int(label)
+    if type(label) is not int or not 0 <= label < len(endings):
+        raise ValueError(f"'label' must be one of 0 to {len(endings) - 1}, not {json.dumps(label)}")
+    return {"ctx": ctx, "endings": endings, "label": label, "query": ctx, "choices": endings}
 
 
 def text_of(record: dict, name: str) -> str:
@@ -316,21 +308,19 @@ def render(examples: list[dict], tokenizer, block_size: int, style: str = "karpa
     """
     rows, longest = [], max(block_size, LONGEST_CONTEXT)
     for example in examples:
-        context, endings, lengths = encode(example, tokenizer, style)
+        where, (context, endings, lengths) = example["where"], encode(example, tokenizer, style)
         sizes = [len(ending) for ending in endings]
         if len(context) > longest:
-            raise UserError(f"{example['where']}: a context of {len(context)} tokens; at most {longest} are allowed")
+            raise UserError(f"{where}: a context of {len(context)} tokens; at most {longest} are allowed")
         if min(lengths) == 0:
-            raise UserError(f"{example['where']}: ending {lengths.index(0)} is empty in {style} style")
+            raise UserError(f"{where}: ending {lengths.index(0)} is empty in {style} style")
         if max(sizes) > block_size:
-            longer = f"an ending of {max(sizes)} tokens is over the block size {block_size}"
-            raise Unavailable(f"{example['where']}: {longer}")
+            raise Unavailable(f"{where}: an ending of {max(sizes)} tokens is over the block size {block_size}")
         # n tokens of context and an ending of m are n + m - 1 fed tokens
         contexts = [context[max(0, len(context) + size - block_size - 1) :] for size in sizes]
         paths = [np.array(kept + ending, np.int32) for kept, ending in zip(contexts, endings)]
-        first = np.array([endings.index(ending) for ending in endings])
-        about, trees = (example["line"], example["label"]), grow_trees(paths, sizes, block_size)
-        rows.append(Row(*about, paths, np.array(sizes), np.array(lengths), first, trees))
+        first, trees = [endings.index(ending) for ending in endings], grow_trees(paths, sizes, block_size)
+        rows.append(Row(example["line"], example["label"], paths, *map(np.array, (sizes, lengths, first)), trees))
     return rows
 
 
@@ -372,16 +362,6 @@ class Score(NamedTuple):
 
     nats: np.ndarray
     greedy: np.ndarray
-
-
-def evaluate(features: Callable, head: Callable, rows: list[Row], device, *args, **kwargs) -> torch.Tensor | None:
-    """Counts over this rank's part of `rows`, to be summed over ranks and given to `summarize`; None if told to stop.
-
-    Arguments are those of `score`. The counts are 4 float64 numbers on the CPU: examples, correct, correct by acc_norm,
-    nats of the right endings.
-    """
-    scores = score(features, head, rows, device, *args, **kwargs)
-    return None if scores is None else tally(rows, scores)
 
 
 @torch.no_grad()
@@ -505,15 +485,6 @@ def summarize(counts: torch.Tensor) -> dict[str, float]:
     return result
 
 
-def report(result: dict, task: str, style: str) -> str:
-    numbers = f"acc {result['acc']:.4f} ± {result['stderr']:.4f}"
-    if task == "lambada":
-        numbers += f"  perplexity {math.exp(result['nats']):.2f}"
-    else:
-        numbers += f"  acc_norm {result['acc_norm']:.4f} ± {result['stderr_norm']:.4f}"
-    return f"{task} ({style} style): {numbers}  n {result['n']}"
-
-
 def shown(example: dict, row: Row, found: Score) -> str:
     """An example for the eye: its endings with their nats, '*' the right one, '<' the choice of acc_norm."""
     _, pred_norm = answers(row, found)
@@ -527,15 +498,12 @@ def shown(example: dict, row: Row, found: Score) -> str:
 def write_records(config: Config, rows: list[Row], scores: list[Score]) -> None:
     """The --out file, a line per example."""
     about = {"task": config.task, "style": config.style, "model": config.model}
-    try:
-        with atomic_file(config.out) as file:
-            for row, found in zip(rows, scores):
-                pred, pred_norm = answers(row, found)
-                record = {"line": row.line, "label": row.label, "pred": pred, "pred_norm": pred_norm}
-                record |= {"nats": found.nats.tolist(), "lengths": row.lengths.tolist()}
-                file.write(json.dumps(about | record).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"can't write {config.out}: {error}") from error
+    with user_error(f"can't write {config.out}", OSError), atomic_file(config.out) as file:
+        for row, found in zip(rows, scores):
+            pred, pred_norm = answers(row, found)
+            record = {"line": row.line, "label": row.label, "pred": pred, "pred_norm": pred_norm}
+            record |= {"nats": found.nats.tolist(), "lengths": row.lengths.tolist()}
+            file.write(json.dumps(about | record).encode() + b"\n")
 
 
 def compare(paths: list[str]) -> str:
@@ -543,11 +511,9 @@ def compare(paths: list[str]) -> str:
     if len(paths) != 2:
         raise UserError(f"--compare takes two files that --out wrote, not {len(paths)}")
     sets = [[record for _, record in read_jsonl(Path(path))] for path in paths]
-    try:
+    with user_error(f"{paths[0]} or {paths[1]} was not written by --out, for it lacks a field", KeyError, TypeError):
         a, b = ([(r["task"], r["style"], r["line"], r["label"]) for r in records] for records in sets)
         right = {name: [[r[name] == r["label"] for r in records] for records in sets] for name in ("pred", "pred_norm")}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{paths[0]} or {paths[1]} was not written by --out: no {error}") from error
     if a != b or not a:
         raise UserError(f"{paths[0]} ({len(a)} lines) and {paths[1]} ({len(b)}) are not of the same examples and style")
     lines = [f"{a[0][0]} ({a[0][1]} style), n {len(a)}: A {paths[0]}, B {paths[1]}"]

@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 from extras import reference
-from extras.cli import UserError, run
+from extras.cli import UserError, run, user_error
 from extras.files import atomic_file
 from extras.reference import GPT2_HELLASWAG, GPT2_LOSS, GPT3_HELLASWAG, REFERENCE_CURVE, TOKENS_PER_STEP, reference_loss
 
@@ -48,8 +48,6 @@ class Config:
     """text whose attention is drawn"""
 
 
-WATCH_SECONDS = 3
-HELLASWAG_EXAMPLES = 10_042
 LARGEST = 1e30  # of a value: a larger one is treated as infinite, for matplotlib's arithmetic would overflow
 
 
@@ -113,10 +111,8 @@ def read_log(path: Path, name: str) -> Run:
         hint = f"there is one in {', '.join(nearby[:5])}" if nearby else "give the --log_dir of a run, or a log file"
         raise UserError(f"no log file {str(path)!r}; {hint}")
     # A last line without its newline is still being written: "3.2" may become "3.2516", so it doesn't count.
-    try:
+    with user_error(f"can't read {path}", OSError):
         text, _, _ = path.read_bytes().decode("utf-8-sig", errors="replace").rpartition("\n")
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}; give another log") from error
     run = Run(name, path)
     for line in text.split("\n"):
         data, hash_sign, comment = line.partition("#")
@@ -192,7 +188,7 @@ def standard_errors(of: Run) -> np.ndarray:
     """Of each finite HellaSwag accuracy: as the log says, else that of a share of all examples, or of --hella_limit."""
     steps, accuracy = of.finite("hella")
     p, logged = np.clip(accuracy, 0, 1), dict(zip(*of.finite("hella_se")))
-    binomial = np.sqrt(p * (1 - p) / (of.number("hella_limit") or HELLASWAG_EXAMPLES))
+    binomial = np.sqrt(p * (1 - p) / (of.number("hella_limit") or 10_042))
     return np.abs([logged.get(step, se) for step, se in zip(steps, binomial)])
 
 
@@ -343,12 +339,11 @@ def draw_runs(runs: list[Run], axis: str):
     import matplotlib
     from matplotlib.figure import Figure
 
-    streams = [*TITLES, *own_streams(runs)]
-    streams = [stream for stream in streams if any(len(of.finite(stream)[0]) for of in runs)]
+    streams = [stream for stream in (*TITLES, *own_streams(runs)) if any(len(of.finite(stream)[0]) for of in runs)]
     right = max(positions(of, np.array([of.last_step]), axis)[0] for of in runs) or 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(dpi=DPI, layout="constrained")
-        heights = [2.4, *(1 for _ in streams)]
+        heights = [2.4] + [1] * len(streams)
         panels = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         draw_loss(panels[0], runs, axis)
         for ax, stream in zip(panels[1:], streams):
@@ -433,12 +428,9 @@ def draw_stream(ax, runs: list[Run], axis: str, stream: str) -> None:
     for i, of in enumerate(runs):
         steps, values = of.finite(stream)
         x = positions(of, steps, axis)
-        if stream == "ms":
-            draw(ax, runs, i, "noisy", x, tokens_per_second(of, values))
-        elif stream == "norm" or (stream not in TITLES and 2 * len(steps) > of.last_step):
-            draw(ax, runs, i, "noisy", x, values)
-        else:
-            draw(ax, runs, i, "exact" if stream == "lr" else "joined", x, values)
+        values = tokens_per_second(of, values) if stream == "ms" else values
+        of_every_step = stream in ("norm", "ms") or (stream not in TITLES and 2 * len(steps) > of.last_step)
+        draw(ax, runs, i, "noisy" if of_every_step else "exact" if stream == "lr" else "joined", x, values)
         if stream == "hella" and len(x):
             errors, color = standard_errors(of), ax.lines[-1].get_color()
             ax.vlines(x, values - errors, values + errors, color=color, linewidth=0.7)
@@ -580,7 +572,7 @@ def plot_panel(ax, axis: str):
         if line.get_linewidth():
             plot.line(x, y, line_width=line.get_linewidth(), line_dash=dashes[line.get_linestyle()], **style)
         if line.get_marker() in ("o", "x"):
-            plot.scatter(x, y, marker={"o": "circle", "x": "x"}[line.get_marker()], size=6, **style)
+            plot.scatter(x, y, marker=line.get_marker(), size=6, **style)
     for bars in ax.collections:
         ends = np.array(bars.get_segments(), np.float32)  # (n, 2 ends, x and y)
         plot.segment(*ends[:, 0].T, *ends[:, 1].T, color=to_hex(bars.get_color()[0]))
@@ -611,12 +603,9 @@ def attention_maps(shape: dict, state: dict, ids: list[int]) -> np.ndarray:
 
 def tokenize_prompt(prompt: str, n_tokens: int, block_size: int) -> tuple[list[int], list[str]]:
     """Ids and their spelling, cut to what the model can see."""
-    from extras.tokenizer import encode_prompt, load_tokenizer, printable, tokenizer_name
+    from extras.tokenizer import encode_prompt, printable, tokenizer_for
 
-    name = tokenizer_name(n_tokens)
-    if name is None:
-        raise UserError(f"the model has {n_tokens} tokens, and it is not known which; a prompt needs GPT-2's or bytes")
-    tokenizer = load_tokenizer(name)
+    tokenizer = tokenizer_for(n_tokens)
     ids = encode_prompt(tokenizer, prompt)[0][: min(block_size, MAX_PROMPT)]
     return ids, [printable(tokenizer.decode([i])).replace("\n", "\\n") for i in ids]
 
@@ -637,20 +626,18 @@ def draw_model(shape: dict, state: dict, title: str, prompt: str):
         figure.suptitle(shortened(title, 60), x=0.012, ha="left")
         sizes = "{n_layer} layers, {n_head} heads, {n_embd} channels".format(**shape)
         figure.supxlabel(sizes, x=0.012, ha="left", color=GREY)
-        grid = figure.add_gridspec(2, 2, height_ratios=[4.3, lower])
-        ax = figure.add_subplot(grid[0, 0])  # an untrained model shows one bright line, a trained one bands around it
-        heatmap(ax, "Position embeddings, cosine similarity", unit @ unit.T, "position", "position", bar=True)
-        ax = figure.add_subplot(grid[0, 1])
-        heatmap(ax, "Attention, mean of all layers and heads", maps.mean((0, 1)), "key", "query", bar=True, gamma=0.5)
-        ax.set_xticks(range(T), words, rotation=90, fontsize=min(8.5, 150 / T))
-        ax.set_yticks(range(T), words, fontsize=min(8.5, 150 / T))
-        ax = figure.add_subplot(grid[1, :])  # a small map for each head, as one image with blank seams
-        cell = T + max(1, T // 10)
+        similarity, mean, heads = figure.subplot_mosaic("ab;cc", height_ratios=[4.3, lower]).values()
+        # an untrained model shows one bright line, a trained one bands around it
+        heatmap(similarity, "Position embeddings, cosine similarity", unit @ unit.T, "position", "position", bar=True)
+        heatmap(mean, "Attention, mean of all layers and heads", maps.mean((0, 1)), "key", "query", bar=True, gamma=0.5)
+        mean.set_xticks(range(T), words, rotation=90, fontsize=min(8.5, 150 / T))
+        mean.set_yticks(range(T), words, fontsize=min(8.5, 150 / T))
+        cell = T + max(1, T // 10)  # a small map for each head, as one image with blank seams
         mosaic = np.pad(maps, [(0, 0), (0, 0), (0, cell - T), (0, cell - T)], constant_values=math.nan)
         mosaic = mosaic.transpose(0, 2, 1, 3).reshape(shape["n_layer"] * cell, shape["n_head"] * cell)
-        heatmap(ax, "Attention of each head", mosaic, "head", "layer", gamma=0.5)
-        ax.set_xticks((T - 1) / 2 + np.arange(shape["n_head"]) * cell, range(shape["n_head"]))
-        ax.set_yticks((T - 1) / 2 + np.arange(shape["n_layer"]) * cell, range(shape["n_layer"]))
+        heatmap(heads, "Attention of each head", mosaic, "head", "layer", gamma=0.5)
+        heads.set_xticks((T - 1) / 2 + np.arange(shape["n_head"]) * cell, range(shape["n_head"]))
+        heads.set_yticks((T - 1) / 2 + np.arange(shape["n_layer"]) * cell, range(shape["n_layer"]))
     return figure
 
 
@@ -675,14 +662,12 @@ def save(drawing, out: Path) -> None:
 
     kind = out.suffix[1:].lower()
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)  # the same log gives the same bytes
-    try:
-        with atomic_file(out) as file, matplotlib.rc_context(STYLE):
-            if isinstance(drawing, str):
-                file.write(drawing.encode(errors="replace"))  # JSON can spell what UTF-8 can't
-            else:
-                drawing.savefig(file, format=kind, metadata=metadata)
-    except OSError as error:
-        raise UserError(f"can't write {out}: {error.strerror}; choose another --out") from error
+    writing = user_error(f"can't write {out}; choose another --out", OSError)
+    with writing, atomic_file(out) as file, matplotlib.rc_context(STYLE):
+        if isinstance(drawing, str):
+            file.write(drawing.encode(errors="replace"))  # JSON can spell what UTF-8 can't
+        else:
+            drawing.savefig(file, format=kind, metadata=metadata)
     print(f"wrote {out}", flush=True)
 
 
@@ -717,18 +702,18 @@ def watch(logs: list[tuple[str, Path]], axis: str, out: Path, sleep: Callable[[f
                     return
             except UserError as error:
                 print(f"waiting: {error}", flush=True)
-        sleep(WATCH_SECONDS)
+        sleep(3)
 
 
 def main(config: Config) -> None:
-    formats = (".png", ".svg", ".pdf") if config.model else (".png", ".svg", ".pdf", ".html")
+    formats = (".png", ".svg", ".pdf", *(() if config.model else (".html",)))
     if config.out and not config.out.lower().endswith(formats):
         raise UserError(f"--out {config.out!r} must end in {', '.join(formats)}")
     if not config.model:
         logs = find_logs(config.run_dirs)
         (watch if config.watch else draw_curves)(logs, config.x, Path(config.out or logs[0][1].parent / "curves.png"))
         return
-    from extras.checkpoints import find_checkpoint, load_any
+    from extras.pretrained import find_checkpoint, load_any
 
     path = find_checkpoint(config.model)
     title = "/".join(Path(path or config.model).parts[-2:])

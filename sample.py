@@ -28,11 +28,10 @@ from typing import Literal
 
 import torch
 
-from extras.cli import UserError, run
+from extras.cli import UserError, run, user_error
 from extras.generation import continue_texts, stream, use_onednn
 from extras.hardware import find_device, keep_freed_memory
-from extras.templates import alpaca_prompt, encode_question
-from extras.tokenizer import END, encode_prompt, printable, tokenizer_for, tokenizer_name
+from extras.tokenizer import END, alpaca_prompt, encode_chat, encode_prompt, printable, tokenizer_for, tokenizer_name
 from train_gpt2 import GPT
 
 SAMPLES_BYTES = 2**31  # memory for the keys, values and logits of one batch of samples
@@ -78,9 +77,8 @@ def main(config: Config) -> None:
         keep_freed_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
-    options |= {"generator": torch.Generator(device).manual_seed(config.seed)}
-    default = model.config.block_size if config.format == "chat" else 100
-    options |= {"max_new_tokens": config.max_new_tokens or default}
+    options["generator"] = torch.Generator(device).manual_seed(config.seed)
+    options["max_new_tokens"] = config.max_new_tokens or (model.config.block_size if config.format == "chat" else 100)
     draw = stream_samples if config.stream else draw_batches
     try:
         model.to(device).eval()
@@ -93,14 +91,10 @@ def main(config: Config) -> None:
             if config.format == "alpaca":
                 prompts = [END + alpaca_prompt(prompt) for prompt in prompts]
             for text in draw(model, tokenizer, prompts, config.num_samples, options):
-                say(text)
+                print(printable(text), end="", flush=True)
     except KeyboardInterrupt:
         print()  # so that the shell's prompt begins a line
         raise
-
-
-def say(text: str) -> None:
-    print(printable(text), end="", flush=True)
 
 
 def check(config: Config) -> None:
@@ -128,10 +122,8 @@ def prompts_of(config: Config) -> Iterator[list[str]]:
     if config.prompt is not None:
         yield [config.prompt]
     elif config.prompt_file:
-        try:
+        with user_error(f"can't read --prompt_file {config.prompt_file}", OSError, UnicodeDecodeError):
             text = Path(config.prompt_file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"can't read --prompt_file {config.prompt_file}: {error}") from error
         prompts = [prompt.removesuffix("\n") for prompt in re.split(r"(?m)^---\n", text.removesuffix("\n") + "\n")]
         if not all(prompts):
             where = f"prompt {prompts.index('') + 1} of {len(prompts)}"
@@ -187,7 +179,7 @@ def chat(model: GPT, tokenizer, system: str, questions: Iterable[list[str]], opt
     limit = block_size - options["max_new_tokens"]
     for question in itertools.chain.from_iterable(questions):
         asked = [*messages, ("user", question)]
-        while len(ids := encode_question(tokenizer, asked)) > limit and len(asked) > oldest + 1:
+        while len(ids := encode_chat(tokenizer, asked)) > limit and len(asked) > oldest + 1:
             del asked[oldest : oldest + 2]
         if len(ids) > limit:
             print(f"too long: {len(ids)} tokens, and only up to {limit} leave room for an answer", file=sys.stderr)
@@ -198,7 +190,7 @@ def chat(model: GPT, tokenizer, system: str, questions: Iterable[list[str]], opt
         answer = ""
         try:
             for text in stream_text(model, tokenizer, ids, options):
-                say(text if answer else text.removeprefix(" "))
+                print(printable(text if answer else text.removeprefix(" ")), end="", flush=True)
                 answer += text
         except KeyboardInterrupt:  # ends this answer
             pass

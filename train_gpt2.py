@@ -30,7 +30,6 @@ import signal
 import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -159,14 +158,6 @@ def resolve(config: Config) -> Config:
     """The config with the recipe's values where a setting is None. Derived when a run starts, not before."""
     recipe = RECIPES.get(config.recipe, {})
     return replace(config, **{name: value for name, value in recipe.items() if getattr(config, name) is None})
-
-
-def check(config: Config) -> None:
-    """Raise UserError for a value that can't be right, before anything is opened or written."""
-    optional("extras.checks").check_settings(config)
-    if config.track != "none":
-        from extras.track import require_tracker
-        require_tracker(config.track)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,14 +290,10 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
         """A model of the hub ("gpt2" ... "gpt2-xl"), a directory, a run or a checkpoint, cropped to `block_size`."""
-        from extras.checkpoints import load_any
+        from extras.pretrained import load_any
         return cls.of(*load_any(name_or_dir, block_size))
 
-    @classmethod
-    def from_checkpoint(cls, path: str) -> "GPT":
-        """The model of a checkpoint: of this trainer, of build-nanogpt or of nanoGPT."""
-        from extras.checkpoints import load_checkpoint
-        return cls.of(*load_checkpoint(path))
+    from_checkpoint = from_pretrained
 
     @classmethod
     def of(cls, shape: dict, state: dict) -> "GPT":
@@ -339,8 +326,9 @@ def head_loss(x, weight, targets, n_tokens: int):
         parts = 1 + len(x) * len(weight) // 2**31  # more logits at a time would need 64-bit indices, which are slower
         chunks = zip(x.chunk(parts), targets.chunk(parts))
         return sum(CrossEntropy.apply(F.linear(rows, weight, padding), wanted) for rows, wanted in chunks)
-    rows = 256 if x.device.type == "cpu" else HEAD_ROWS
-    return HeadLoss.apply(x, weight, targets, n_tokens, rows, torch.is_grad_enabled())
+    if eager := optional("extras.loss"):  # the same in less memory
+        return eager.head_loss(x, weight, targets, n_tokens)
+    return F.cross_entropy(F.linear(x, weight)[:, :n_tokens].float(), targets, reduction="sum")
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -365,49 +353,6 @@ class CrossEntropy(torch.autograd.Function):
         one_hot = (torch.arange(logits.shape[1], device=logits.device) == targets[:, None]).float()
         grad = ((logits.float() - log_z).exp() - one_hot) * ((targets >= 0)[:, None] * grad_loss)
         return grad.to(logits.dtype), None
-
-
-HEAD_ROWS = 2048  # at a time on a GPU; each takes 13 V bytes
-LONGEST_SUM = {"mps": 2**14}  # M1 and M2 sum 32,767 or more terms wrongly until torch 2.14 (pytorch issue 177116)
-
-
-class HeadLoss(torch.autograd.Function):
-    """The loss a few rows at a time, for where no compiler fuses it: (N, V) logits or gradients never exist.
-
-    The gradients are made together with the loss, while a slice of logits is in the cache, and wait for `backward`.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, n_tokens, rows, needs_grad):
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        x_low, w_low = x.to(dtype), weight.to(dtype)
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x, grad_w = (torch.empty_like(x_low), torch.zeros_like(weight)) if needs_grad else (None, None)
-        width = LONGEST_SUM.get(x.device.type, len(weight))
-        for part in (slice(first, first + rows) for first in range(0, len(x), rows)):
-            target, valid = targets[part, None].clamp(min=0), targets[part, None] >= 0
-            logits = torch.mm(x_low[part], w_low.t()).float()  # (rows, V)
-            logits[:, n_tokens:] = -math.inf
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((log_z - logits.gather(1, target)) * valid).sum()
-            if needs_grad:  # d loss / d logits = softmax - one_hot
-                grad = logits.sub_(log_z).exp_()
-                grad.scatter_add_(1, target, -torch.ones_like(log_z))
-                grad = grad.mul_(valid).to(dtype)
-                grad_x[part] = sum(g @ w for g, w in zip(grad.split(width, dim=1), w_low.split(width)))
-                if dtype == weight.dtype:
-                    grad_w.addmm_(grad.t(), x_low[part])
-                else:
-                    grad_w += grad.t() @ x_low[part]
-        if needs_grad:
-            ctx.save_for_backward(grad_x.to(x.dtype), grad_w)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_w.mul_(grad_loss), None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -600,15 +545,17 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, **settings)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(saved)
         for group, values in zip(optimizer.param_groups, settings):
             group.update(values)
         optional("extras.checks").check_moments(optimizer)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"
         raise UserError(other) from error
 
@@ -676,18 +623,15 @@ EVALUATIONS = {  # name -> the setting that says how often, and the function; a 
 
 
 def load_texts(config: Config, name: str, ranks: "Ranks") -> tuple:
-    """The tokenizer and HellaSwag's rows; None, and a line that says why, for what is not there: training goes on."""
-    tokenizer, hellaswag, lacking = None, Missing(), "extras/ is not beside train_gpt2.py"
+    """The tokenizer and HellaSwag's rows; None for what is not beside this file: training goes on without."""
     with all_or_none():
-        try:
-            if tokenizer := optional("extras.tokenizer").load_tokenizer(name):
-                lacking = "hellaswag.py is not beside train_gpt2.py"
-                hellaswag = optional("hellaswag") if config.hella_every else hellaswag
-        except ModuleNotFoundError as error:
-            lacking = f"pip install {error.name}"
-    no_samples, no_hella = (any_rank(not there, ranks) for there in (tokenizer, hellaswag))
-    if (no_samples and config.sample_every) or (no_hella and config.hella_every):
-        ranks.print0(f"training without {'samples and ' if no_samples else ''}HellaSwag: {lacking}")
+        tokenizer = optional("extras.tokenizer").load_tokenizer(name)
+    hellaswag = optional("hellaswag") if config.hella_every else Missing()
+    no_samples, no_hella = (any_rank(not there, ranks) for there in (tokenizer, tokenizer and hellaswag))
+    if no_samples and (config.sample_every or config.hella_every):
+        ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
+    elif no_hella and config.hella_every:
+        ranks.print0("training without HellaSwag: hellaswag.py is not beside train_gpt2.py")
     if no_samples or no_hella:
         return None if no_samples else tokenizer, None
     return tokenizer, hellaswag.rows_for_training(config, tokenizer, ranks, any_rank, all_or_none)
@@ -716,11 +660,9 @@ class Ranks:
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
     """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
     try:
-        device = optional("extras.hardware").find_device(name, local_W)
+        device = optional("extras.hardware").find_device(name, W, local_W)
         if device is None:  # auto alone is never MPS: extras/hardware.py knows which versions compute wrongly there
             device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        if W > 1 and (device.type == "mps" or device.index is not None):
-            raise UserError(f"--device {device} is one device, and there are {W} ranks; use --device cuda or cpu")
         if device.type not in ("cpu", "mps"):
             device = torch.device(device.type, local_rank if device.index is None else device.index)
             torch.accelerator.set_device_index(device.index)
@@ -746,8 +688,7 @@ def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
         check()
         return Ranks(rank, W, claim_device(device, local_rank, W, local_W))
     limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
-    store, *_ = next(dist.rendezvous("env://", timeout=limit))
-    store = optional("extras.elastic").store_of_this_start(store, rank, W, limit.total_seconds()) or store
+    store = optional("extras.agree").meet(rank, W, limit) or next(dist.rendezvous("env://", timeout=limit))[0]
     with all_or_none(store, rank, W):
         check()
         mine = claim_device(device, local_rank, W, local_W)
@@ -837,7 +778,7 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: b
         return B
     most = min(64, max(1, 4096 // T))  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
-        most = optional("extras.fit").estimate(config, shape, ranks, compiled, dtype) or 16
+        most = optional("extras.hardware").estimate_micro_batch(config, shape, ranks, compiled, dtype) or 16
     most, sequences = int(all_reduce(torch.tensor(float(most)), ranks, "MIN")), config.total_batch_size // T // W
     return max(B for B in range(1, most + 1) if sequences % B == 0)
 
@@ -872,8 +813,6 @@ class StopSignal:
 # ----------------------------------------------------------------------------------------------------------------------
 # Run directory: log.txt, which only grows, and checkpoints, which are there whole or not at all
 
-CHECKPOINT_KEYS = ("step", "model", "model_config", "optimizer", "loader", "config", "versions")
-
 
 def checkpoint_path(log_dir: str | Path, step: int) -> Path:
     return Path(log_dir) / f"ckpt_{step:06d}.pt"
@@ -888,14 +827,8 @@ def saved_steps(log_dir: str | Path) -> list[int]:
 def read_checkpoint(path: str | Path) -> dict:
     """The checkpoint in a file, on the CPU. UserError unless it is whole and this trainer's; nothing is executed."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type for entry in archive.infolist()):  # torch's are not; it could be of any size
-                raise ValueError("it is compressed")
-            if damaged := archive.testzip():  # torch.load does not look at checksums: a flipped bit would pass
-                raise ValueError(f"{damaged} fails its checksum")
+        optional("extras.checks").check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if lacking := [key for key in CHECKPOINT_KEYS if key not in state]:
-            raise ValueError(f"it has no {', '.join(lacking)}")
         optional("extras.checks").check_checkpoint(state)
         return state
     except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
@@ -909,24 +842,25 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     extras/checks.py refuses one of another run. loader: what the stream of samples depends on.
     """
     log_dir, steps, checks = config.log_dir, saved_steps(config.log_dir), optional("extras.checks")
-    if not config.resume and (steps or os.path.exists(f"{log_dir}/log.txt")):
+    if has_log := os.path.exists(f"{log_dir}/log.txt"):
         checks.check_log(config)
+    if not config.resume and (steps or has_log):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
     for path in paths:
         try:
             saved = read_checkpoint(path)
         except UserError as error:
-            if config.resume_from or (path == paths[-1] and not config.force):
+            if config.resume_from:
+                raise UserError(f"--resume: {error}; {log_dir} has the checkpoints of steps {steps}") from error
+            if path == paths[-1] and not config.force:
                 others = "no checkpoint of this run can be read; --force starts anew"
-                others = f"{log_dir} has the checkpoints of steps {steps}" if config.resume_from else others
                 raise UserError(f"--resume: {error}; {others}") from error
             print0(f"WARNING: {error}")
         else:
             checks.compare_settings(saved, steps, config, loader, print0)
             return saved
-    if os.path.exists(f"{log_dir}/log.txt"):
-        checks.check_log(config)
+    if has_log:
         print0(f"resuming at step 0: {log_dir} has no checkpoint {'that can be read' if paths else 'yet'}")
     return None
 
@@ -940,15 +874,9 @@ class Log:
         if writes:
             try:
                 self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-                import fcntl  # not on Windows
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its owner; on NFS needs version 4
-            except BlockingIOError as error:
-                owner = re.findall(r'"host".*', self.path.read_text(encoding="utf-8", errors="replace"))[-1:]
-                there = f"{log_dir}: another process trains there ({''.join(owner).strip('}')})"
-                raise UserError(f"{there}; choose another --log_dir") from error
-            except (ImportError, OSError) as error:  # a file system without locks is not an error
-                if not self.file:
-                    raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
+            except OSError as error:
+                raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
+            optional("extras.checks").lock_log(self.file)  # a second trainer in the same directory is refused
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
                 self.comment("restart", {"step": start})
@@ -995,7 +923,8 @@ class Saver:
 
     def save(self, state: dict) -> None:
         """Copy `state` to memory and write it, after the log: a resumed run does not log again what came before."""
-        self.wait()
+        if not self.wait():
+            self.log.comment("unsaved", {"before": state["step"]})  # why there may be a log and no checkpoint
         self.failed = self.writes and not self.log.flush(to_disk=True)
         if self.writes and not self.failed:
             torch.save(state, data := io.BytesIO())
@@ -1084,8 +1013,8 @@ class Run:
         self.tokenizer, self.hella_rows = load_texts(config, name, ranks)
         self.intervals = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
         self.intervals |= ({} if self.tokenizer else {"samples": 0}) | ({} if self.hella_rows else {"hella": 0})
-        if self.compiled or self.device.type != "cpu":  # extras/fit.py tries it, and halves what doesn't fit
-            self.micro_batch = optional("extras.fit").fit_micro_batch(self, any_rank) or self.micro_batch
+        if self.compiled or self.device.type != "cpu":  # extras/hardware.py tries it, and halves what doesn't fit
+            self.micro_batch = optional("extras.hardware").fit_micro_batch(self, any_rank) or self.micro_batch
         if ranks.world_size > 1:
             self.sort_buckets()
 
@@ -1122,7 +1051,7 @@ class Run:
 def make_model(config: Config, n_tokens: int) -> GPT:
     """The model a run begins with: that of --init_from, or random weights from the seed, the same on every device."""
     if config.init_from:
-        from extras.checkpoints import load_any
+        from extras.pretrained import load_any
         return GPT.of(*load_any(config.init_from))
     sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
     torch.manual_seed(config.seed)
@@ -1241,15 +1170,15 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
     config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
     with all_or_none():
+        if config.track != "none":
+            from extras.track import open_tracker
         try:
             os.makedirs(config.log_dir, exist_ok=True)
         except (OSError, ValueError) as error:
             raise UserError(f"--log_dir {config.log_dir} can't be made: {error}; choose another") from error
         if rank0:
             optional("extras.checks").require_room(config, run.raw_model)
-        if rank0 and config.track != "none":
-            from extras.track import open_tracker
-            track = open_tracker(config.track, config.log_dir, asdict(config), step)
+            track = open_tracker(config.track, config.log_dir, asdict(config), step) if config.track != "none" else None
         log = Log(config.log_dir, rank0, step, track)
         saver = Saver(config.log_dir, config.keep_checkpoints, log, run.evaluated)
     meter = Meter(run, log, stop)
@@ -1289,7 +1218,8 @@ def main(config: Config) -> dict[str, float]:
     if config.resume_from:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
-    with joined_ranks(config.device, partial(check, config)) as ranks, StopSignal(ranks) as stop:
+    check = partial(optional("extras.checks").check_settings, config)  # before anything is opened or written
+    with joined_ranks(config.device, check) as ranks, StopSignal(ranks) as stop:
         try:
             return train(Run(config, ranks), stop)
         except RuntimeError as error:

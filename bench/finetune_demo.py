@@ -32,11 +32,10 @@ from pathlib import Path
 
 import torch
 
-from extras.checkpoints import load_any
 from extras.cli import UserError, run
 from extras.generation import pad_left
-from extras.templates import alpaca_prompt
-from extras.tokenizer import load_tokenizer
+from extras.pretrained import load_any
+from extras.tokenizer import alpaca_prompt, load_tokenizer
 from train_gpt2 import GPT
 
 ROOT = Path(__file__).parent.parent

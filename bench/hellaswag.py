@@ -127,7 +127,7 @@ def time_the_whole_set(config: Config, model, device: torch.device, lowp) -> Non
     times = []
     for _ in range(config.rounds):
         start = time.perf_counter()
-        hellaswag.evaluate(model.features, model.head, rows, device, autocast=lowp)
+        hellaswag.score(model.features, model.head, rows, device, autocast=lowp)
         times.append(time.perf_counter() - start)
     print(f"{statistics.median(times):.2f} s to score in bfloat16 ({min(times):.2f} to {max(times):.2f})")
 

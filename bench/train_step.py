@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
-from extras import hardware
+from extras import hardware, loss
 from extras.cli import UserError, run
 from extras.hardware import flops_per_token, peak_flops
 from train_gpt2 import GPT, SIZES, GPTConfig
@@ -76,7 +76,7 @@ class Config:
 # Ours, and its levers
 
 
-def plain_head_loss(x, weight, targets, n_tokens, _rows, _needs_grad):
+def plain_loss(x, weight, targets, n_tokens):
     logits = F.linear(x, weight).float()
     logits = logits.masked_fill(torch.arange(len(weight), device=x.device) >= n_tokens, -float("inf"))
     return F.cross_entropy(logits, targets, reduction="sum")
@@ -113,10 +113,6 @@ def without_padding(make_model):
     return make
 
 
-def plain_loss(x, weight, targets, n_tokens):
-    return plain_head_loss(x, weight, targets, n_tokens, None, None)
-
-
 def without_options(compile):
     return lambda model, options=None, **settings: compile(model, **settings)
 
@@ -135,7 +131,7 @@ def sigmoid_gelu(self, x):
 
 LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_kept_memory": lambda: setattr(hardware, "keep_freed_memory", lambda: None),
-    "no_chunks": lambda: setattr(train_gpt2, "HeadLoss", types.SimpleNamespace(apply=plain_head_loss)),
+    "no_chunks": lambda: setattr(loss, "head_loss", plain_loss),
     "no_fusion": lambda: setattr(train_gpt2, "make_optimizer", without_fusion(train_gpt2.make_optimizer)),
     "no_padding": lambda: setattr(train_gpt2, "make_model", without_padding(train_gpt2.make_model)),
     "no_bf16_residual": lambda: setattr(train_gpt2, "casts_to_bfloat16", lambda device: False),

@@ -1,6 +1,6 @@
 """
-Ranks that end together. What one rank alone fails at, it says to all before any of them waits for the others: else they
-would wait for it until a timeout, and on other nodes nobody would read why.
+Ranks that begin and end together. What one rank alone fails at, it says to all before any of them waits for the others:
+else they would wait for it until a timeout, and on other nodes nobody would read why.
 """
 
 import contextlib
@@ -12,7 +12,9 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -70,6 +72,58 @@ def prepare_process() -> None:
             os._exit(137)
 
 
+def meet(rank: int, world_size: int, limit: timedelta):
+    """The store of this start's ranks, when all have come. LocalError that names those who have not within `limit`."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has the store, and ends all ranks if one of them dies
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+            return store
+        return dist.PrefixStore(name_this_start(store, rank, world_size, limit.total_seconds()), store)
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not (host and port.isdecimal() and int(port) < 2**16):
+        raise LocalError(f"MASTER_ADDR {host!r} and MASTER_PORT {port!r} are no address; let torchrun set them")
+    store, keys = None, [f"came{other}" for other in range(world_size)]
+    options = {"wait_for_workers": False, "multi_tenant": True, "use_libuv": os.environ.get("USE_LIBUV", "1") == "1"}
+    try:
+        store = dist.TCPStore(host, int(port), world_size, rank == 0, limit, **options)
+        store.set(keys[rank], "")
+        store.wait(keys, limit + timedelta(seconds=2 * (rank == 0)))  # rank 0 has the store: it goes last
+        return store
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        missing = []
+        with contextlib.suppress(RuntimeError):
+            missing = [str(other) for other, key in enumerate(keys) if store and not store.check([key])]
+        late = f"rank {rank} waited {limit.total_seconds():.0f} s for rank {', '.join(missing) or 0}"  # 0 has the store
+        raise LocalError(f"{late}; see what the others say, or start them all by torchrun") from error
+
+
+def name_this_start(store, rank: int, world_size: int, seconds: float) -> str:
+    """A name that the ranks of this start share with no other start. TimeoutError if they don't meet in `seconds`.
+
+    torchrun keeps one store for all its restarts, with all that was written into it: who reads an address before its
+    new owner has written it waits for the dead until the timeout. So each rank shows a number that was never used
+    before, and believes only an answer that repeats it. Rank 0 answers until all have taken its name.
+    """
+    mine, deadline, others = uuid.uuid4().hex, time.monotonic() + seconds, range(1, world_size)
+
+    def read(key: str) -> str:
+        return store.get(key).decode() if store.check([key]) else ""
+
+    if rank:
+        store.set(f"hello{rank}", mine)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            for other in others:
+                store.set(f"welcome{other}", read(f"hello{other}") + mine)
+            if all(read(f"joined{other}") == mine for other in others):
+                return mine
+        elif (welcome := read(f"welcome{rank}")).startswith(mine):
+            store.set(f"joined{rank}", welcome.removeprefix(mine))
+            return welcome.removeprefix(mine)
+        time.sleep(0.02)
+    raise TimeoutError(f"rank {rank}: not all of the {world_size} ranks came within {seconds:.0f} s")
+
+
 def call_libc(function: str, *arguments: int) -> None:
     """Call a function of the C library, where it has one of that name: prctl on Linux, mallopt in glibc."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
@@ -79,7 +133,7 @@ def call_libc(function: str, *arguments: int) -> None:
 def note(step: int, what: str) -> None:
     """Tell the other ranks what this one does, for `blame`; on one process, nothing."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.distributed_c10d._get_default_store().set(f"at{dist.get_rank()}", f"{step}\n{what}\n{time.time()}")
+        dist.distributed_c10d._get_default_store().set(f"at{dist.get_rank()}", f"{what} {step}\n{time.time()}")
 
 
 def blame(error: Exception, directory: str) -> None:
@@ -101,17 +155,16 @@ def blame(error: Exception, directory: str) -> None:
     raise LocalError(f"{waits}; what this one did is in {file.name}") from error
 
 
-def silent_ranks(seconds: float = 3) -> list[str]:
-    """The ranks that don't say within `seconds` that they, too, wait in vain, and what each was last heard of."""
-    store, mine, silent = dist.distributed_c10d._get_default_store(), dist.get_rank(), set(range(dist.get_world_size()))
+def silent_ranks() -> list[str]:
+    """The ranks that don't say within 3 seconds that they, too, wait in vain, and what each was last heard of."""
+    store, mine, found = dist.distributed_c10d._get_default_store(), dist.get_rank(), []
     store.set(f"waits{mine}", "")
-    deadline = time.monotonic() + seconds + (mine == 0)  # rank 0 may be where the store is
-    while silent and time.monotonic() < deadline:
-        silent = {rank for rank in silent if not store.check([f"waits{rank}"])}
-        time.sleep(0.05)
-    found = []
-    for rank in sorted(silent):
-        step, what, when = store.get(f"at{rank}").decode().split("\n") if store.check([f"at{rank}"]) else ("", "", "0")
-        ago = f"last heard of {time.time() - float(when):.0f} s ago: {what} {step}" if what else "which never began"
-        found.append(f"rank {rank}, {ago}")
+    time.sleep(3 + (mine == 0))  # rank 0 may be where the store is
+    for rank in range(dist.get_world_size()):
+        if not store.check([f"waits{rank}"]):
+            ago = "which never began"
+            if store.check([f"at{rank}"]):
+                what, when = store.get(f"at{rank}").decode().split("\n")
+                ago = f"last heard of {time.time() - float(when):.0f} s ago: {what}"
+            found.append(f"rank {rank}, {ago}")
     return found

@@ -5,10 +5,10 @@ that is not the one to go on with, and a directory that it could not write into.
 No value of a file is used before it has been checked. Without this one the trainer trusts what it reads.
 """
 
-import contextlib
 import math
 import re
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -16,7 +16,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 
-from extras.cli import UserError
+from extras.cli import UserError, user_error
+from extras.files import lock
+from extras.track import require_tracker
 
 SHAPE = ("model", "n_layer", "n_head", "n_embd")  # of the weights: what not even --force can change
 FIXED = ("seq_len", "total_batch_size", "order", "seed", "tokenizer", "data")  # what only --force can change
@@ -38,20 +40,21 @@ def check_settings(config) -> None:
             raise UserError(f"--{name} {value!a} has characters that can't be printed; give it another name")
     if config.min_lr > config.max_lr:
         raise UserError(f"--min_lr {config.min_lr:g} is above --max_lr {config.max_lr:g}; lower it (a tenth is usual)")
-    if config.total_batch_size % config.seq_len:
-        near = max(1, round(config.total_batch_size / config.seq_len)) * config.seq_len
-        multiple = f"a multiple of --seq_len {config.seq_len}; try {near}"
-        raise UserError(f"--total_batch_size {config.total_batch_size} is not {multiple}")
+    if (total := config.total_batch_size) % (T := config.seq_len):
+        near = max(1, round(total / T)) * T
+        raise UserError(f"--total_batch_size {total} is not a multiple of --seq_len {T}; try {near}")
     if config.epochs and config.max_steps != type(config).max_steps:
         raise UserError(f"--epochs {config.epochs:g} and --max_steps {config.max_steps}: give one of them")
+    if config.track != "none":
+        require_tracker(config.track)
 
 
 def check_batch(config, ranks) -> None:
     """UserError unless ranks and micro-batches can share the batch of an update, and the device sums it well."""
     B, T, W, total = config.micro_batch, config.seq_len, ranks.world_size, config.total_batch_size
-    if total % ((B or 1) * T * W):
-        of = f"of {f'--micro_batch {B} * ' if B else ''}--seq_len {T} * {W} ranks = {(B or 1) * T * W}"
-        near = max(1, total // ((B or 1) * T * W)) * (B or 1) * T * W
+    if total % (unit := (B or 1) * T * W):
+        of = f"of {f'--micro_batch {B} * ' if B else ''}--seq_len {T} * {W} ranks = {unit}"
+        near = max(1, total // unit) * unit
         divisor = next((d for d in range(B, 1, -1) if total // T // W % d == 0), 1)
         better = f"--total_batch_size {near}" if total % (T * W) else f"--micro_batch {divisor}"
         raise UserError(f"--total_batch_size {total} is not a multiple {of}; try {better}, or other ranks")
@@ -126,20 +129,30 @@ def check_shard(shard, listed_tokens: int | None, tokenizer: dict) -> None:
 # Checkpoints
 
 
+def check_archive(path: Path) -> None:
+    """ValueError unless a checkpoint is as torch.save writes it, and undamaged: torch.load looks at no checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type for entry in archive.infolist()):  # it could be of any size
+            raise ValueError("it is compressed")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} fails its checksum")
+
+
 def check_checkpoint(state: dict) -> None:
-    """ValueError unless all but the tensors is of the kind that the trainer saved."""
-    dicts = ("model", "model_config", "optimizer", "loader", "config")
-    wrong = [key for key in dicts if not isinstance(state[key], dict)]
-    evaluations = state.get("evaluations", {})
-    if not wrong:
-        plain = state["config"] | state["loader"] | (state.get("scaler") or {})
-        wrong = [name for name, value in plain.items() if isinstance(value, torch.Tensor)]
-        counts = {"step": state["step"], "sample": state["loader"].get("sample")}
-        wrong += [name for name, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]
-        streams = [*evaluations.values()] if type(evaluations) is dict else [None]
-        values = [pair for of in streams for pair in (of.items() if type(of) is dict else [(None, None)])]
-        if not all(type(at) is int and type(value) is float for at, value in values):
-            wrong.append("evaluations")
+    """An exception unless it has all keys, and all but the tensors is of the kind that the trainer saved.
+
+    GPT.of looks at the weights, `check_moments` at the rest.
+    """
+    keys = ("step", "model", "model_config", "optimizer", "loader", "config", "versions")
+    if lacking := [key for key in keys if key not in state]:
+        raise ValueError(f"it has no {', '.join(lacking)}")
+    plain = state["config"] | state["loader"] | (state.get("scaler") or {})
+    wrong = [name for name, value in plain.items() if isinstance(value, torch.Tensor)]
+    counts = {"step": state["step"], "sample": state["loader"].get("sample")}
+    wrong += [name for name, n in counts.items() if type(n) is not int or not 0 <= n < 2**63]
+    values = [pair for of in state.get("evaluations", {}).values() for pair in of.items()]
+    if not all(type(at) is int and type(value) is float for at, value in values):
+        wrong.append("evaluations")
     if wrong:
         raise ValueError(f"{', '.join(wrong)} can't be what a checkpoint holds")
 
@@ -174,24 +187,38 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_log(config) -> None:
-    """UserError for a log.txt without checkpoints, unless it is a run's of ours that died before its first save."""
+    """UserError for a log.txt without checkpoints, unless it is a run's of ours that died before its first save.
+
+    That may have failed, on a full disk: then the log says "unsaved".
+    """
     if list(Path(config.log_dir).glob("ckpt_*.pt")):
         return
     text = Path(config.log_dir, "log.txt").read_text(encoding="utf-8", errors="replace")
-    done = max(map(int, re.findall(r"^(\d+) train ", text, re.M)), default=0)  # the first save ends before the second
-    if text and (not text.startswith("# config {") or done > 2 * config.save_every > 0):
+    done = max(map(int, re.findall(r"^(\d{1,15}) train ", text, re.M)), default=0)
+    lost = done > 2 * config.save_every > 0 and "\n# unsaved " not in text  # the first save ends before the second
+    if text and (lost or not text.startswith("# config {")):
         there = f"{config.log_dir} has a log.txt but no checkpoint to resume from"
         raise UserError(f"{there}; choose another --log_dir")
+
+
+def lock_log(file) -> None:
+    """UserError if another process trains in the directory of this open log.txt; else none can until it is closed."""
+
+    def owner() -> str:
+        text = Path(file.name).read_text(encoding="utf-8", errors="replace")
+        said = re.findall(r'"host": "(.*?)", "pid": (\d+)', text)
+        return "process {1} on {0}".format(*said[-1]) if said else "another process"
+
+    lock(file, owner)
 
 
 def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0) -> None:
     """UserError if this run can't go on from checkpoint `saved`; else say what changed. steps: of all in log_dir."""
     if "evaluations" not in saved:  # an older version's: they are in its log alone
-        log, saved["evaluations"] = Path(config.log_dir, "log.txt"), {"val": {}}
+        log = Path(config.log_dir, "log.txt")
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        for step, value in re.findall(r"^(\d{1,15}) val (\S+)$", text, re.M):
-            with contextlib.suppress(ValueError):
-                saved["evaluations"]["val"] |= {int(step): float(value)} if int(step) <= saved["step"] else {}
+        logged = {int(step): float(value) for step, value in re.findall(r"^(\d{1,15}) val (\d+\.\d+)$", text, re.M)}
+        saved["evaluations"] = {"val": {step: value for step, value in logged.items() if step <= saved["step"]}}
     if later := [step for step in steps if step > saved["step"]] if config.resume_from else []:
         print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
     before, now = saved["config"] | saved["loader"], asdict(config) | loader
@@ -216,8 +243,6 @@ def require_room(config, model) -> None:
     if needed > (free := shutil.disk_usage(log_dir).free):
         there = f"{log_dir} has {free / 1e9:.2f} GB free and {needed / 1e9:.2f} GB are needed for checkpoints"
         raise UserError(f"{there}; free some, lower --keep_checkpoints, or choose another --log_dir")
-    try:
+    with user_error(f"no checkpoint could be saved in {log_dir}", OSError):
         (probe := Path(log_dir, "ckpt_probe.tmp")).write_bytes(b"x" * 4096)
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"no checkpoint could be saved in {log_dir}: {error}") from error

@@ -2,10 +2,11 @@
 Command lines from dataclasses, by tyro, and one way to fail.
 """
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # the last: there was no room for cuBLAS's handle
 NO_MEMORY = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED"
@@ -17,6 +18,15 @@ class UserError(ValueError):
 
 class LocalError(UserError):
     """A UserError that only one rank may hit, so that rank reports it; else the first rank of each node does."""
+
+
+@contextlib.contextmanager
+def user_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """What the block raises of these kinds becomes a UserError: the message, and why."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{message}: {error}") from error
 
 
 ELSEWHERE = {  # flags of nanoGPT, transformers and others -> what train_gpt2.py calls them
@@ -52,8 +62,8 @@ def parse(config_class: type, description: str, argv: Sequence[str] | None = Non
             if argv[i - 1] == "--resume" and not argv[i].startswith("--"):
                 argv[i:i] = ["--resume_from"]
     markers = (tyro.conf.DisallowNone,)  # so that an optional bool is --flag and --no-flag
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each node, whose flags may be its own
-    shown = {"description": about, "use_underscores": True, "console_outputs": speaks}
+    shown = {"description": about, "use_underscores": True}
+    shown["console_outputs"] = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each node, its flags may differ
     return tyro.cli(config_class, args=argv, config=markers, **shown)
 
 
@@ -81,7 +91,10 @@ def run(main: Callable, config_class: type, description: str, argv: Sequence[str
         if no_memory := isinstance(error, MemoryError) or re.search(NO_MEMORY, message):
             message = f"out of memory: a smaller batch, sequence or model fits better, see --help ({message[:200]})"
         elif isinstance(error, ModuleNotFoundError):
-            message = f"a setting needs more than this file: {missing(error.name)}"
+            package, *_ = error.name.split(".")
+            file = f"{error.name.replace('.', '/')}.py is not beside train_gpt2.py"
+            better = file if package in ("extras", "hellaswag") else f"pip install {package}"
+            message = f"a setting needs more than this file: {better}"
         elif "UserError" not in kinds:  # of this file, or of train_gpt2.py, which can't import this one
             raise
         rank = os.environ.get("RANK", "0")
@@ -89,10 +102,3 @@ def run(main: Callable, config_class: type, description: str, argv: Sequence[str
             where = f"rank {rank}: " if rank != "0" else ""
             print(f"{os.path.basename(sys.argv[0])}: error: {where}{message}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def missing(module: str) -> str:
-    """What to say of a file or a package that a setting asks for and that is not here."""
-    if module.split(".")[0] in ("extras", "hellaswag"):
-        return f"{module.replace('.', '/')}.py is not beside train_gpt2.py"
-    return f"pip install {module.split('.')[0]}"

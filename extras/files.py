@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from extras.cli import UserError
@@ -37,30 +38,34 @@ def atomic_file(path: str | os.PathLike, writer: str = ""):
             os.close(descriptor)
 
 
-@contextlib.contextmanager
-def exclusive(path: Path):
-    """Hold the lock file `path` during the block. Raises UserError, naming the process that already holds it.
+def lock(file, owner: Callable[[], str]) -> None:
+    """Lock an open file until it is closed. UserError with what `owner` says if another process has it.
 
     The operating system's lock (flock, or a locked byte on Windows) ends with its owner, so a file left behind locks
-    nothing. Between hosts it works where the file system supports locks, as NFS does.
+    nothing. Between hosts it works where the file system supports locks, as NFS version 4 does.
     """
+    folder = os.path.dirname(file.name)
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            file.seek(2**30)  # others can't read a locked byte, so one that isn't there
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise UserError(f"{folder} is being written by {owner()}; wait for it, or end it") from None
+        print(f"{folder} can't be locked ({error.strerror}); make sure that nothing else writes there")
+
+
+@contextlib.contextmanager
+def exclusive(path: Path):
+    """Hold the lock file `path` during the block. UserError, naming the process that already holds it."""
     with open(path, "a+b", 0) as file:  # not truncated: it may name the owner
-        try:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
-
-                file.seek(2**20)  # others can't read a locked byte, so not one of those that name the owner
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                file.seek(0)
-                owner = file.read(200).decode(errors="replace") or "another process"
-                raise UserError(f"{path.parent} is being written by {owner}; wait for it, or end it") from None
-            print(f"{path.parent} can't be locked ({error.strerror}); make sure that nothing else writes there")
+        lock(file, lambda: path.read_bytes()[:200].decode(errors="replace") or "another process")
         if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
             raise UserError(f"{path.parent} was written by another process just now; run again")
         file.truncate(0)

@@ -1,6 +1,6 @@
 """
-What a device is and can do: bf16 FLOP/s by the makers' data sheets, for the MFU on the screen; what a token takes; and
-why one that is here is of no use to this torch.
+What a device is and can do: bf16 FLOP/s by the makers' data sheets, for the MFU on the screen; what a token takes; how
+many sequences it holds at a time, estimated, then tried before the first step; and why one is of no use to this torch.
 """
 
 import contextlib
@@ -8,11 +8,13 @@ import ctypes
 import os
 import re
 import sys
+import time
 
 import torch
 
 from extras.agree import call_libc
-from extras.cli import UserError
+from extras.cli import NO_MEMORY, UserError, user_error
+from extras.loss import HEAD_ROWS
 
 PEAK_TFLOPS = {  # dense bf16, summed in float32; NVIDIA names none for the GB10, only sparse FP4
     "B200": 2250, "H200": 989, "GH200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70,
@@ -36,21 +38,30 @@ def peak_flops(device: torch.device) -> float:
     return next((value * 1e12 for card, value in PEAK_TFLOPS.items() if set(card.split()) <= words), 0.0)
 
 
-def find_device(name: str, on_this_node: int = 1) -> torch.device:
-    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError unless each rank here can have one."""
+def find_device(name: str, ranks: int = 1, on_this_node: int = 1) -> torch.device:
+    """The device of that name (auto, cuda, mps, cpu, cuda:N). UserError unless each of so many ranks can have one.
+
+    An NVIDIA card of no use to this torch is an error for --device cuda, and a warning for auto.
+    """
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < (2, 11):  # 2.10 compiled gives NaNs on A100
         raise UserError(f"torch {torch.__version__} is too old; 2.11 to 2.13 work: pip install -r requirements.txt")
     here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
+    with user_error(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N", RuntimeError):
         device = here if name == "auto" else torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is not a device; use auto, cuda, mps, cpu or cuda:N") from error
-    explain_cuda(name, device)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "auto" or device.type == "cuda":
+        problem = cuda_problem(local_rank if device.index is None else device.index)
+        if problem and device.type == "cuda":
+            raise UserError(f"--device {name}: {problem}")
+        if problem and local_rank == 0:
+            print(f"WARNING: training on {device.type}, not on CUDA: {problem}", file=sys.stderr, flush=True)
     count = torch.accelerator.device_count() if device.type == here.type else 0
     if device.type != "cpu" and max(device.index or 0, on_this_node - 1) >= count:
-        ranks = f" for {on_this_node} ranks" if on_this_node > 1 else ""
-        raise UserError(f"--device {name}: there is none here{ranks}; {device.type} devices: {count}; auto is {here}")
+        each = f" for {on_this_node} ranks" if on_this_node > 1 else ""
+        raise UserError(f"--device {name}: there is none here{each}; {device.type} devices: {count}; auto is {here}")
+    if ranks > 1 and (device.type == "mps" or device.index is not None):
+        raise UserError(f"--device {device} is one device, and there are {ranks} ranks; use --device cuda or cpu")
     if device.type == "mps" and version < (2, 13):  # fused AdamW takes bad steps; 2.11's attention is wrong, too
         raise UserError(f"MPS needs torch 2.13, not {torch.__version__}: pip install torch==2.13.0, or --device cpu")
     return device
@@ -60,6 +71,69 @@ def keep_freed_memory() -> None:
     """Let glibc keep large blocks that are freed: each step asks for the same, and a new page costs a fault."""
     for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # M_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD
         call_libc("mallopt", parameter, value)
+
+
+def estimate_micro_batch(config, shape, ranks, compiled: bool, dtype: torch.dtype) -> int:
+    """Sequences per forward that should fit into what the card has free, at most 64.
+
+    In bytes, as bench/gpuless.py computes and an H200 measured them: for gradients, moments, bf16 weights and DDP's
+    buckets, then for each token. Eager keeps no logits, but every LayerNorm's input in float32.
+    """
+    L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
+    fixed = (18 if ranks.world_size > 1 else 14) * (12 * L * C**2 + V * C) + (0 if compiled else 13 * HEAD_ROWS * V)
+    blocks = 2 * L + 12 if config.recompute else (33 if compiled and dtype == torch.bfloat16 else 38) * L
+    per_token = (blocks * C + (2 * V if compiled else 0)) * (2 if dtype == torch.float32 else 1)
+    free = 0.85 * torch.cuda.mem_get_info(ranks.device)[0]  # memory has gaps
+    return max(1, int(min(64, (free - fixed) // (config.seq_len * per_token))))
+
+
+def try_micro_batch(run, micro_batch: int) -> None:
+    """All the memory that a step needs: two micro-batches of zeros, forward and backward, with room for the moments.
+
+    Compiles what there is to compile. No rank waits for another in here: one alone may run out of memory.
+    """
+    try:
+        idx = torch.zeros(micro_batch, run.config.seq_len, dtype=torch.int32, device=run.device)  # as in a step
+        moments = [torch.empty_like(p) for p in run.raw_model.parameters() if not run.optimizer.state for _ in range(2)]
+        if run.ranks.world_size > 1:  # DDP looks at it in the forward
+            run.model.require_backward_grad_sync = False
+        for _ in range(2):  # the second finds the gradients of the first
+            with run.autocast():
+                loss = run.model(idx, idx.long())[1]
+            loss.backward()
+        del moments
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+
+
+def fit_micro_batch(run, any_rank) -> int:
+    """run.micro_batch, or the half of it for which every rank has the memory; the batch of an update stays.
+
+    any_rank(flag, ranks) tells whether a flag is true on any rank. UserError if one sequence doesn't fit, or if the
+    --micro_batch that was asked for doesn't.
+    """
+    B, per_rank = run.micro_batch, run.config.total_batch_size // run.config.seq_len // run.ranks.world_size
+    began = time.perf_counter()
+    while True:
+        failed = ""
+        try:
+            try_micro_batch(run, B)
+        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain one on MPS
+            failed = str(error)
+            if not re.search(NO_MEMORY, failed):
+                raise
+        if not any_rank(bool(failed), run.ranks):
+            what = "compiled and tried" if run.compiled else "tried"
+            run.ranks.print0(f"ready    micro-batch {B} {what} in {time.perf_counter() - began:.1f} s")
+            return B
+        if B == 1 or run.config.micro_batch:
+            better = "leave --micro_batch at 0" if B > 1 else "lower --seq_len or --model, or turn on --recompute"
+            raise UserError(f"out of memory with --micro_batch {B}; {better} ({failed[:100] or 'on another rank'})")
+        B = max(d for d in range(1, B // 2 + 1) if per_rank % d == 0)
+        run.ranks.print0(f"memory   does not suffice; trying micro-batch {B}")
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(run.device)
 
 
 def triton_problem() -> str:
@@ -73,22 +147,15 @@ def triton_problem() -> str:
     return ""
 
 
-def explain_cuda(name: str, device: torch.device) -> None:
-    """If there is an NVIDIA card of no use to this torch: UserError for --device cuda, and a warning for auto."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    index = local_rank if device.index is None else device.index
-    problem = cuda_problem(index) if name == "auto" or device.type == "cuda" else ""
-    if problem and device.type == "cuda":
-        raise UserError(f"--device {name}: {problem}")
-    if problem and local_rank == 0:
-        print(f"WARNING: training on {device.type}, not on CUDA: {problem}", file=sys.stderr, flush=True)
-
-
 def cuda_problem(index: int) -> str:
     """Why that NVIDIA card is of no use to this torch; empty if it is of use, or there is none."""
     driver, needs, torch_version = driver_cuda(), torch.version.cuda, f"torch {torch.__version__}"
     other = f"take its build for CUDA 12.6, {torch.__version__.split('+')[0]}+cu126"
-    if torch.cuda.is_available() and needs:
+    if not driver:
+        return ""
+    if not needs:
+        return f"there is an NVIDIA driver, but {torch_version} is built without CUDA; install a build with it"
+    if torch.cuda.is_available():
         if index >= torch.cuda.device_count() or not (have := torch.cuda.get_arch_list()):
             return ""
         capability = torch.cuda.get_device_capability(index)
@@ -97,15 +164,11 @@ def cuda_problem(index: int) -> str:
         card = f"{torch.cuda.get_device_name(index)}, of compute capability {capability[0]}.{capability[1]}"
         better = other if capability < (7, 5) else "a newer torch may have them"
         return f"{torch_version} has no kernels for {card}; {better}"
-    if driver and not needs:
-        return f"there is an NVIDIA driver, but {torch_version} is built without CUDA; install a build with it"
-    if driver and driver[0] < int(needs.split(".")[0]):
+    if driver[0] < int(needs.split(".")[0]):
         better = f", or {other}" if driver[0] >= 12 else ""
         knows = f"the NVIDIA driver knows CUDA up to {driver[0]}.{driver[1]}"
         return f"{knows}, and {torch_version} needs {needs}; update the driver{better}"
-    if driver:
-        return "there is an NVIDIA driver, but no card that CUDA can see: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
-    return ""
+    return "there is an NVIDIA driver, but no card that CUDA can see: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:

@@ -1,7 +1,6 @@
 """
 manifest.json, the record of a token set: its schema, and the only code that reads or writes it.
 
-A manifest that was edited or damaged must not mislead a run, so nothing is done with one before all of it is checked.
 The checksum finds accidental changes. The schema holds even for a manifest that was changed on purpose, checksum
 included: it cannot name a file outside the directory.
 """
@@ -53,8 +52,8 @@ class Shard(Record):
     @property
     def files(self) -> list[tuple[str, str]]:
         """(name, sha256): of the tokens, and perhaps of a mask."""
-        mask = (self.name.removesuffix(".npy") + ".mask.npy", self.mask_sha256)
-        return [(self.name, self.sha256), mask] if self.mask_sha256 else [(self.name, self.sha256)]
+        both = [(self.name, self.sha256), (self.name.removesuffix(".npy") + ".mask.npy", self.mask_sha256)]
+        return [(name, sha256) for name, sha256 in both if sha256]
 
 
 class SourceRecord(Record):
@@ -171,8 +170,7 @@ def parse_part(part: str | None) -> tuple[int, int]:
     """'2/8' -> (1, 8). Raises UserError."""
     if part is None:
         return 0, 1
-    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
-    i, n = map(int, found.groups()) if found else (0, 0)
+    i, n = map(int, part.split("/")) if re.fullmatch("[0-9]{1,6}/[0-9]{1,6}", part) else (0, 0)
     if not 1 <= i <= n <= MAX_PARTS:
         raise UserError(f"--part {part!r} must be I/N with 1 <= I <= N <= {MAX_PARTS}, such as 2/8")
     return i - 1, n

@@ -1,7 +1,8 @@
 """
-GPT-2 weights in and out: directories of Hugging Face's `transformers`, and its hub.
+GPT-2 weights in and out: checkpoints of train_gpt2.py, of build-nanogpt and of nanoGPT, run directories of any of them,
+directories of Hugging Face's `transformers`, and its hub. All scripts read models here.
 
-    shape, state = load("gpt2-medium")                # a hub name, or a directory with config.json and weights
+    shape, state = load_any("log")                    # the newest checkpoint of a run; a file, "gpt2", a directory
     save("exported", model)                           # what transformers, lm-eval and llama.cpp's converter load
 
 Knows no model class of ours: it speaks of a shape, a dict with the fields of train_gpt2.GPTConfig, and of a state dict
@@ -19,22 +20,75 @@ from pathlib import Path
 
 import torch
 
-from extras.cli import UserError
+from extras.cli import UserError, user_error
 from extras.tokenizer import END, tokenizer_name, vocab_files
 
+NAMES = (re.compile(r"ckpt_(\d{6,})\.pt"), re.compile(r"model_(\d+)\.pt"), re.compile(r"ckpt()\.pt"))  # ours, theirs
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older files carry along
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 PLAIN = {  # with another value in its config.json, a model computes something else than GPT-2
-    "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False, "tie_word_embeddings": True,
+    "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False], "tie_word_embeddings": [True],
+    "activation_function": ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"],  # alike
 }  # fmt: skip
-TANH_GELU = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")  # one function
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 8 bits and fewer would need their scales
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# In: directories and the hub
+# In
+
+
+def load_any(source: str, block_size: int | None = None) -> tuple[dict, dict]:
+    """Shape and state of a checkpoint file, a run directory, a hub name or a directory of `transformers`.
+
+    block_size: take only so many of its positions, the first.
+    """
+    path = find_checkpoint(source)
+    shape, state = load_checkpoint(path) if path else load(source)
+    if block_size is None:
+        return shape, state
+    if not 0 < block_size <= shape["block_size"]:
+        raise UserError(f"block_size {block_size} is not in 1 .. {shape['block_size']}, the positions of {source}")
+    wpe = state["transformer.wpe.weight"][:block_size].clone()
+    return shape | {"block_size": block_size}, state | {"transformer.wpe.weight": wpe}
+
+
+def find_checkpoint(source: str) -> Path | None:
+    """The checkpoint file itself, or a run directory's newest; None for other directories and hub names."""
+    if os.path.isfile(source):
+        return Path(source)
+    files = os.listdir(source) if os.path.isdir(source) else []
+    for name in NAMES:
+        if found := [match for match in map(name.fullmatch, files) if match]:
+            return Path(source, max(found, key=lambda match: int(match[1] or 0))[0])
+    if "log.txt" in files and "config.json" not in files:
+        raise UserError(f"{source} is a run without a checkpoint; it saves one every --save_every steps and at its end")
+    return None
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, dict]:
+    """Shape and state dict of the model in a checkpoint of train_gpt2.py, of build-nanogpt or of nanoGPT.
+
+    nanoGPT's GELU is the exact one, ours is GPT-2's with tanh: its models' logits come out some 1e-3 different.
+    """
+    if (suffix := Path(path).suffix) in (".safetensors", ".bin", ".json"):
+        alone = "configuration" if suffix == ".json" else "weights"
+        raise UserError(f"{path} is the {alone} alone; name the directory, where config.json and the weights are")
+    saved, foreign = read_tensors(path), f"{path} is no GPT-2 checkpoint: it"
+    if not isinstance(saved, dict) or "model" not in saved:
+        raise UserError(f"{foreign} has no model")
+    config = next((saved[key] for key in ("model_config", "model_args", "config") if key in saved), None)
+    config = config if isinstance(config, dict) else getattr(config, "__dict__", {})  # build-nanogpt pickles a class
+    shape = sizes_of(config, foreign)
+    state = unwrapped(saved["model"], f"{foreign}s model is not a dict of names and dense tensors")
+    if "model_config" in saved:  # ours, or a fork's, whose config has more and whose weights have other names
+        shape = config | shape
+        if state.keys() - {"lm_head.weight"} != layout(shape).keys():
+            return shape, state
+    if config.get("bias") is False:  # nanoGPT can leave them out: that is, they are 0
+        state |= {name: torch.zeros(1).expand(size) for name, size in layout(shape).items() if name.endswith("bias")}
+    return shape, fit(state, shape, str(path))
 
 
 def load(name_or_dir: str) -> tuple[dict, dict]:
@@ -53,9 +107,9 @@ def load(name_or_dir: str) -> tuple[dict, dict]:
         raise UserError(f"{name_or_dir} has a config.json but no weights: none of {', '.join(WEIGHTS)}")
     state = {}
     for path in parts(found) if found.suffix == ".json" else [found]:
-        state |= read_weights(path)
+        state |= unwrapped(read_tensors(path), f"{path} holds other things than names and dense tensors")
     state = {name if name == "lm_head.weight" else f"transformer.{name.removeprefix('transformer.')}": tensor
-             for name, tensor in unwrapped(state).items()}  # fmt: skip
+             for name, tensor in state.items()}  # fmt: skip
     return shape, fit(transpose_conv1d(state), shape, name_or_dir)
 
 
@@ -73,14 +127,14 @@ def fetch(name: str) -> Path:
         if not any(folder.glob("model*.safetensors*")):
             snapshot_download(name, allow_patterns="pytorch_model*.bin*")
         return folder
-    except LocalEntryNotFoundError as error:  # not in the cache, and no network
-        reason = "is not here, and the hub can't be reached to ask for it (online once, it is cached then)"
-        raise UserError(f"{name} {reason}") from error
-    except HFValidationError as error:
-        raise UserError(f"{name} is not a file or directory here, and no name for one on the hub") from error
     except Exception as error:  # a repository that isn't there, or is gated, or any of the network's own
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150] if str(error) else ''}"
-        raise UserError(f"{name} is not here, and the hub did not give it: {reason}") from error
+        first_line, *_ = str(error).strip().split("\n")
+        why = f"the hub did not give it: {type(error).__name__}: {first_line[:150]}"
+        if isinstance(error, LocalEntryNotFoundError):  # not in the cache, and no network
+            why = "the hub can't be reached to ask for it (online once, it is cached then)"
+        elif isinstance(error, HFValidationError):
+            why = "it is no name for one on the hub"
+        raise UserError(f"{name} is not here, and {why}") from error
 
 
 def shape_of(config: dict, source: str) -> dict:
@@ -89,12 +143,8 @@ def shape_of(config: dict, source: str) -> dict:
     if kind != "gpt2":
         raise UserError(f"{source} is a {kind or 'model of unknown type'}, not a GPT-2 (model_type in its config.json)")
     shape = sizes_of(config | {"block_size": config.get("n_positions")}, f"the config.json of {source}")
-    other = {name: config[name] for name, value in PLAIN.items() if config.get(name, value) != value}
-    if (activation := config.get("activation_function", "gelu_new")) not in TANH_GELU:
-        other["activation_function"] = activation
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        other["n_inner"] = config["n_inner"]
-    if other:
+    plain = PLAIN | {"n_inner": [None, 4 * shape["n_embd"]]}
+    if other := {name: config[name] for name, values in plain.items() if config.get(name, values[0]) not in values}:
         raise UserError(f"{source} is not a plain GPT-2: {json.dumps(other)}")
     return shape
 
@@ -113,10 +163,8 @@ def sizes_of(config: dict, source: str) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    try:
+    with user_error(f"can't read {path} as a JSON object", OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"can't read {path} as a JSON object: {error}") from error
 
 
 def parts(index: Path) -> list[Path]:
@@ -127,22 +175,6 @@ def parts(index: Path) -> list[Path]:
     if missing or not files:
         raise UserError(f"{index} names files that are not there: {', '.join(missing) or 'none at all'}")
     return [index.parent / file for file in files]
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file or a pickle, memory-mapped where the file can be."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except Exception as error:  # safetensors has its own for a file that is not whole
-            raise UserError(f"{path} {flaw(path, error)}") from error
-    else:
-        tensors = read_pickle(path)
-    if not isinstance(tensors, dict) or not all(map(is_weight, tensors, tensors.values())):
-        raise UserError(f"{path} holds other things than names and dense tensors; a state dict is wanted")
-    return tensors
 
 
 class Opaque:
@@ -156,13 +188,17 @@ class Opaque:
             self.__dict__.update(state)
 
 
-def read_pickle(path: str | Path):
-    """What torch.save wrote, on the CPU, memory-mapped. Raises UserError unless the file is whole.
+def read_tensors(path: str | Path):
+    """What is in a safetensors file, or what torch.save wrote; on the CPU, memory-mapped where it can be.
 
-    `torch.load` does not check the CRC32 of each tensor, so a flipped bit would pass: we do. Objects that are not
-    tensors, numbers or strings (a config class, numpy's scalars) become Opaque; nothing in the file is executed.
+    UserError unless the file is whole. `torch.load` does not check the CRC32 of each tensor, so a flipped bit would
+    pass: we do. Objects that are not tensors, numbers or strings (a config class, numpy's scalars) become Opaque.
     """
     try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         globals_, zipped = [], zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
@@ -173,7 +209,7 @@ def read_pickle(path: str | Path):
             globals_ = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(Opaque, name) for name in globals_]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # pickle, zipfile and torch each have their own
+    except Exception as error:  # safetensors, pickle, zipfile and torch each have their own
         raise UserError(f"{path} {flaw(path, error)}") from error
 
 
@@ -202,8 +238,13 @@ def flaw(path: str | Path, error: Exception) -> str:
     return f"is damaged, or holds no weights ({type(error).__name__}: {reason}); use another copy"
 
 
-def unwrapped(state: dict) -> dict:
-    """Names without what DDP, torch.compile, FSDP and activation checkpointing put in, in any order and depth."""
+def unwrapped(state, otherwise: str) -> dict[str, torch.Tensor]:
+    """Names without what DDP, torch.compile, FSDP and activation checkpointing put in, in any order and depth.
+
+    UserError(otherwise) unless these are names and tensors.
+    """
+    if not isinstance(state, dict) or not all(map(is_weight, state, state.values())):
+        raise UserError(otherwise)
     return {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
@@ -215,13 +256,13 @@ def transpose_conv1d(state: dict) -> dict:
 def layout(shape: dict) -> dict[str, tuple[int, ...]]:
     """Names and sizes of the weights of a GPT-2, in nn.Linear's layout, without the head."""
     C, V, T = shape["n_embd"], shape["vocab_size"], shape["block_size"]
+    block = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    block |= {"ln_1": (C,), "ln_2": (C,)}
+    modules = {f"h.{i}.{name}": size for i in range(shape["n_layer"]) for name, size in block.items()} | {"ln_f": (C,)}
     sizes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C)}
-    linears = {"attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    for name in [f"transformer.h.{i}." for i in range(shape["n_layer"])]:
-        for linear, size in linears.items():
-            sizes |= {f"{name}{linear}.weight": size, f"{name}{linear}.bias": size[:1]}
-        sizes |= {f"{name}{norm}.{part}": (C,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    return sizes | {f"transformer.ln_f.{part}": (C,) for part in ("weight", "bias")}
+    for name, size in modules.items():
+        sizes |= {f"transformer.{name}.weight": size, f"transformer.{name}.bias": size[:1]}
+    return sizes
 
 
 def fit(state: dict, shape: dict, source: str) -> dict:
@@ -258,22 +299,18 @@ def to_transformers(shape: dict, state: dict):
     """The model as transformers' GPT2LMHeadModel on the CPU in float32, of the tokens that exist."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    n = shape["n_tokens"]
+    n, T = shape["n_tokens"], shape["block_size"]
     end = 50256 if tokenizer_name(n) == "gpt2" else n - 1
-    config = GPT2Config(
-        vocab_size=n, n_positions=shape["block_size"], n_ctx=shape["block_size"], n_layer=shape["n_layer"],
-        n_head=shape["n_head"], n_embd=shape["n_embd"], activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=end, eos_token_id=end, pad_token_id=end, dtype="float32", **PLAIN,
-        architectures=["GPT2LMHeadModel"],
-    )  # fmt: skip
+    sizes = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
+    tokens = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=n, n_positions=T, n_ctx=T, dtype="float32", **sizes, **tokens, **dropout)
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     state = {name: tensor.detach().float().cpu().contiguous() for name, tensor in transpose_conv1d(state).items()}
     wte = state["transformer.wte.weight"][:n]
-    try:
+    with user_error(f"this is {NOT_PLAIN}", RuntimeError):
         model.load_state_dict(state | {"transformer.wte.weight": wte, "lm_head.weight": wte}, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"this is {NOT_PLAIN}: {error}") from error
     model.tie_weights()
     return model.eval()
 
@@ -299,8 +336,6 @@ def save(directory: str, model: torch.nn.Module) -> None:
         if target.exists():  # empty; Windows would not rename onto it
             target.rmdir()
         os.rename(temporary, target)
-    except ModuleNotFoundError as error:
-        raise UserError(f"exporting a model needs a package: pip install {error.name}") from error
     except OSError as error:
         raise UserError(f"can't write {directory}: {error}") from error
     finally:
@@ -310,12 +345,10 @@ def save(directory: str, model: torch.nn.Module) -> None:
 @torch.no_grad()
 def write_model(folder: Path, model: torch.nn.Module) -> None:
     """Write config.json and weights. Raises UserError unless transformers computes the model's logits from them."""
-    from transformers import GPT2LMHeadModel
-
-    to_transformers(vars(model.config), model.state_dict()).save_pretrained(folder)
+    theirs = to_transformers(vars(model.config), model.state_dict())
+    theirs.save_pretrained(folder)
     if model.lm_head.weight.dtype != torch.float32 or model.lm_head.weight.device.type != "cpu":
         model = copy.deepcopy(model).float().cpu()
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
     n, generator, training = model.config.n_tokens, torch.Generator().manual_seed(0), model.training
     ids = torch.randint(n, (2, min(64, model.config.block_size)), generator=generator)
     ours, theirs = model.eval()(ids)[0][..., :n], theirs(ids).logits

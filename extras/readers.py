@@ -16,7 +16,7 @@ from typing import NamedTuple
 from extras.cli import UserError
 from extras.manifest import Settings
 from extras.sources import SourceFile
-from extras.templates import ROLES, alpaca_prompt, chat_pairs
+from extras.tokenizer import ROLES, alpaca_prompt, chat_pairs
 
 CHUNK_BYTES = 4 * 2**20  # of a text file per chunk: about a million tokens, as in a row group of FineWeb-Edu
 ROW_CHUNK_BYTES = 64 * 2**20  # a row group with more text than this becomes several chunks
@@ -106,7 +106,8 @@ def parquet_metadata(path: str):
 def row_groups(file: SourceFile, path: str, text_column: str) -> list[Chunk]:
     metadata, chunks = parquet_metadata(path), []
     column, per_row = text_column_index(metadata, text_column, file.name), tokens_per_row(path, metadata)
-    for group, info in enumerate(map(metadata.row_group, range(metadata.num_row_groups))):
+    for group in range(metadata.num_row_groups):
+        info = metadata.row_group(group)
         slices = max(1, min(info.num_rows, -(-info.column(column).total_uncompressed_size // ROW_CHUNK_BYTES)))
         cuts = [info.num_rows * i // slices for i in range(slices + 1)]
         for start, stop in zip(cuts, cuts[1:]):
@@ -196,23 +197,26 @@ def parse_line(line: bytes, settings: Settings) -> str | list[tuple[str, str]]:
         return (alpaca_dialogue if settings.format == "alpaca" else chat_dialogue)(record)
     if settings.text_column not in record:
         raise BadDocument(f"has no field {settings.text_column!r} (--text_column takes one of: {', '.join(record)})")
-    text = record[settings.text_column]
-    if not isinstance(text, str):
-        raise BadDocument(f"holds {type(text).__name__} in {settings.text_column!r}, not text")
-    return text
+    return text_of(record[settings.text_column], repr(settings.text_column))
+
+
+def text_of(value, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadDocument(f"holds {type(value).__name__} in {where}, not text")
+    return value
 
 
 def alpaca_dialogue(record: dict) -> list[tuple[str, str]]:
-    for name in ("instruction", "input", "output"):
-        if name not in record and name != "input":
+    for name in ("instruction", "output"):
+        if name not in record:
             raise BadDocument(f"has no field {name!r} (it has: {', '.join(record)}); --format alpaca needs one")
-        if not isinstance(record.get(name) or "", str):
-            raise BadDocument(f"holds {type(record[name]).__name__} in {name!r}, not text")
-    if not (record["instruction"] or "").strip():
+    names = ("instruction", "input", "output")  # each of which may be null
+    instruction, given, output = (text_of(record.get(name) or "", repr(name)) for name in names)
+    if not instruction.strip():
         raise BadDocument("has an empty 'instruction'")
-    if not (record["output"] or "").strip():
+    if not output.strip():
         raise BadDocument("has no answer: its 'output' is empty")
-    return [(alpaca_prompt(record["instruction"], record.get("input") or ""), " " + record["output"])]
+    return [(alpaca_prompt(instruction, given), f" {output}")]
 
 
 def chat_dialogue(record: dict) -> list[tuple[str, str]]:
@@ -223,13 +227,11 @@ def chat_dialogue(record: dict) -> list[tuple[str, str]]:
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if role is None or content is None:
             raise BadDocument(f"has no role or no content in message {number}")
-        if not (isinstance(role, str) and role in ROLES):
+        if role not in ROLES:
             raise BadDocument(f"has an unknown role {role!r} in message {number}; known are {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise BadDocument(f"holds {type(content).__name__} in 'content' of message {number}, not text")
+        said.append((role, text_of(content, f"'content' of message {number}")))
         if role == "assistant" and not content.strip():
             raise BadDocument(f"has no answer: the assistant's message {number} is empty")
-        said.append((role, content))
     if "assistant" not in dict(said):
         raise BadDocument("has no answer: no message is the assistant's")
     if role != "assistant":
@@ -266,17 +268,14 @@ def safe_cut(file, offset: int) -> int:
 
     No GPT-2 token crosses it: in GPT-2's pattern whitespace only begins a token, and nothing looks back.
     """
-    at = max(0, offset - 3)
+    at, data = max(0, offset - 3), b""
     file.seek(at)
-    while offset and (block := file.read(2**16)):
-        for found in WORD_END.finditer(block):
+    while offset and (more := file.read(len(data) or 2**16)):  # twice as much each time
+        data += more
+        for found in WORD_END.finditer(data):
             if at + found.end() >= offset:
                 return at + found.end()
-        at += len(block)
-        if len(block) == 2**16:
-            at -= 3  # a match has four bytes, with the space
-            file.seek(at)
-    return at
+    return at + len(data)
 
 
 READERS = {"parquet": read_rows, "jsonl": read_lines, "txt": read_text}

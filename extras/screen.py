@@ -19,27 +19,23 @@ from extras.tokenizer import printable
 
 def begin(run) -> str:
     """What was found and decided."""
-    config, shape, W = run.config, run.raw_model.config, run.ranks.world_size
-    parameters, tokens = sum(p.numel() for p in run.raw_model.parameters()), len(run.train) * config.seq_len
-    steps, batch = config.max_steps, config.total_batch_size
-    accumulation, flops = batch // (run.micro_batch * config.seq_len * W), flops_per_token(shape, config.seq_len)
+    config, shape, W, B, T = run.config, run.raw_model.config, run.ranks.world_size, run.micro_batch, run.config.seq_len
+    parameters, tokens = sum(p.numel() for p in run.raw_model.parameters()), len(run.train) * T
+    steps, batch, mode = config.max_steps, config.total_batch_size, "compiled" if run.compiled else "eager"
+    epochs, flops = steps * batch / tokens, steps * batch * flops_per_token(shape, T)
     lines = [
-        f"device   {run.device.type} ({hardware(run.device)}), {'compiled' if run.compiled else 'eager'}, "
-        f"{str(run.dtype).removeprefix('torch.')}",
+        f"device   {run.device.type} ({hardware(run.device)}), {mode}, {str(run.dtype).removeprefix('torch.')}",
         f"model    {parameters:,} parameters: {shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, "
         f"{shape.n_tokens} ids padded to {shape.vocab_size}, sequences up to {shape.block_size}",
         f"data     {config.data_dir}: {tokens:,} train tokens ({run.loader['tokenizer']}), "
         f"{tokens / batch:,.0f} steps an epoch",
-        f"step     {batch:,} tokens: micro-batch {run.micro_batch} x {config.seq_len} tokens x ranks {W} x "
-        f"accumulation {accumulation}",
-        f"run      {steps:,} steps, {steps * batch:,} tokens, {steps * batch / tokens:.2f} epochs, "
-        f"{steps * batch * flops:.1e} FLOP",
+        f"step     {batch:,} tokens: micro-batch {B} x {T} tokens x ranks {W} x accumulation {batch // (B * T * W)}",
+        f"run      {steps:,} steps, {steps * batch:,} tokens, {epochs:.2f} epochs, {flops:.1e} FLOP",
     ]
     if run.start:
         done = "; all is done, a larger --max_steps goes on" if run.start >= steps else ""
         lines.append(f"resumed  at step {run.start}{done}")
-    if steps * batch > 100 * tokens:
-        epochs = steps * batch / tokens
+    if epochs > 100:
         lines.append(f"note     {epochs:,.0f} epochs: the model will learn these {tokens:,} tokens by heart")
     if config.warmup_steps >= steps:
         lines.append(f"note     --warmup_steps {config.warmup_steps:,} is not over when the run is")
@@ -52,10 +48,10 @@ def hardware(device: torch.device) -> str:
         free, total = (number / 2**30 for number in torch.cuda.mem_get_info(device))
         free += (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / 2**30  # ours to use
         return f"{torch.cuda.get_device_name(device)}, {free:.1f} of {total:.1f} GiB free"
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        return f"{torch.get_num_threads()} of {os.cpu_count()} threads, {total:.1f} GiB"
-    return f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    memory = ""
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # Windows has none
+        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    return f"{torch.get_num_threads()} of {os.cpu_count()} threads{memory}"
 
 
 def peak_memory(device: torch.device) -> float:

@@ -12,6 +12,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,12 +28,13 @@ from extras.cli import UserError
 from extras.files import atomic_file
 from extras.manifest import SourceRecord
 
+ADVICE = "give files, folders, or a glob in quotes"
 KINDS = ("parquet", "jsonl", "txt")  # how a file is read
 KIND_OF_SUFFIX = {kind: kind for kind in KINDS} | {"ndjson": "jsonl", "json": "jsonl"}  # before .gz or .zst
 BINS = re.compile(r"\w[\w-]*_(train|val)_\d+\.bin")  # shards of llm.c and modded-nanogpt
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?(:[^\\]+)?")
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}  # not the hub's fault
-TRIES, LONGEST_WAIT = 6, 60  # of a request to the hub, each of which its library repeats; seconds between two tries
+TRIES = 6  # of a request to the hub, each of which its library repeats
 
 
 class SourceFile(NamedTuple):
@@ -94,9 +96,13 @@ class Fetcher:
 
     def __init__(self, files: list[SourceFile], done: int, scratch: Path, keep_downloads: bool, is_limited=False):
         self.files, self.scratch, self.keep_downloads = files, scratch, keep_downloads
-        self.released, self.ahead, self.thread = 0, 0, None
+        self.released, self.thread = 0, None
         scratch.mkdir(exist_ok=True)
-        check_offline(files[done : done + 1] if is_limited else files[done:], scratch)
+        needed = files[done : done + 1] if is_limited else files[done:]
+        absent = [file.name for file in needed if file.is_remote and not (scratch / file.path).exists()]
+        if absent and is_offline():  # said before any work
+            names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+            raise UserError(f"HF_HUB_OFFLINE is set, and still to be fetched from the hub: {names}; unset it to go on")
         self.release(done)
 
     def get(self, number: int) -> Path:
@@ -109,8 +115,7 @@ class Fetcher:
     def fetch_ahead(self) -> None:
         """At most two files are on the disk, unless more are needed at once. `get` tries again what fails here."""
         number, is_busy = self.released + 1, self.thread and self.thread.is_alive()
-        if self.ahead < number < len(self.files) and not is_busy:
-            self.ahead = number
+        if number < len(self.files) and not is_busy:
             # a daemon, so that Ctrl-C need not wait for the end of a download
             self.thread = threading.Thread(target=self.try_to_fetch, args=[number], name="fetch", daemon=True)
             self.thread.start()
@@ -140,8 +145,14 @@ def local_source(patterns: list[str], flag: str = "--input") -> Source:
         if kind_of(path) is None:
             suffixes = " ".join(f".{suffix}" for suffix in KIND_OF_SUFFIX)
             raise UserError(f"{flag} {path}: not of a known kind: {suffixes}, also with .gz or .zst")
-        name, size, make = utf8(Path(path).as_posix()), os.path.getsize(path), None
-        stamps.append(stamp(path, size))
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would block
+            raise UserError(f"{flag} {path} is not a regular file; {ADVICE}")
+        name, make = utf8(Path(path).as_posix()), None
+        try:
+            size = os.path.getsize(path)
+            stamps.append(stamp(path, size))
+        except OSError as error:
+            raise UserError(f"{flag} {path}: {error.strerror}; check the path and its permissions") from error
         if is_compressed(path) or suffix_of(path) == "json":
             make = functools.partial(unpack, Path(path))
             path = scratch_name(name, flag, index, size, stamps[-1])
@@ -166,8 +177,8 @@ def stamp(path: str, size: int, samples: int = 16, length: int = 4096) -> str:
 
 
 def expand(pattern: str, flag: str) -> list[str]:
-    """Names of readable files. Raises UserError."""
-    pattern, advice = os.path.expanduser(pattern), "give files, folders, or a glob in quotes"
+    """Names of files, which may not exist. Raises UserError if there is none."""
+    pattern = os.path.expanduser(pattern)
     folder, why = os.path.dirname(pattern) or ".", "no file matches"
     if os.path.isdir(pattern):
         found = (os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names)
@@ -181,36 +192,26 @@ def expand(pattern: str, flag: str) -> list[str]:
     if not names:
         if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
             why = f"the directory {folder} is not readable"
-        raise UserError(f"{flag} {pattern}: {why}; {advice}")
-    for name in names:
-        if os.path.exists(name) and not os.path.isfile(name):
-            raise UserError(f"{flag} {name} is not a regular file; {advice}")  # opening a pipe would block
-        try:
-            open(name, "rb").close()
-        except OSError as error:
-            raise UserError(f"{flag} {name}: {error.strerror}; check the path and its permissions") from error
+        raise UserError(f"{flag} {pattern}: {why}; {ADVICE}")
     return names
 
 
 def unpack(path: Path, target: Path) -> None:
     """Decompress the file, and turn a JSON array into JSON lines, so that reading can begin in the middle."""
     try:
+        blocks = filter(None, decompressed(path))
+        first = next(blocks, b"")
+        blocks = itertools.chain([first], blocks)
+        if suffix_of(path.name) == "json" and first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            records = json.loads(b"".join(blocks))
+            blocks = ((json.dumps(record) + "\n").encode() for record in records)
         with atomic_file(target) as file:
-            file.writelines(decompressed(path))
-        if suffix_of(path.name) == "json":
-            with open(target, "rb") as file:
-                text = file.read(2**16).removeprefix(b"\xef\xbb\xbf").lstrip()
-                file.seek(0)
-                records = json.load(file) if text.startswith(b"[") else None
-            if records is not None:
-                with atomic_file(target) as file:
-                    file.writelines((json.dumps(record) + "\n").encode() for record in records)
+            file.writelines(blocks)
     except MemoryError:
         raise UserError(f"{path.name} is too large to be read as one JSON array; write it as JSON lines") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's fault
-        target.unlink(missing_ok=True)
         raise UserError(f"{path.name} is damaged: {error}; get the file again") from error
 
 
@@ -250,39 +251,28 @@ def hub_source(dataset: str, revision: str | None, recorded: SourceRecord | None
         raise UserError(f"--dataset {dataset!r} is not the name of a dataset of the hub; --input takes files, folders")
     repo, _, config = dataset.partition(":")
     if recorded is None:
-        ask = lambda: hub().dataset_info(repo, revision=revision, files_metadata=True)  # noqa: E731
-        info = with_retries(f"dataset {repo}", ask)
+        settings = {"revision": revision, "files_metadata": True}
+        info = with_retries(f"dataset {repo}", hub().dataset_info, repo, **settings)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings}
         configs = (info.card_data.get("configs") if info.card_data else None) or []
         names = train_files(list(sizes), configs, config, repo)
         recorded = SourceRecord(dataset=dataset, revision=info.sha, files=[(name, sizes[name]) for name in names])
-    commit = recorded.revision
-    if not re.fullmatch("[0-9a-f]{40}", commit or ""):
-        raise UserError(f"dataset {repo}: revision {commit!r} is not a commit; choose another --out")
+    commit, files = recorded.revision, []
     if all(suffix_of(name) in (*KINDS, "bin") for name, _ in recorded.files):
-        files = [
-            SourceFile(name, size, scratch_name(name, commit), functools.partial(download, repo, commit, name), True)
-            for name, size in recorded.files
-        ]
+        for name, size in recorded.files:
+            make = functools.partial(download, repo, commit, name)
+            files.append(SourceFile(name, size, scratch_name(name, commit), make, True))
     else:
         name, size = f"{repo}.jsonl", sum(size for _, size in recorded.files)
-        make = functools.partial(stream, dataset, commit, max_bytes)
-        files = [SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make, True)]
+        make = functools.partial(with_retries, f"dataset {repo}", stream, dataset, commit, max_bytes)
+        files.append(SourceFile(name, size, scratch_name(name, dataset, commit, max_bytes), make, True))
     return Source(recorded, files)
 
 
-def check_offline(files: list[SourceFile], scratch: Path) -> None:
-    """Raises UserError, before any work, if files are still to be fetched and the hub must not be asked."""
-    absent = [file.name for file in files if file.is_remote and not (scratch / file.path).exists()]
-    if absent and is_offline():
-        names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
-        raise UserError(f"HF_HUB_OFFLINE is set, and still to be fetched from the hub: {names}; unset it to go on")
-
-
 def is_offline() -> bool:
-    from huggingface_hub import constants
+    from huggingface_hub import is_offline_mode
 
-    return constants.HF_HUB_OFFLINE
+    return is_offline_mode()
 
 
 def hub():
@@ -294,9 +284,9 @@ def hub():
 
 def download(repo: str, commit: str, name: str, target: Path) -> None:
     """Fetch a file of the hub to `target`, which is there whole or not at all."""
-    fetch = lambda: hub().hf_hub_download(repo, name, repo_type="dataset", revision=commit, local_dir=folder)  # noqa: E731
     folder = target.with_name(target.name + ".download")
-    path = Path(with_retries(name, fetch))
+    settings = {"repo_type": "dataset", "revision": commit, "local_dir": folder}
+    path = Path(with_retries(name, hub().hf_hub_download, repo, name, **settings))
     if is_compressed(name):
         unpack(path, target)
     else:
@@ -306,30 +296,26 @@ def download(repo: str, commit: str, name: str, target: Path) -> None:
 
 def stream(dataset: str, commit: str, max_bytes: int | None, target: Path) -> None:
     """Write the train split of a dataset that only `datasets` can read to a JSON lines file."""
+    import datasets
+
     repo, _, config = dataset.partition(":")
-
-    def attempt():
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
-            with atomic_file(target) as file:
-                for row in rows:
-                    file.write((json.dumps(row, default=str) + "\n").encode())
-                    if max_bytes is not None and file.tell() >= max_bytes:
-                        break
-        except (RuntimeError, ValueError, FileNotFoundError) as error:  # dataset scripts, wrong names, broken files
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
-
-    with_retries(f"dataset {repo}", attempt)
+    try:
+        rows = datasets.load_dataset(repo, config or None, split="train", revision=commit, streaming=True)
+        with atomic_file(target) as file:
+            for row in rows:
+                file.write((json.dumps(row, default=str) + "\n").encode())
+                if max_bytes is not None and file.tell() >= max_bytes:
+                    break
+    except (RuntimeError, ValueError, FileNotFoundError) as error:  # dataset scripts, wrong names, broken files
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"`datasets` can't read {dataset} ({reason}); take another, or use --input") from error
 
 
-def with_retries(what: str, action: Callable):
-    """`action()`, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
+def with_retries(what: str, action: Callable, *arguments, **settings):
+    """What `action` returns, repeated while the hub is busy or unreachable. Raises UserError when that is of no use."""
     for attempt in range(TRIES):
         try:
-            return action()
+            return action(*arguments, **settings)
         except Exception as error:
             if isinstance(error, UserError) or getattr(error, "errno", None) in DISK_ERRORS:
                 raise
@@ -342,13 +328,11 @@ def with_retries(what: str, action: Callable):
             if status in (401, 403, 404) or not is_network:
                 raise UserError(f"can't get {what} ({reason}); check --dataset, or set HF_TOKEN") from error
             if attempt == TRIES - 1:
-                endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
                 hint = "set HF_TOKEN for a higher limit" if status == 429 else "run again later: it goes on from here"
-                raise UserError(f"could not get {what} from {endpoint} ({reason}); {hint}") from error
+                raise UserError(f"could not get {what} from {hub().endpoint} ({reason}); {hint}") from error
             if attempt == 2:
                 print(f"the hub does not send {what} ({reason}); trying again", file=sys.stderr)
-            asked = getattr(response, "headers", {}).get("Retry-After", "")
-            time.sleep(min(LONGEST_WAIT, int(asked) if asked.isdecimal() else 2**attempt))
+            time.sleep(2**attempt)
 
 
 def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -> list[str]:
@@ -365,8 +349,8 @@ def train_files(names: list[str], configs: list[dict], wanted: str, repo: str) -
         raise UserError(f"{repo} has several configurations; say {repo}:NAME, of: {', '.join(data_files)}")
     if wanted and wanted not in data_files:
         raise UserError(f"{repo} has no configuration {wanted!r}; it has: {', '.join(data_files) or 'none'}")
-    names, default = sorted(names), "default" if "default" in data_files else next(iter(data_files), None)
-    patterns = train_patterns(data_files.get(wanted or default))
+    chosen = wanted or ("default" if "default" in data_files else next(iter(data_files), None))
+    names, patterns = sorted(names), train_patterns(data_files.get(chosen))
     found = [name for pattern in patterns for name in names if re.fullmatch(glob_translate(pattern), name)]
     if not patterns:
         split = re.compile(r"(^|[/_.-])(train|test|valid|validation|val|dev|eval)(?=[/_.-])")

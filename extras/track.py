@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from extras.cli import UserError
+from extras.cli import UserError, user_error
 from extras.files import atomic_file
 
 HINTS = {
@@ -29,11 +29,8 @@ HINTS = {
 
 def require_tracker(name: str) -> None:
     """UserError if the tracker's package is not installed."""
-    try:
-        if name != "none":
-            importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--track {name} needs a package: pip install {name}") from error
+    with user_error(f"--track {name} needs a package, pip install {name}", ImportError):
+        importlib.import_module(name)
 
 
 @dataclass
@@ -57,10 +54,8 @@ class Tracker:
             print(f"WARNING: the tracker could not end its run: {error}", file=sys.stderr, flush=True)
 
 
-def open_tracker(name: str, log_dir: str, config: dict, start: int) -> Tracker | None:
-    """A tracker that goes on at step `start`; None for "none". UserError if the tracker refuses."""
-    if name == "none":
-        return None
+def open_tracker(name: str, log_dir: str, config: dict, start: int) -> Tracker:
+    """A tracker that goes on at step `start`. UserError if the tracker refuses."""
     try:
         return {"tensorboard": to_tensorboard, "wandb": to_wandb, "mlflow": to_mlflow}[name](log_dir, config, start)
     except UserError:
@@ -87,8 +82,9 @@ def kept_id(log_dir: str, name: str, new: Callable[[], str]) -> str:
     return ids[name]
 
 
-def setting(variable: str, default: str) -> str:
-    return os.environ.get(variable) or default
+def names(log_dir: str, project_variable: str, name_variable: str) -> tuple[str, str]:
+    """Of project and run: what the environment says, or gpt2 and the directory's."""
+    return os.environ.get(project_variable) or "gpt2", os.environ.get(name_variable) or Path(log_dir).resolve().name
 
 
 def to_tensorboard(log_dir: str, config: dict, start: int) -> Tracker:
@@ -110,9 +106,9 @@ def to_tensorboard(log_dir: str, config: dict, start: int) -> Tracker:
 def to_wandb(log_dir: str, config: dict, start: int) -> Tracker:
     import wandb
 
+    project, name = names(log_dir, "WANDB_PROJECT", "WANDB_NAME")
     run_id = kept_id(log_dir, "wandb", lambda: uuid.uuid4().hex[:8])
-    names = {"project": setting("WANDB_PROJECT", "gpt2"), "name": setting("WANDB_NAME", Path(log_dir).resolve().name)}
-    run = wandb.init(**names, id=run_id, resume="allow", dir=log_dir, config=config)
+    run = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=log_dir, config=config)
     run.define_metric("*", step_metric="step")
     return Tracker(lambda step, values: run.log(values | {"step": step}), lambda finished: run.finish(not finished))
 
@@ -120,9 +116,8 @@ def to_wandb(log_dir: str, config: dict, start: int) -> Tracker:
 def to_mlflow(log_dir: str, config: dict, start: int) -> Tracker:
     import mlflow
 
-    client = mlflow.MlflowClient()
-    experiment = mlflow.set_experiment(setting("MLFLOW_EXPERIMENT_NAME", "gpt2")).experiment_id
-    name = setting("MLFLOW_RUN_NAME", Path(log_dir).resolve().name)
+    project, name = names(log_dir, "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME")
+    client, experiment = mlflow.MlflowClient(), mlflow.set_experiment(project).experiment_id
     run_id = kept_id(log_dir, "mlflow", lambda: client.create_run(experiment, run_name=name).info.run_id)
     client.update_run(run_id, status="RUNNING")
     if start == 0:

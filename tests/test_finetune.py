@@ -20,8 +20,7 @@ import train_gpt2
 from extras import readers
 from extras import tokenize_workers as workers
 from extras.cli import UserError
-from extras.templates import alpaca_prompt, encode_question
-from extras.tokenizer import END, encode_prompt, load_tokenizer
+from extras.tokenizer import END, alpaca_prompt, encode_chat, encode_prompt, load_tokenizer
 
 EOT = "<|endoftext|>"
 ALPACA = [  # record, and its text, an answer between « and »
@@ -132,7 +131,7 @@ def test_sampling_gives_the_model_what_it_was_trained_on(tmp_path, tokenizer):
             else:
                 messages = [(message["role"], message["content"]) for message in record["messages"]]
                 before = [messages[:i] for i, (role, _) in enumerate(messages) if role == "assistant"]
-                asked = [encode_question(encode, some) for some in before]
+                asked = [encode_chat(encode, some) for some in before]
             assert asked == [ids[:begin].tolist() for begin in answers], record
             questions += len(asked)
     assert questions == len(ALPACA) + sum(text.count("«") for _, text in CHAT)

@@ -402,8 +402,8 @@ def die_after(monkeypatch, calls: int):
     for owner, name in (
         (os, "replace"),
         (os, "fsync"),
-        (fineweb, "is_damaged"),
-        (fineweb, "write_blocks"),
+        (fineweb, "sha256_of"),
+        (fineweb, "write_array"),
         (workers, "tokenize_chunk"),
         (fineweb.Fetcher, "release"),
         (fineweb.shutil, "rmtree"),

@@ -16,7 +16,7 @@ from tiny import ROOT, USER_ERRORS
 
 import train_gpt2
 from extras import hardware
-from extras.elastic import name_this_start
+from extras.agree import name_this_start
 
 
 def names_of(store, world_size: int, delays: list[float]) -> list[str]:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import extras.loss
 import train_gpt2
 from extras import pretrained
 from train_gpt2 import GPT, GPTConfig
@@ -43,9 +44,24 @@ def ours_like(theirs) -> GPT:
     return model
 
 
+def test_the_loss_of_the_file_alone_is_the_same(monkeypatch):
+    model = GPT(GPTConfig(64, 304, 2, 2, 32, n_tokens=300))
+    x = torch.randint(300, (2, 32))
+    y = x.roll(-1, 1).masked_fill(x < 100, -100)
+    losses, grads = [], []
+    for module in (extras.loss, train_gpt2.Missing()):
+        monkeypatch.setattr(train_gpt2, "optional", lambda name, module=module: module)
+        model.zero_grad()
+        losses.append(model(x, y)[1])
+        losses[-1].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("size, longest_sum", [(size, 10**6) for size in SHAPES] + [(min(SHAPES), 128)])
 def test_logits_losses_and_gradients_are_those_of_transformers(size, longest_sum, monkeypatch):
-    monkeypatch.setitem(train_gpt2.LONGEST_SUM, "cpu", longest_sum)  # a Mac's gradients are added up in parts
+    monkeypatch.setitem(extras.loss.LONGEST_SUM, "cpu", longest_sum)  # a Mac's gradients are added up in parts
     theirs = reference(SHAPES[size])
     ours = ours_like(theirs)
     ids = torch.randint(0, 300, (3, 33), generator=torch.Generator().manual_seed(1))

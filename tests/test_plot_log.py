@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plot_log
-from extras import checkpoints, cli, reference
+from extras import cli, pretrained, reference
 
 FINEWEB = "HuggingFaceFW/fineweb-edu:sample-10BT"
 RECIPE = {
@@ -684,7 +684,7 @@ def test_a_checkpoint_is_drawn(tmp_path, capsys):
         torch.save({**state, "step": step}, tmp_path / f"ckpt_{step:06d}.pt")
     command("--model", tmp_path)
     assert (tmp_path / "ckpt_1000000.png").stat().st_size > 10_000, "the newest of a run directory"
-    shape, _ = checkpoints.load_any(str(tmp_path))
+    shape, _ = pretrained.load_any(str(tmp_path))
     damaged = bytearray((tmp_path / "ckpt_1000000.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "ckpt_1000000.pt").write_bytes(damaged)

@@ -24,7 +24,7 @@ from test_model import SHAPES, reference
 from tiny import ROOT, USER_ERRORS
 
 from extras import pretrained
-from extras.checkpoints import find_checkpoint, load_any
+from extras.pretrained import find_checkpoint, load_any
 from extras.tokenizer import load_tokenizer
 from train_gpt2 import GPT, GPTConfig
 

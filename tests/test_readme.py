@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny import ROOT, token_set
 
+import extras.checks
 import extras.cli
 import fineweb
 import hellaswag
@@ -139,7 +140,8 @@ def test_every_command_parses(tmp_path):
             assert (ROOT / words[script]).exists(), (page, words)
             name, arguments = words[script].removesuffix(".py"), words[script + 1 :]
             if name == "train_gpt2":
-                train_gpt2.check(train_gpt2.resolve(extras.cli.parse(train_gpt2.Config, "", arguments)))
+                config = extras.cli.parse(train_gpt2.Config, "", arguments)
+                extras.checks.check_settings(train_gpt2.resolve(config))
             elif name in CONFIGS:
                 extras.cli.parse(CONFIGS[name], "", arguments)
             seen.add(name)

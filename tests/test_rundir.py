@@ -37,7 +37,7 @@ def state(step: int) -> dict:
     weight = torch.arange(10_000.0) + step
     found = {"step": step, "model": {"a": weight, "tied": weight}, "config": {"name": "x", "n": 1, "lr": 0.1}}
     found["loader"] = {"sample": 8 * step}
-    return {key: {} for key in train_gpt2.CHECKPOINT_KEYS} | found
+    return {key: {} for key in ("model_config", "optimizer", "versions")} | found
 
 
 def write(path, state: dict) -> None:
@@ -426,7 +426,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path, log):
     pytest.importorskip("fcntl")
     log.comment("versions", {"host": "here", "pid": 7})
     log.flush()
-    with pytest.raises(USER_ERRORS, match=r'another process trains there \("host": "here", "pid": 7\); choose another'):
+    with pytest.raises(USER_ERRORS, match=r"is being written by process 7 on here; wait for it, or end it"):
         Log(tmp_path, writes=True)
     log.close()
     Log(tmp_path, writes=True).close()
@@ -450,3 +450,26 @@ def test_destroyed_weights_do_not_push_good_checkpoints_out(saved, tmp_path):
         train_gpt2.main(replace(config, resume=True, max_lr=1e30, min_lr=0.0))
     assert saved_steps(tmp_path / "log")[-1] == 2 and len(saved_steps(tmp_path / "log")) <= 2
     train_gpt2.main(replace(config, resume=True, resume_from=str(tmp_path / "log" / "ckpt_000002.pt"), max_steps=8))
+
+
+def test_a_step_of_thousands_of_digits_is_no_step(tmp_path):
+    (tmp_path / "log.txt").write_text("# config {}\n" + "9" * 5000 + " train 5.0\n")
+    assert resume(tmp_path)[0] is None
+
+
+def test_a_run_whose_first_saves_failed_begins_again(saved, tmp_path, monkeypatch):
+    """The disk was full; the user made room and does what the message says."""
+    config = tiny_config(saved[0], tmp_path / "log", max_steps=7, val_every=0, save_every=2)
+    with monkeypatch.context() as full:
+        full.setattr(train_gpt2.os, "replace", lambda *_: exec("raise OSError(28, 'No space left on device')"))
+        with pytest.raises(USER_ERRORS, match="step 7, could not be saved; make room and --resume"):
+            train_gpt2.main(config)
+    assert not saved_steps(tmp_path / "log")
+    train_gpt2.main(replace(config, resume=True))
+    assert saved_steps(tmp_path / "log") == [7, 6]
+    for step in (7, 6):
+        train_gpt2.checkpoint_path(tmp_path / "log", step).unlink()
+    text = (tmp_path / "log/log.txt").read_text()
+    (tmp_path / "log/log.txt").write_text(text.replace("# unsaved ", "# "))
+    with pytest.raises(USER_ERRORS, match=r"has a log\.txt but no checkpoint"):  # they were there, and are gone
+        train_gpt2.main(replace(config, resume=True))

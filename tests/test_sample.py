@@ -12,8 +12,7 @@ from tiny import ROOT, USER_ERRORS
 
 import sample
 from extras.cli import parse, run
-from extras.templates import encode_question
-from extras.tokenizer import load_tokenizer, printable
+from extras.tokenizer import encode_chat, load_tokenizer, printable
 from train_gpt2 import GPT, GPTConfig
 
 LINE = "-" * 80
@@ -254,7 +253,7 @@ def test_a_conversation_by_a_pipe(run_dir):
     model, tokenizer, messages, expected = GPT.from_pretrained(run_dir), load_tokenizer("bytes"), [], ""
     for question in ("Hi", "Ho"):
         messages.append(("user", question))
-        ids = encode_question(tokenizer, messages)
+        ids = encode_chat(tokenizer, messages)
         new = model.generate(torch.tensor([ids]), 6, temperature=0, stop=256)[0, len(ids) :].tolist()
         answer = tokenizer.decode(new[: new.index(256)] if 256 in new else new).removeprefix(" ")
         messages.append(("assistant", answer))

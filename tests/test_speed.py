@@ -14,7 +14,7 @@ from test_train import same_weights
 from tiny import ROOT, USER_ERRORS, tiny_config, token_set
 
 import train_gpt2
-from extras import fit
+from extras import hardware
 from train_gpt2 import Run, lr_at, main, train_step
 
 
@@ -127,8 +127,8 @@ def test_micro_batches_are_halved_until_they_fit(data, tmp_path, monkeypatch, se
     config = tiny_config(data, tmp_path / "log", total_batch_size=32 * sequences, micro_batch=0)
     run = Run(config, train_gpt2.join_ranks("cpu"))
     assert run.micro_batch == sequences
-    monkeypatch.setattr(fit, "try_micro_batch", out_of_memory_over(limit))
-    run.micro_batch = fit.fit_micro_batch(run, train_gpt2.any_rank)
+    monkeypatch.setattr(hardware, "try_micro_batch", out_of_memory_over(limit))
+    run.micro_batch = hardware.fit_micro_batch(run, train_gpt2.any_rank)
     assert run.micro_batch == expected
     x, _, weights = run.batch(0)
     assert x.shape == (sequences // expected, expected, 32) and sum(weights) == pytest.approx(1)
@@ -136,26 +136,26 @@ def test_micro_batches_are_halved_until_they_fit(data, tmp_path, monkeypatch, se
 
 def test_what_does_not_fit_is_named(data, tmp_path, monkeypatch):
     run = Run(tiny_config(data, tmp_path / "log", micro_batch=0), train_gpt2.join_ranks("cpu"))
-    monkeypatch.setattr(fit, "try_micro_batch", out_of_memory_over(0))
+    monkeypatch.setattr(hardware, "try_micro_batch", out_of_memory_over(0))
     with pytest.raises(USER_ERRORS, match=r"with --micro_batch 1; lower --seq_len.*--model.*--recompute"):
-        fit.fit_micro_batch(run, train_gpt2.any_rank)
+        hardware.fit_micro_batch(run, train_gpt2.any_rank)
     run = Run(tiny_config(data, tmp_path / "log", micro_batch=4), train_gpt2.join_ranks("cpu"))
     with pytest.raises(USER_ERRORS, match="out of memory with --micro_batch 4; leave --micro_batch at 0"):
-        fit.fit_micro_batch(run, train_gpt2.any_rank)
+        hardware.fit_micro_batch(run, train_gpt2.any_rank)
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(data, tmp_path, monkeypatch):
     run = Run(tiny_config(data, tmp_path / "log"), train_gpt2.join_ranks("cpu"))
-    monkeypatch.setattr(fit, "try_micro_batch", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(hardware, "try_micro_batch", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
-        fit.fit_micro_batch(run, train_gpt2.any_rank)
+        hardware.fit_micro_batch(run, train_gpt2.any_rank)
 
 
 def test_a_trial_leaves_no_trace(data, tmp_path):
     config = tiny_config(data, tmp_path / "log")
     expected = losses(config, 3)
     run = Run(config, train_gpt2.join_ranks("cpu"))
-    fit.try_micro_batch(run, 8)
+    hardware.try_micro_batch(run, 8)
     assert all(p.grad is None for p in run.raw_model.parameters()) and not run.optimizer.state
     assert [float(train_step(run, run.batch(k), lr_at(k, config))[0]) for k in range(3)] == expected
 
@@ -164,15 +164,15 @@ RANK = """
 import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import train_gpt2
-from extras import fit
+from extras import hardware
 from tiny import tiny_config
 ranks = train_gpt2.join_ranks("cpu")
 def try_micro_batch(run, micro_batch):
     if micro_batch > (8 if ranks.rank == 0 else 2):
         raise torch.OutOfMemoryError("CUDA out of memory")
-fit.try_micro_batch = try_micro_batch
+hardware.try_micro_batch = try_micro_batch
 run = train_gpt2.Run(tiny_config({data!r}, {log!r}, total_batch_size=512, micro_batch=0), ranks)
-before, run.micro_batch = run.micro_batch, fit.fit_micro_batch(run, train_gpt2.any_rank)
+before, run.micro_batch = run.micro_batch, hardware.fit_micro_batch(run, train_gpt2.any_rank)
 loss = train_gpt2.train_step(run, run.batch(0), 1e-3)[0]
 mean = float(train_gpt2.all_reduce(loss, ranks)) / 2
 print(f"rank {{ranks.rank}}: {{before}} {{run.micro_batch}} {{mean:.6f}}\\n", end="", flush=True)
@@ -207,7 +207,7 @@ def test_the_estimate_is_what_was_measured(monkeypatch):
     """Peaks beyond 16 bytes a parameter, measured on an H200 or (*) computed by bench/gpuless.py: a step must fit."""
     pick = partial(estimate, monkeypatch)
     parameters, slope = 124.5e6, {"compiled": 402e3, "eager": 342e3, "recompute": 123e3}  # the first and the last *
-    constant = {"compiled": 2 * parameters, "eager": fit.HEAD_BYTES * 50304, "recompute": 2 * parameters}
+    constant = {"compiled": 2 * parameters, "eager": 13 * hardware.HEAD_ROWS * 50304, "recompute": 2 * parameters}
     for how, settings in (("compiled", {}), ("eager", {"compiled": False}), ("recompute", {"recompute": True})):
         for gib in (7.6, 15.6, 23.5, 39.4, 79.1):
             B = pick(gib, **settings)

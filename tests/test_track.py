@@ -122,7 +122,7 @@ def test_a_tracker_that_refuses_costs_one_line(tmp_path, monkeypatch):
 def test_the_end_of_a_run_is_told_and_cannot_fail_it(tmp_path, monkeypatch, capsys):
     told = []
     tracker = track.Tracker(lambda step, values: told.append(step), lambda finished: told.append(finished) or 1 / 0)
-    monkeypatch.setattr("extras.track.require_tracker", lambda name: None)
+    monkeypatch.setattr("extras.checks.require_tracker", lambda name: None)
     monkeypatch.setattr("extras.track.open_tracker", lambda *_: tracker)
     main(tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=2, track="wandb"))
     assert told == [0, 0, 1, 2, True] and "could not end its run: division by zero" in capsys.readouterr().err
