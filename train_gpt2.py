@@ -12,8 +12,9 @@ Contents: Config · Model · Data · Optimization · Evaluation · Ranks and dev
 Shapes:   B batch, T time, C channels, nh heads, hs head size, V vocabulary (padded), n tokens that exist, L layers.
 
 This file runs alone, with torch, numpy and tyro. Importing it does nothing. HellaSwag, samples, --init_from,
---recipe fast and --track need hellaswag.py and extras/ beside it. `optional` is for what only checks or shows more:
-without extras/ files are trusted, a GPU's micro-batch is a guess, and ranks don't agree before they wait.
+--recipe fast and --track need hellaswag.py and extras/ beside it. `optional` is for what only checks, shows or saves
+more: without extras/ files are trusted, two runs may write into one directory, a GPU's micro-batch is a guess, the loss
+makes all logits where nothing is compiled, and ranks don't agree before they wait.
 """
 
 import contextlib
@@ -546,7 +547,10 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run."""
+    """Moments and step counts of a checkpoint; the settings, weight decay among them, stay those of this run.
+
+    The groups are updated, not replaced: their keys stay the checkpoint's, so that the next file has the same bytes.
+    """
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved)
@@ -1171,14 +1175,15 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
     with all_or_none():
         if config.track != "none":
-            from extras.track import open_tracker
+            from extras.track import open_tracker  # if it isn't here, that is said before anything is written
         try:
             os.makedirs(config.log_dir, exist_ok=True)
         except (OSError, ValueError) as error:
             raise UserError(f"--log_dir {config.log_dir} can't be made: {error}; choose another") from error
         if rank0:
             optional("extras.checks").require_room(config, run.raw_model)
-            track = open_tracker(config.track, config.log_dir, asdict(config), step) if config.track != "none" else None
+        if rank0 and config.track != "none":
+            track = open_tracker(config.track, config.log_dir, asdict(config), step)
         log = Log(config.log_dir, rank0, step, track)
         saver = Saver(config.log_dir, config.keep_checkpoints, log, run.evaluated)
     meter = Meter(run, log, stop)

@@ -115,7 +115,7 @@ class Fetcher:
     def fetch_ahead(self) -> None:
         """At most two files are on the disk, unless more are needed at once. `get` tries again what fails here."""
         number, is_busy = self.released + 1, self.thread and self.thread.is_alive()
-        if number < len(self.files) and not is_busy:
+        if number < len(self.files) and self.files[number].make and not is_busy:
             # a daemon, so that Ctrl-C need not wait for the end of a download
             self.thread = threading.Thread(target=self.try_to_fetch, args=[number], name="fetch", daemon=True)
             self.thread.start()

@@ -34,13 +34,18 @@ class Tokens(NamedTuple):
 def tokenize_all(chunks: Iterable[tuple], settings: Settings, backend: str, workers: int) -> Iterator[tuple]:
     """(key, chunk, tokens) of every (key, chunk), in order; only a few are in memory at a time."""
     pool, pending = ThreadPoolExecutor(max(1, workers)), deque()
+
+    def oldest() -> tuple:
+        key, chunk, tokens = pending.popleft()
+        return key, chunk, tokens.result()
+
     try:
         for key, chunk in chunks:
             pending.append((key, chunk, pool.submit(tokenize_chunk, chunk, settings, backend)))
             if len(pending) > 3 * workers + 3:
-                yield *pending[0][:2], pending.popleft()[2].result()
+                yield oldest()
         while pending:
-            yield *pending[0][:2], pending.popleft()[2].result()
+            yield oldest()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -128,7 +128,8 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(data, tmp_path):
 def test_a_run_that_was_told_to_end_saves_and_does_not_look_finished(data, tmp_path, name, ranks, status):
     settings = {"max_steps": 100_000, "save_every": 0, "val_every": 0, "log_every": 1, "micro_batch": 4}
     line, pipes = command(tiny_config(data, tmp_path / "log", **settings), ranks), {"stdout": -1, "stderr": -1}
-    process = subprocess.Popen(line, **pipes, text=True, start_new_session=True)
+    obey = {"start_new_session": True, "preexec_fn": lambda: signal.signal(getattr(signal, name), signal.SIG_DFL)}
+    process = subprocess.Popen(line, **pipes, **obey, text=True)  # under nohup, SIGHUP is ignored here and inherited
     assert wait_for(process, "step     3 |")
     os.killpg(process.pid, getattr(signal, name))  # as a terminal that closes does: with all who write to it
     _, stderr = process.communicate(timeout=60)
