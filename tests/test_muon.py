@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import interrupt, same_weights
-from tiny import USER_ERRORS, launch, read_log, tiny_config, token_set
+from tiny import USER_ERRORS, bytes_of, launch, read_log, tiny_config, token_set
 
 import train_gpt2
 from extras import cli, muon
@@ -201,6 +201,7 @@ def resume(straight, log_dir, go, data):
 
 def test_a_resumed_run_is_bit_for_bit_the_run(data, alone, tmp_path):
     resume(alone, tmp_path / "resumed", main, data)
+    assert bytes_of(alone / "ckpt_000010.pt") == bytes_of(tmp_path / "resumed/ckpt_000010.pt")
     with pytest.raises(USER_ERRORS, match="has another optimizer"):
         main(tiny_config(data, tmp_path / "resumed", resume=True, order="shuffle"))
 

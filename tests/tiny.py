@@ -1,5 +1,6 @@
 """Small token sets and small runs, for the tests."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import extras.cli
 import train_gpt2
@@ -74,3 +76,10 @@ def read_log(log_dir) -> dict[str, dict[int, float]]:
             step, name, value = line.split()
             streams.setdefault(name, {})[int(step)] = float(value)
     return streams
+
+
+def bytes_of(checkpoint) -> bytes:
+    """What a run goes on from, as torch.save writes it: two files of it are the same to the byte, or they are not."""
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save([state[key] for key in ("model", "optimizer", "loader", "step")], file := io.BytesIO())
+    return file.getvalue()
