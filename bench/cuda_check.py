@@ -6,7 +6,10 @@ What must hold on a CUDA device before its speed means anything: tables of diffe
 1. Attention: output and gradients of each kernel that F.scaled_dot_product_attention may choose, in bfloat16, against
    float64 on the same rounded inputs.
 2. Training: the losses of the first 20 steps on the device, in each mode, against float32 on the CPU.
-3. Resume: a run that was interrupted at step 10 against the one that was not.
+3. Resume: a run that was interrupted at step 10 against the one that was not. On CUDA some sums have no fixed order, so
+   that two undisturbed runs differ, too: they say how much may be.
+4. Ranks: two of them on the one card against one, compiled; gloo averages, since NCCL wants a card for each. NCCL with
+   one rank, for its settings and DDP's calls.
 """
 
 import os
@@ -21,10 +24,14 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt2
+from bench.train_step import free_port
+from extras.agree import prepare_process
 from extras.cli import run
 
 KERNELS = {
@@ -71,6 +78,11 @@ def attention_errors(device: torch.device) -> dict[str, str]:
 
 def train(config: Config, log_dir: str, **changes) -> list[float]:
     """Losses of the steps of a small run."""
+    start(config, log_dir, **changes)
+    return losses_of(config, log_dir)
+
+
+def start(config: Config, log_dir: str, **changes) -> None:
     settings = {
         "data_dir": config.data_dir, "log_dir": log_dir, "n_layer": 4, "n_head": 4, "n_embd": 256, "seq_len": 128,
         "total_batch_size": 16 * 128, "micro_batch": 8, "max_steps": config.steps, "warmup_steps": 5, "max_lr": 1e-3,
@@ -78,11 +90,44 @@ def train(config: Config, log_dir: str, **changes) -> list[float]:
     } | changes  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         train_gpt2.main(train_gpt2.Config(**settings))
+
+
+def losses_of(config: Config, log_dir: str) -> list[float]:
     with open(os.path.join(log_dir, "log.txt")) as file:
         lines = [line.split() for line in file if not line.startswith("#")]
     values = {int(step): float(value) for step, name, value in lines if name == "train"}
     assert sorted(values) == list(range(config.steps)), f"log.txt has {len(values)} of {config.steps} steps"
     return [values[step] for step in sorted(values)]
+
+
+def start_rank(rank: int, port: int, config: Config, log_dir: str, settings: dict) -> None:
+    """One of two ranks on one device, in a process of its own."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train_gpt2.claim_device = lambda *_: torch.device(config.device)
+    dist.get_default_backend_for_device = lambda device: "gloo"
+    start(config, log_dir, **settings)
+
+
+def train_on_two_ranks(config: Config, log_dir: str, **settings) -> list[float]:
+    torch.multiprocessing.spawn(start_rank, (free_port(), config, log_dir, settings), nprocs=2)
+    return losses_of(config, log_dir)
+
+
+def use_nccl(_: int, port: int) -> None:
+    """What the trainer asks of NCCL, with one rank; whatever NCCL refuses raises."""
+    prepare_process()
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    train_gpt2.set_timeout(30)
+    model = torch.nn.Linear(8, 8).to(device)
+    model = train_gpt2.DistributedDataParallel(torch.compile(model), gradient_as_bucket_view=True)
+    model(torch.ones(8, 8, device=device)).sum().backward()
+    said = [None]
+    dist.all_gather_object(said, torch.cuda.nccl.version())
+    dist.barrier()
+    print(f"NCCL {'.'.join(map(str, said[0]))}, one rank: DDP, its timeout and gathered objects work", flush=True)
+    dist.destroy_process_group()
 
 
 def main(config: Config) -> None:
@@ -136,13 +181,27 @@ def main(config: Config) -> None:
     shutil.copy(f"{scratch}/whole/ckpt_{half:06d}.pt", f"{scratch}/resumed")
     shutil.copy(f"{scratch}/whole/log.txt", f"{scratch}/resumed")
     train(config, f"{scratch}/resumed", **on, **mode, save_every=half, resume=True)
+    train(config, f"{scratch}/again", **on, **mode, save_every=half)
     path = f"ckpt_{config.steps:06d}.pt"
-    a, b = (torch.load(f"{scratch}/{run}/{path}", weights_only=True)["model"] for run in ("whole", "resumed"))
-    apart = max(float((a[name].cpu() - b[name].cpu()).abs().max()) for name in a)
+    whole, resumed, again = (
+        torch.load(f"{scratch}/{run}/{path}", weights_only=True, map_location="cpu")["model"]
+        for run in ("whole", "resumed", "again")
+    )
+    apart, noise = (max(float((whole[name] - other[name]).abs().max()) for name in whole) for other in (resumed, again))
     print(
         f"\nresumed at step {half} of {config.steps}: weights differ by at most {apart:.1e} from the undisturbed run's"
     )
-    failed += ["resume"] * (apart > 1e-4)
+    print(f"two undisturbed runs: by {noise:.1e}", flush=True)
+    failed += ["resume"] * (apart > 2 * noise)
+
+    for recipe in recipes:
+        one = train(config, f"{scratch}/{recipe}-one", **on, **mode, **recipes[recipe])
+        two = train_on_two_ranks(config, f"{scratch}/{recipe}-two", **on, **mode, **recipes[recipe])
+        far = max(abs(a - b) for a, b in zip(one, two))
+        print(f"{recipe}, two ranks on one device: losses differ by at most {far:.1e} from one rank's", flush=True)
+        failed += [f"{recipe}, two ranks"] * (not far <= 3e-2)
+    if device.type == "cuda":
+        torch.multiprocessing.spawn(use_nccl, (free_port(),), nprocs=1)
     shutil.rmtree(scratch)
     if failed:
         print(f"\nfailed: {', '.join(failed)}")

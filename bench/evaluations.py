@@ -9,6 +9,8 @@ import sys
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+import contextlib
+import io
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +20,6 @@ import torch
 import hellaswag
 import train_gpt2
 from extras.cli import run
-from extras.generation import draw_samples
 from train_gpt2 import SIZES
 
 
@@ -32,7 +33,6 @@ class Config:
     seq_len: int = 1024  # tokens per sequence
     micro_batch: int = 64  # sequences per forward
     val_tokens: int = 20 * 2**19  # tokens of the val split
-    sdpa: Literal["auto", "flash", "cudnn", "mem_efficient", "math"] = "auto"  # attention kernel
     device: str = "auto"  # cuda, mps or cpu
     compile: bool | None = None  # as in train_gpt2.py
     repeats: int = 3  # times each
@@ -43,17 +43,18 @@ def main(config: Config) -> None:
         data_dir=config.data_dir, log_dir="bench/out/unused", model=config.model, n_layer=config.n_layer,
         total_batch_size=config.micro_batch * config.seq_len, micro_batch=config.micro_batch, seq_len=config.seq_len,
         hella_data=config.hella_data, hella_limit=config.hella_limit, device=config.device, compile=config.compile,
-        sdpa=config.sdpa, val_tokens=config.val_tokens,
+        val_tokens=config.val_tokens,
     )  # fmt: skip
     ranks = train_gpt2.join_ranks(ours.device)
     trainer = train_gpt2.Run(ours, ranks)
     synchronize = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
-    stop = train_gpt2.StopSignal(ranks)
+    meter = train_gpt2.Meter(trainer, train_gpt2.Log("", writes=False, start=0), train_gpt2.StopSignal(ranks))
 
     def seconds(function) -> float:
         synchronize()
         began = time.perf_counter()
-        function()
+        with contextlib.redirect_stdout(io.StringIO()):
+            function()
         synchronize()
         return time.perf_counter() - began
 
@@ -65,16 +66,13 @@ def main(config: Config) -> None:
     batches = hellaswag.plan_batches(rows, 16384)
     sizes = [(sum(len(rows[i].trees) for i in batch), max(tree.shape[1] for tree in rows[batch[0]].trees))
              for batch in batches]  # fmt: skip
-    print(f"HellaSwag: {len(rows)} rows, {len(batches)} batches, {len(set(sizes))} distinct shapes; sdpa {config.sdpa}")
+    print(f"HellaSwag: {len(rows)} rows, {len(batches)} batches, {len(set(sizes))} distinct shapes")
     print("| what | " + " | ".join(f"time {i + 1}, s" for i in range(config.repeats)) + " |")
     print("|---|" + "--:|" * config.repeats)
-    for name, function in {
-        "a training step": update,
-        "validation": lambda: train_gpt2.validate(trainer, stop),
-        "HellaSwag": lambda: hellaswag.score_run(trainer, stop, train_gpt2.all_reduce) if rows else None,
-        "samples": lambda: draw_samples(trainer),
-        "a training step after them": update,
-    }.items():
+    evaluations = {name: lambda name=name: meter.evaluate(0, name) for name in train_gpt2.EVALUATIONS}
+    if not rows:
+        del evaluations["hella"]
+    for name, function in ({"a training step": update} | evaluations | {"a training step after them": update}).items():
         print(f"| {name} | {' | '.join(f'{seconds(function):.3f}' for _ in range(config.repeats))} |", flush=True)
 
 

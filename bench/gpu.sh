@@ -50,6 +50,10 @@ step="$PYTHON bench/train_step.py $step"
 if [ ! -e data/python-docs/manifest.json ]; then
     $PYTHON fineweb.py --dataset python-docs --out data/python-docs
 fi
+if [ -n "${TEXT:-}" ] && [ ! -e "$DATA/manifest.json" ]; then
+    # shellcheck disable=SC2086
+    $PYTHON fineweb.py --input $TEXT --out "$DATA" --val_size 2000000 2>&1 | tail -n 3
+fi
 
 case $what in
 check)
@@ -70,16 +74,10 @@ memory)
     $PYTHON bench/memory.py $one ${SMALL:+--micro_batches 1 2} "$@" 2>&1 | tee "$OUT/memory.md"
     ;;
 evaluations)
-    for sdpa in auto flash; do
-        $PYTHON bench/evaluations.py $one --data_dir "$DATA" --hella_data "$HELLA" --sdpa $sdpa \
-            ${SMALL:+--hella_limit 20 --micro_batch 2} "$@" 2>&1 | tee -a "$OUT/evaluations.md"
-    done
+    $PYTHON bench/evaluations.py $one --data_dir "$DATA" --hella_data "$HELLA" \
+        ${SMALL:+--hella_limit 20 --micro_batch 2} "$@" 2>&1 | tee "$OUT/evaluations.md"
     ;;
 curves)
-    if [ -n "${TEXT:-}" ] && [ ! -e "$DATA/manifest.json" ]; then
-        # shellcheck disable=SC2086
-        $PYTHON fineweb.py --input $TEXT --out "$DATA" --val_size 2000000 2>&1 | tail -n 3
-    fi
     for recipe in gpt2 fast; do  # 105M tokens each
         $PYTHON train_gpt2.py --recipe $recipe --data_dir "$DATA" --log_dir "$OUT/$recipe" $one $run \
             --hella_every 0 --save_every 0 "$@" 2>&1 | tee "$OUT/$recipe.txt"
