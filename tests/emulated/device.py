@@ -133,6 +133,8 @@ def run_what_is_traced() -> None:
 
     compile_by = torch.compile
     torch.compile = lambda model=None, *, options=None, **settings: compile_by(model, backend="aot_eager", **settings)
+    # yes to the trainer; Dynamo would import it
+    torch.utils._triton.has_triton = lambda: sys._getframe(1).f_code.co_filename.endswith("train_gpt2.py")
     try:
         from extras import hardware
     except ImportError:
@@ -169,7 +171,8 @@ def limited_to(more: int):
 
 def end(status: int) -> None:
     """Autograd's thread of the card doesn't end with the interpreter."""
-    sys.stdout.flush()
+    with contextlib.suppress(ValueError):  # a child of multiprocessing may have closed it
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
