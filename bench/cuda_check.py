@@ -194,13 +194,16 @@ def main(config: Config) -> None:
     print(f"two undisturbed runs: by {noise:.1e}", flush=True)
     failed += ["resume"] * (apart > 2 * noise)
 
-    for recipe in recipes:
+    emulated = device.type == "cuda" and not torch.backends.cuda.is_built()
+    if emulated:
+        print("\nranks are left out: DDP wants streams, which the emulated card has not")
+    for recipe in () if emulated else recipes:
         one = train(config, f"{scratch}/{recipe}-one", **on, **mode, **recipes[recipe])
         two = train_on_two_ranks(config, f"{scratch}/{recipe}-two", **on, **mode, **recipes[recipe])
         far = max(abs(a - b) for a, b in zip(one, two))
         print(f"{recipe}, two ranks on one device: losses differ by at most {far:.1e} from one rank's", flush=True)
         failed += [f"{recipe}, two ranks"] * (not far <= 3e-2)
-    if device.type == "cuda":
+    if device.type == "cuda" and not emulated:
         torch.multiprocessing.spawn(use_nccl, (free_port(),), nprocs=1)
     shutil.rmtree(scratch)
     if failed:
