@@ -138,8 +138,6 @@ class Gigatoken:
         """(n,) uint32 ids of all texts together, and (documents,) how many each has."""
         import awkward
 
-        if not texts:
-            return np.empty(0, np.uint32), np.empty(0, np.int64)
         try:
             rows = self.tokenizer.encode_batch(texts, parallel=False)
         except TypeError:  # lone surrogates
