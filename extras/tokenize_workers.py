@@ -5,6 +5,7 @@ From documents to tokens, in threads: pyarrow and both encoders release Python's
 import base64
 import functools
 import importlib.util
+import itertools
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -67,8 +68,9 @@ def encode_documents(documents: list[list[str]], tokenizer, backend: str) -> tup
     A document is [text] or [prompt, answer, prompt, answer, ...]. Its pieces are encoded separately, so a prompt at
     inference has the same tokens as in training. Raises UserError that quotes a piece which fails.
     """
-    ids, counts = encode_texts([piece for document in documents for piece in document], tokenizer, backend)
-    numbers = np.array([number for document in documents for number in range(len(document))], np.int64)
+    ids, counts = encode_texts([*itertools.chain.from_iterable(documents)], tokenizer, backend)
+    sizes = np.array([len(document) for document in documents], np.int64)
+    numbers = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each piece in its document
     is_first, is_answer = numbers == 0, numbers % 2 == 1
     lengths = is_first + counts + is_answer
     ends = np.cumsum(lengths)
@@ -76,7 +78,7 @@ def encode_documents(documents: list[list[str]], tokenizer, backend: str) -> tup
     is_text[(ends - lengths)[is_first]] = False
     is_text[ends[is_answer] - 1] = False
     joined[is_text] = ids
-    return joined, np.repeat(is_answer, lengths).astype(np.uint8)
+    return joined, np.repeat(is_answer, lengths).view(np.uint8)
 
 
 def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
