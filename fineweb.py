@@ -175,19 +175,15 @@ class ShardWriter:
             self.total += end - done
             done = end
 
-    def commit(self, cursor: Cursor, complete: bool = False) -> None:
+    def commit(self, cursor: Cursor) -> None:
         """Write the shard and record it. cursor: where the next one begins."""
         start, _, skipped = self.pieces[0]
         pieces, path = [tokens for _, tokens, _ in self.pieces], self.out / self.manifest.name_of(self.index)
-        counts = [count(piece.ids, piece.targets, self.manifest.tokenizer.name) for piece in pieces]
-        documents, text_bytes = map(sum, zip(*counts))
-        shard = {"name": path.name, "split": self.manifest.split_of(self.index), "tokens": self.length}
-        shard |= {"documents": documents, "bytes": text_bytes, "skipped_before": skipped}
         if pieces[0].targets is not None:  # the mask first, so that no shard is ever without it
-            shard["mask_sha256"] = write_array(path.with_suffix(".mask.npy"), [piece.targets for piece in pieces])
-        shard["sha256"] = write_array(path, [piece.ids for piece in pieces])
+            write_array(path.with_suffix(".mask.npy"), [piece.targets for piece in pieces])
+        write_array(path, [piece.ids for piece in pieces])
         self.pieces, self.length = [], 0
-        record(self.out, self.manifest, cursor, complete, start, Shard(**shard))
+        record(path, self.manifest, start, cursor, pieces, skipped)
 
     def finish(self, cursor: Cursor) -> None:
         """Write the last shard and complete the manifest. If val has taken all the text, it gets a twentieth."""
@@ -201,28 +197,32 @@ class ShardWriter:
                 self.write(*piece)
         if not self.total and self.manifest.part[1] == 1:
             raise UserError("the source holds no document at all")
+        self.manifest.complete, self.manifest.cursor = True, cursor
         if self.pieces:
-            self.commit(cursor, complete=True)
+            self.commit(cursor)
         else:
-            record(self.out, self.manifest, cursor, complete=True)
+            write_manifest(self.out, self.manifest)
 
 
-def record(out: Path, manifest: Manifest, cursor: Cursor, complete: bool, start: Cursor = None, shard: Shard = None):
-    """Write the manifest, with one more shard if there is one: it began at `start`, and the next does at `cursor`."""
-    if shard:
-        manifest.shards.append(shard)
-        manifest.starts.append(start)
-    manifest.cursor, manifest.complete = cursor, complete
-    write_manifest(out / manifest_name(manifest.part), manifest)
+def record(path: Path, manifest: Manifest, start: Cursor, cursor: Cursor, pieces: list[Tokens], skipped: int = 0):
+    """Add the shard at `path` to the manifest: it has these tokens and begins at `start`, the next one at `cursor`."""
+    counts = [(len(piece.ids), *count(piece.ids, piece.targets, manifest.tokenizer.name)) for piece in pieces]
+    tokens, documents, text_bytes = map(sum, zip(*counts))
+    shard = {"name": path.name, "split": "train" if "_train_" in path.name else "val", "tokens": tokens}
+    shard |= {"documents": documents, "bytes": text_bytes, "skipped_before": skipped, "sha256": sha256_of(path)}
+    mask_sha256 = None if pieces[0].targets is None else sha256_of(path.with_suffix(".mask.npy"))
+    manifest.shards.append(Shard(**shard, mask_sha256=mask_sha256))
+    manifest.starts.append(start)
+    manifest.cursor = cursor
+    write_manifest(path.parent, manifest)
 
 
-def write_array(path: Path, arrays: list[np.ndarray]) -> str:
-    """Write the arrays as one 1-D .npy file, as np.save would; its sha256."""
+def write_array(path: Path, arrays: list[np.ndarray]) -> None:
+    """Write the arrays as one 1-D .npy file, as np.save would; but a full disk has its errno."""
     header = {"descr": arrays[0].dtype.str, "fortran_order": False, "shape": (sum(map(len, arrays)),)}
     with atomic_file(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         file.writelines(arrays)
-    return sha256_of(path)
 
 
 def sha256_of(path: Path) -> str | None:
@@ -362,7 +362,7 @@ def make(out: Path, config: Config) -> None:
         if strays and not list(out.glob("manifest*.json")):
             raise UserError(f"{out} has {strays[0].name} but no manifest.json that lists it; choose another --out")
         manifest = manifest or begin(config, val, source)
-        write_manifest(path, manifest)
+        write_manifest(out, manifest)
         join_parts(out, part)
         if not manifest.complete:
             if source.record.is_tokens:
@@ -394,7 +394,7 @@ def join_parts(out: Path, part: tuple[int, int]) -> None:
         shards = sorted((shard for manifest in begun for shard in manifest.shards), key=lambda shard: shard.index)
         changes = {"settings": settings, "shards": shards, "starts": [], "cursor": None, "complete": complete}
         changes["skipped"] = sum(manifest.skipped for manifest in begun)
-        write_manifest(path, begun[0].model_copy(update=changes), f".part-{i + 1}-of-{n}")
+        write_manifest(out, begun[0].model_copy(update=changes), f".part-{i + 1}-of-{n}")
 
 
 def summary(manifest: Manifest) -> str:
@@ -438,13 +438,11 @@ def fetch_shards(config: Config, files: list[SourceFile], manifest: Manifest, ou
         ids = ids_of_bin(name, data)
         with atomic_file(out / name) as file:
             file.write(data)
-        documents, text_bytes = count(ids, None, "gpt2")
-        shard = {"name": name, "split": "train" if "_train_" in name else "val", "tokens": len(ids)}
-        shard |= {"documents": documents, "bytes": text_bytes, "sha256": hashlib.sha256(data).hexdigest()}
-        record(out, manifest, Cursor(number + 1, 0, 0), False, Cursor(number, 0, 0), Shard(**shard))
+        record(out / name, manifest, Cursor(number, 0, 0), Cursor(number + 1, 0, 0), [Tokens(ids, None)])
         fetcher.release(number + 1)
     shutil.rmtree(downloads, ignore_errors=True)
-    record(out, manifest, Cursor(len(files), 0, 0), complete=True)
+    manifest.complete, manifest.cursor = True, Cursor(len(files), 0, 0)
+    write_manifest(out, manifest)
 
 
 def ids_of_bin(name: str, data: bytes) -> np.ndarray:

@@ -182,20 +182,19 @@ def score_run(run, stop, all_reduce) -> dict[str, float] | None:
 
 def cached_validation_set() -> Path:
     """Where the published file is, after downloading it if need be."""
-    if CACHE.exists():
-        if hashlib.sha256(CACHE.read_bytes()).hexdigest() != SHA256:
-            raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
-        return CACHE
     try:
-        with urlopen(URL, timeout=30) as reply:
-            data = reply.read()
-        if hashlib.sha256(data).hexdigest() != SHA256:
-            raise Unavailable(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
-        CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(CACHE) as file:
-            file.write(data)
+        if not CACHE.exists():
+            with urlopen(URL, timeout=30) as reply:
+                data = reply.read()
+            if hashlib.sha256(data).hexdigest() != SHA256:
+                raise Unavailable(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
+            CACHE.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(CACHE) as file:
+                file.write(data)
     except (OSError, HTTPException) as error:  # URLError is an OSError; a reply cut short is an HTTPException
         raise Unavailable(f"can't fetch {URL} or can't write {CACHE} ({error}); give the file with --data") from error
+    if hashlib.sha256(CACHE.read_bytes()).hexdigest() != SHA256:
+        raise UserError(f"{CACHE} is not the published file, by its sha256; delete it, or give it with --data")
     return CACHE
 
 

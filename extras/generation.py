@@ -45,6 +45,8 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, r
     padded, total = padding is not None and bool(padding.any()), T + max_new_tokens
     seen = torch.empty(B, total, dtype=torch.long, device=idx.device)
     seen[:, :T] = idx
+    if padded:  # text, so that repetition_penalty finds nothing else
+        seen[:, :T] = torch.where(torch.arange(T, device=idx.device) < padding[:, None], idx[:, -1:], idx)
     ended = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
     cache = new_cache(model, B, min(total, block_size), idx.device)
     first, start = max(0, T - block_size), 0  # the window's first column, and how many of its columns the cache holds
@@ -55,7 +57,7 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, r
         x = model.features(seen[:, first + start : end], positions, mask, cache, start)
         logits = model.head(x[:, -1]).float()  # (B, n)
         if repetition_penalty != 1.0:
-            penalize(logits, seen[:, :end], padding if padded else None, repetition_penalty)
+            penalize(logits, seen[:, :end], repetition_penalty)
         if temperature == 0:
             token = logits.argmax(dim=-1, keepdim=True)
         else:
@@ -100,14 +102,11 @@ def padded_view(first: int, start: int, end: int, padding):
     return positions, (visible & (keys <= queries[:, None]))[:, None]
 
 
-def penalize(logits, seen, padding, penalty: float) -> None:
+def penalize(logits, seen, penalty: float) -> None:
     """Make ids that were there less likely, in place: divide what is positive, multiply the rest (Keskar et al. 2019).
 
-    logits (B, n), seen (B, S) ids so far, padding (B,) of which so many at the left don't count, or None.
+    logits (B, n), seen (B, S) ids so far.
     """
-    if padding is not None:  # the last id is text: name it once more
-        text = torch.arange(seen.shape[1], device=seen.device) >= padding[:, None]
-        seen = torch.where(text, seen, seen[:, -1:])
     there = logits.gather(1, seen)
     logits.scatter_(1, seen, torch.where(there > 0, there / penalty, there * penalty))
 
@@ -154,14 +153,11 @@ def draw_samples(run, n: int = 4, length: int = 24) -> dict[str, list[str]]:
     """For train_gpt2.py: n continuations of its --sample_prompt, on rank 0, with the same seed each time."""
     if run.ranks.rank:
         return {}
-    prompt = run.tokenizer.encode(run.config.sample_prompt) or [run.tokenizer.eot]
-    idx = torch.tensor([prompt[-run.config.seq_len :]] * n, device=run.device)
-    generator = torch.Generator(run.device).manual_seed(run.config.seed)
+    generator, prompts = torch.Generator(run.device).manual_seed(run.config.seed), [run.config.sample_prompt] * n
     try:
         with run.autocast():
-            ids = run.raw_model.generate(idx, length, top_k=50, generator=generator)
+            return {"samples": continue_texts(run.raw_model, prompts, length, top_k=50, generator=generator)}
     except RuntimeError as error:
         if "nan" not in str(error):
             raise
         return {"samples": ["no samples: the probabilities are not numbers"]}
-    return {"samples": [run.tokenizer.decode(row) for row in ids.tolist()]}

@@ -199,8 +199,9 @@ def read_manifest(path: Path) -> Manifest | None:
     return manifest
 
 
-def write_manifest(path: Path, manifest: Manifest, writer: str = "") -> None:
+def write_manifest(out: Path, manifest: Manifest, writer: str = "") -> None:
+    """Write the manifest of a set, or of a part of it, in `out`. writer: see `atomic_file`."""
     manifest.format = FORMAT
     manifest.checksum = checksum(manifest)
-    with atomic_file(path, writer) as file:
+    with atomic_file(out / manifest_name(manifest.part), writer) as file:
         file.write((manifest.model_dump_json(indent=1) + "\n").encode())

@@ -9,15 +9,16 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from extras.cli import UserError
 from extras.manifest import Settings
 from extras.sources import SourceFile
-from extras.tokenizer import ROLES, alpaca_prompt, chat_pairs
+from extras.tokenizer import ROLES, alpaca_prompt, chat_pieces
 
+SKIP_BAD = "--skip_bad leaves such documents out"
 CHUNK_BYTES = 4 * 2**20  # of a text file per chunk: about a million tokens, as in a row group of FineWeb-Edu
 ROW_CHUNK_BYTES = 64 * 2**20  # a row group with more text than this becomes several chunks
 
@@ -44,7 +45,7 @@ class Chunk(NamedTuple):
 
 
 class BadDocument(ValueError):
-    """A document that can't be read, and why."""
+    """A document that can't be read, and why. With --skip_bad a reader gives None in its place."""
 
 
 @contextlib.contextmanager
@@ -72,24 +73,17 @@ def chunks_of(file: SourceFile, path: Path, text_column: str) -> list[Chunk]:
     ]
 
 
-def documents_of(chunk: Chunk, settings: Settings) -> tuple[list, int]:
-    """The documents of a chunk, texts or dialogues, and how many were left out.
+def documents_of(chunk: Chunk, settings: Settings) -> tuple[list[list[str]], int]:
+    """The documents of a chunk, [text] or [prompt, answer, prompt, answer, ...], and how many were left out.
 
     Raises UserError, naming file and place, for a document that can't be read, unless `settings.skip_bad`.
     """
-    skipped = 0
-
-    def leave_out(what: Callable[[], str]) -> None:
-        nonlocal skipped
-        if not settings.skip_bad:
-            raise UserError(f"{what()}; --skip_bad leaves such documents out")
-        skipped += 1
-
     with naming(chunk):
-        good = list(READERS[chunk.kind](chunk, settings, leave_out))
+        found = list(READERS[chunk.kind](chunk, settings))
+    good = [document for document in found if document is not None]
     if chunk.order is not None:
         random.Random(chunk.order).shuffle(good)
-    return good, skipped
+    return good, len(found) - len(good)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,7 +136,7 @@ def text_column_index(metadata, text_column: str, name: str) -> int:
     return [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(text_column)
 
 
-def read_rows(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str]:
+def read_rows(chunk: Chunk, settings: Settings) -> Iterator[list[str] | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -154,19 +148,21 @@ def read_rows(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator
         rows = itertools.chain.from_iterable(column.to_pylist() for column in columns)
         for row, data in enumerate(itertools.islice(rows, chunk.start, chunk.stop), chunk.start):
             try:
-                yield data.decode("utf-8")
+                yield [data.decode("utf-8")]
             except (UnicodeDecodeError, AttributeError):
-                reason = "has no text" if data is None else "is not UTF-8"
-                leave_out(lambda: f"row {first + row} of {chunk.name} {reason}")  # noqa: B023 (called at once)
+                if not settings.skip_bad:
+                    reason = "has no text" if data is None else "is not UTF-8"
+                    raise UserError(f"row {first + row} of {chunk.name} {reason}; {SKIP_BAD}") from None
+                yield None
     if row + 1 != chunk.stop:
         raise EOFError(f"{row + 1 - chunk.start} rows of {chunk.stop - chunk.start}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# JSON lines: texts, or instructions, where a document is a list of (prompt, answer)
+# JSON lines: texts, or instructions
 
 
-def read_lines(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str | list[tuple[str, str]]]:
+def read_lines(chunk: Chunk, settings: Settings) -> Iterator[list[str] | None]:
     """The documents of the JSON lines that begin in the chunk's bytes."""
     with open(chunk.path, "rb") as file:
         if chunk.start > 0:
@@ -177,8 +173,10 @@ def read_lines(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterato
                 try:
                     yield parse_line(line.removeprefix(b"\xef\xbb\xbf") if begin == 0 else line, settings)
                 except BadDocument as error:
-                    reason = str(error)
-                    leave_out(lambda: f"line {line_number(chunk.path, begin)} of {chunk.name} {reason}")  # noqa: B023
+                    if not settings.skip_bad:
+                        number = line_number(chunk.path, begin)
+                        raise UserError(f"line {number} of {chunk.name} {error}; {SKIP_BAD}") from None
+                    yield None
 
 
 def line_number(path: str, offset: int) -> int:
@@ -186,7 +184,7 @@ def line_number(path: str, offset: int) -> int:
         return sum(file.read(min(2**20, offset - at)).count(b"\n") for at in range(0, offset, 2**20)) + 1
 
 
-def parse_line(line: bytes, settings: Settings) -> str | list[tuple[str, str]]:
+def parse_line(line: bytes, settings: Settings) -> list[str]:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -197,7 +195,7 @@ def parse_line(line: bytes, settings: Settings) -> str | list[tuple[str, str]]:
         return (alpaca_dialogue if settings.format == "alpaca" else chat_dialogue)(record)
     if settings.text_column not in record:
         raise BadDocument(f"has no field {settings.text_column!r} (--text_column takes one of: {', '.join(record)})")
-    return text_of(record[settings.text_column], repr(settings.text_column))
+    return [text_of(record[settings.text_column], repr(settings.text_column))]
 
 
 def text_of(value, where: str) -> str:
@@ -206,7 +204,7 @@ def text_of(value, where: str) -> str:
     return value
 
 
-def alpaca_dialogue(record: dict) -> list[tuple[str, str]]:
+def alpaca_dialogue(record: dict) -> list[str]:
     for name in ("instruction", "output"):
         if name not in record:
             raise BadDocument(f"has no field {name!r} (it has: {', '.join(record)}); --format alpaca needs one")
@@ -216,10 +214,10 @@ def alpaca_dialogue(record: dict) -> list[tuple[str, str]]:
         raise BadDocument("has an empty 'instruction'")
     if not output.strip():
         raise BadDocument("has no answer: its 'output' is empty")
-    return [(alpaca_prompt(instruction, given), f" {output}")]
+    return [alpaca_prompt(instruction, given), f" {output}"]
 
 
-def chat_dialogue(record: dict) -> list[tuple[str, str]]:
+def chat_dialogue(record: dict) -> list[str]:
     messages, said = record.get("messages"), []
     if not isinstance(messages, list):
         raise BadDocument(f"has no list in 'messages' (it has: {', '.join(record)}); --format chat needs one")
@@ -236,26 +234,28 @@ def chat_dialogue(record: dict) -> list[tuple[str, str]]:
         raise BadDocument("has no answer: no message is the assistant's")
     if role != "assistant":
         raise BadDocument(f"has no answer to its last message, of {role}")
-    return chat_pairs(said)
+    return chat_pieces(said)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plain text
 
 
-def read_text(chunk: Chunk, settings: Settings, leave_out: Callable) -> Iterator[str]:
+def read_text(chunk: Chunk, settings: Settings) -> Iterator[list[str] | None]:
     """A .txt file is one document. A large one is cut where no GPT-2 token crosses, so the tokens stay the same."""
     with open(chunk.path, "rb") as file:
         start, stop = safe_cut(file, chunk.start), safe_cut(file, chunk.stop)
         file.seek(start)
         data, is_all = file.read(stop - start), chunk.start == 0 and not file.read(1)
     try:
-        yield data.decode("utf-8").removeprefix("\ufeff" if chunk.start == 0 else "")
+        yield [data.decode("utf-8").removeprefix("\ufeff" if chunk.start == 0 else "")]
     except UnicodeDecodeError as error:
         bad = f"byte {start + error.start} of {chunk.name} is not UTF-8"
         if not is_all:
             raise UserError(f"{bad}; the file is one document, too long to be left out: convert it") from error
-        leave_out(lambda: bad)
+        if not settings.skip_bad:
+            raise UserError(f"{bad}; {SKIP_BAD}") from error
+        yield None
 
 
 WORD_END = re.compile(  # a visible ASCII character, or one from U+3001 to U+FFFF (Chinese, Japanese), then a space

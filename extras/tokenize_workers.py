@@ -5,6 +5,7 @@ From documents to tokens, in threads: pyarrow and both encoders release Python's
 import base64
 import functools
 import importlib.util
+import itertools
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -51,48 +52,33 @@ def tokenize_all(chunks: Iterable[tuple], settings: Settings, backend: str, work
 
 
 def tokenize_chunk(chunk: Chunk, settings: Settings, backend: str) -> Tokens:
-    found, skipped = documents_of(chunk, settings)
-    tokenizer, targets = load_tokenizer(settings.tokenizer), None
-    if settings.format == "text":
-        ids = encode_documents(found, tokenizer, backend)
-    else:
-        ids, targets = encode_dialogues(found, tokenizer, backend)
+    documents, skipped = documents_of(chunk, settings)
+    ids, targets = encode_documents(documents, load_tokenizer(settings.tokenizer), backend)
     if chunk.kind == "txt" and chunk.start > 0:  # it continues a document
         ids = ids[1:]
-    return Tokens(ids, targets, skipped)
+    return Tokens(ids, None if settings.format == "text" else targets, skipped)
 
 
-def encode_documents(texts: list[str], tokenizer, backend: str) -> np.ndarray:
-    """(n,) uint16: end-of-text before every document. Raises UserError that quotes a text which fails."""
-    ids, counts = encode_texts(texts, tokenizer, backend)
-    return insert_tokens(ids, np.cumsum(counts + 1) - counts - 1, tokenizer.eot)
-
-
-def encode_dialogues(dialogues: list[list[tuple]], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
+def encode_documents(documents: list[list[str]], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
     """(n,) uint16, end-of-text before every document and after every answer, and (n,) uint8, 1 for training targets.
 
         <|endoftext|> prompt answer <|endoftext|> prompt answer <|endoftext|>
         0             0 ...  1 ...  1             0 ...  1 ...  1
 
-    Prompt and answer are encoded separately, so a prompt at inference has the same tokens as in training.
+    A document is [text] or [prompt, answer, prompt, answer, ...]. Its pieces are encoded separately, so a prompt at
+    inference has the same tokens as in training. Raises UserError that quotes a piece which fails.
     """
-    texts = [text for dialogue in dialogues for pair in dialogue for text in pair]
-    ids, counts = encode_texts(texts, tokenizer, backend)
-    is_answer = np.arange(len(texts)) % 2 == 1
-    begins = np.zeros(len(texts), np.int64)  # 1 for the first prompt of a document
-    begins[np.cumsum([0] + [2 * len(dialogue) for dialogue in dialogues])[:-1]] = 1
-    lengths = begins + counts + is_answer
+    ids, counts = encode_texts([*itertools.chain.from_iterable(documents)], tokenizer, backend)
+    sizes = np.array([len(document) for document in documents], np.int64)
+    numbers = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each piece in its document
+    is_first, is_answer = numbers == 0, numbers % 2 == 1
+    lengths = is_first + counts + is_answer
     ends = np.cumsum(lengths)
-    marks = np.sort(np.concatenate([(ends - lengths)[begins == 1], ends[is_answer] - 1]))
-    return insert_tokens(ids, marks, tokenizer.eot), np.repeat(is_answer, lengths).astype(np.uint8)
-
-
-def insert_tokens(ids: np.ndarray, places: np.ndarray, eot: int) -> np.ndarray:
-    """(n + m,) uint16: the n ids in order, and end-of-text at the m places."""
-    joined, is_text = np.empty(len(ids) + len(places), np.uint16), np.ones(len(ids) + len(places), bool)
-    is_text[places] = False
-    joined[places], joined[is_text] = eot, ids
-    return joined
+    joined, is_text = np.full(lengths.sum(), tokenizer.eot, np.uint16), np.ones(lengths.sum(), bool)
+    is_text[(ends - lengths)[is_first]] = False
+    is_text[ends[is_answer] - 1] = False
+    joined[is_text] = ids
+    return joined, np.repeat(is_answer, lengths).view(np.uint8)
 
 
 def encode_texts(texts: list[str], tokenizer, backend: str) -> tuple[np.ndarray, np.ndarray]:
@@ -154,8 +140,6 @@ class Gigatoken:
         """(n,) uint32 ids of all texts together, and (documents,) how many each has."""
         import awkward
 
-        if not texts:
-            return np.empty(0, np.uint32), np.empty(0, np.int64)
         try:
             rows = self.tokenizer.encode_batch(texts, parallel=False)
         except TypeError:  # lone surrogates

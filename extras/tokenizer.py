@@ -94,8 +94,8 @@ class ByteTokenizer(Tokenizer):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Instructions and chats. GPT-2 has no tokens for roles. A dialogue is a list of (prompt, answer) pairs, each encoded
-# apart, and end-of-text comes before the dialogue and after every answer; fineweb.py --help shows it.
+# Instructions and chats. GPT-2 has no tokens for roles. A dialogue is a list of prompt, answer, prompt, answer, each
+# encoded apart, and end-of-text comes before the dialogue and after every answer; fineweb.py --help shows it.
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -103,26 +103,26 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     return f"Instruction: {instruction}\n\n{middle}Answer:"
 
 
-def chat_pairs(messages: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(role, content) messages, of which the last is the assistant's -> (prompt, answer) pairs, one for each answer."""
-    pairs, prompt = [], ""
+def chat_pieces(messages: list[tuple[str, str]]) -> list[str]:
+    """(role, content) messages, of which the last is the assistant's -> [prompt, answer, prompt, answer, ...]."""
+    pieces, prompt = [], ""
     for number, (role, content) in enumerate(messages):
         prompt += ("\n\n" if number else "") + f"{role.capitalize()}:"
         if role == "assistant":
-            pairs.append((prompt, f" {content}"))
+            pieces += [prompt, f" {content}"]
             prompt = ""
         else:
             prompt += f" {content}"
-    return pairs
+    return pieces
 
 
 def encode_chat(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
     """The ids that the assistant's next answer continues, as fineweb.py writes them for the same messages."""
-    *answered, (question, _) = chat_pairs([*messages, ("assistant", "")])
+    *pieces, _ = chat_pieces([*messages, ("assistant", "")])
     ids = [tokenizer.eot]
-    for prompt, answer in answered:
-        ids += [*tokenizer.encode(prompt), *tokenizer.encode(answer), tokenizer.eot]
-    return ids + tokenizer.encode(question)
+    for number, piece in enumerate(pieces):
+        ids += tokenizer.encode(piece) + [tokenizer.eot] * (number % 2)
+    return ids
 
 
 # ----------------------------------------------------------------------------------------------------------------------

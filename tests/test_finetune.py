@@ -189,10 +189,10 @@ def test_a_damaged_mask_is_found_and_made_anew(tmp_path):
 
 def test_verify_compares_masks_with_the_source(tmp_path, monkeypatch):
     """A set that is consistent in itself, but whose masks are not what the source gives."""
-    path, encode = write_lines(tmp_path / "data.jsonl", [record for record, _ in ALPACA]), workers.encode_dialogues
+    path, encode = write_lines(tmp_path / "data.jsonl", [record for record, _ in ALPACA]), workers.encode_documents
     with monkeypatch.context() as patch:
         patch.setattr(
-            workers, "encode_dialogues", lambda *arguments: (encode(*arguments)[0], 0 * encode(*arguments)[1])
+            workers, "encode_documents", lambda *arguments: (encode(*arguments)[0], 0 * encode(*arguments)[1])
         )
         build(tmp_path / "out", path, format="alpaca", val_size=0)
     with pytest.raises(UserError, match=r"000000.mask.npy does not begin with the tokens of .*data.jsonl"):

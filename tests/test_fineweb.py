@@ -185,8 +185,8 @@ def test_a_big_row_group_is_read_a_little_at_a_time(tmp_path):
     code = (  # in a process of its own, for the most memory it ever took
         "import pyarrow, types; from extras import readers; "
         "chunk = readers.Chunk('PATH', 'x', 'parquet', 0, 30_000, 30_010, 1.0); "
-        "texts = list(readers.read_rows(chunk, types.SimpleNamespace(text_column='text'), None)); "
-        "assert [int(text) for text in texts] == list(range(30_000, 30_010)); "
+        "texts = list(readers.read_rows(chunk, types.SimpleNamespace(text_column='text'))); "
+        "assert [int(text) for text, in texts] == list(range(30_000, 30_010)); "
         "print(pyarrow.default_memory_pool().max_memory())"
     ).replace("PATH", (tmp_path / "texts.parquet").as_posix())
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -259,9 +259,11 @@ gigatoken_only = pytest.mark.skipif(
 @given(st.lists(st.text(st.characters(exclude_categories=[]) | st.sampled_from(" \n\t'\u00a0s"), max_size=200)))
 @example(["<|endoftext|>", "", " " * 1000, "\ud800"])
 def test_gigatoken_is_tiktoken(texts):
-    np.testing.assert_array_equal(
-        workers.encode_documents(texts, GPT2, "gigatoken"), workers.encode_documents(texts, GPT2, "tiktoken")
-    )
+    documents = [[text] for text in texts]
+    ids, targets = workers.encode_documents(documents, GPT2, "gigatoken")
+    expected, _ = workers.encode_documents(documents, GPT2, "tiktoken")
+    np.testing.assert_array_equal(ids, expected)
+    assert not targets.any() and len(targets) == len(ids)
 
 
 @gigatoken_only
@@ -292,7 +294,8 @@ def test_tiktoken_steps_in_where_gigatoken_fails(monkeypatch):
 
     monkeypatch.setattr(workers.Gigatoken, "encode", panic)
     monkeypatch.setattr(workers.Gigatoken, "idle", deque())
-    np.testing.assert_array_equal(workers.encode_documents(NASTY, GPT2, "gigatoken"), reference(NASTY))
+    ids, _ = workers.encode_documents([[text] for text in NASTY], GPT2, "gigatoken")
+    np.testing.assert_array_equal(ids, reference(NASTY))
 
 
 def test_a_panic_names_the_document(monkeypatch):
@@ -304,7 +307,7 @@ def test_a_panic_names_the_document(monkeypatch):
 
     monkeypatch.setattr(GPT2, "encode", panic)
     with pytest.raises(UserError, match="the document that begins 'Once upon' can't be tokenized: the regex engine"):
-        workers.encode_documents(["Once upon"], GPT2, "tiktoken")
+        workers.encode_documents([["Once upon"]], GPT2, "tiktoken")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_two_columns_of_one_name(tmp_path, name):
 
 
 def test_whatever_a_reader_throws_names_the_place(tmp_path, monkeypatch):
-    def fail(chunk, options, leave_out):
+    def fail(chunk, options):
         raise KeyError("surprise")
 
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS))

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fineweb
+from extras import tokenize_workers as workers
 from extras.cli import UserError
 from extras.files import exclusive
 from extras.manifest import (
     Cursor,
     Manifest,
-    Shard,
     SourceRecord,
     checksum,
     is_plain,
@@ -77,7 +77,7 @@ def root(tmp_path_factory):
     for shard in begun.shards:
         shutil.copy(root / "begun" / shard.name, root / "hub")
     cursors = {"starts": [(0, i, 0) for i in range(len(begun.shards))], "cursor": (2, 0, 0)}
-    write_manifest(root / "hub/manifest.json", begun.model_copy(update=update | cursors))
+    write_manifest(root / "hub", begun.model_copy(update=update | cursors))
     assert read_manifest(root / "hub/manifest.json")
     make_bins(root / "bins")
     return root
@@ -94,9 +94,9 @@ def make_bins(out: Path) -> None:
     manifest = fineweb.begin(fineweb.Config(**TOKENS), None, Source(record, []))
     for number, name in enumerate(names[:2]):
         (out / name).write_bytes(b"x" * 1030)
-        shard = {"name": name, "split": name.split("_")[1], "tokens": 3, "documents": 1, "bytes": 9}
-        shard["sha256"] = fineweb.sha256_of(out / name)
-        fineweb.record(out, manifest, Cursor(number + 1, 0, 0), number == 1, Cursor(number, 0, 0), Shard(**shard))
+        manifest.complete = number == 1
+        tokens = workers.Tokens(np.array([50256, 1, 2], np.uint16), None)
+        fineweb.record(out / name, manifest, Cursor(number, 0, 0), Cursor(number + 1, 0, 0), [tokens])
 
 
 JUNK = st.sampled_from(
@@ -256,7 +256,7 @@ def test_file_and_field_are_named(root, tmp_path, words, path, value):
 
 
 def forge(path: Path, **changes) -> None:
-    write_manifest(path, read_manifest(path).model_copy(update=changes))
+    write_manifest(path.parent, read_manifest(path).model_copy(update=changes))
 
 
 @pytest.mark.parametrize("cursor", [(2, 0, 0), (1, 1, 0), (9, 9, 9), (1, 0, 631), (0, 1, 0)])

@@ -121,7 +121,7 @@ def test_killed_twenty_times_and_started_again(whole, tmp_path):
 FAILS = """
 encode = pool.encode_documents
 def fail(texts, *arguments):
-    if any(text.startswith("document 237:") for text in texts):
+    if any(text.startswith("document 237:") for text, in texts):
         raise ERROR
     return encode(texts, *arguments)
 pool.encode_documents = fail

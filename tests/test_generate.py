@@ -182,7 +182,7 @@ def test_filters_equal_those_of_transformers():
     seen = torch.randint(0, 997, (16, 40), generator=generator)
     for penalty in (1.0, 0.7, 1.3):
         ours = logits.clone()
-        penalize(ours, seen, None, penalty)
+        penalize(ours, seen, penalty)
         theirs = RepetitionPenaltyLogitsProcessor(penalty)(seen, logits.clone())
         assert torch.equal(ours, theirs)
         for top_k, top_p in FILTERS:
