@@ -134,25 +134,20 @@ class LocalError(UserError):
     """A UserError that only one rank may hit, so that rank reports it; else the first rank of each node does."""
 
 
-class Missing:
-    """Stands in for a module that is not there: it is false, and every function does nothing and returns None."""
-
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *arguments, **options: None
-
-    def __bool__(self) -> bool:
-        return False
+def missing(*arguments, **options) -> None:
+    """Stands in for a function of a file that is not there."""
 
 
 @lru_cache
-def optional(module: str):
-    """A module of extras/, or hellaswag.py, that checks or shows more; `Missing` where this file runs alone."""
+def optional(name: str) -> Callable:
+    """A function of extras/, or of hellaswag.py, that checks or shows more; `missing` where this file runs alone."""
+    module, _, function = name.rpartition(".")
     try:
-        return importlib.import_module(module)
+        return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if error.name not in ("extras", "hellaswag"):
             raise  # extras/ is there, but not all of it, or a package is missing
-        return Missing()
+        return missing
 
 
 def resolve(config: Config) -> Config:
@@ -300,7 +295,7 @@ class GPT(nn.Module):
     def of(cls, shape: dict, state: dict) -> "GPT":
         """A model that takes these tensors over as its weights: none are drawn, none are copied."""
         try:
-            optional("extras.checks").check_weights(shape, state)
+            optional("extras.checks.check_weights")(shape, state)
             with torch.device("meta"):
                 model = cls(GPTConfig(**shape))
             model.load_state_dict(state, strict=True, assign=True)
@@ -327,8 +322,9 @@ def head_loss(x, weight, targets, n_tokens: int):
         parts = 1 + len(x) * len(weight) // 2**31  # more logits at a time would need 64-bit indices, which are slower
         chunks = zip(x.chunk(parts), targets.chunk(parts))
         return sum(CrossEntropy.apply(F.linear(rows, weight, padding), wanted) for rows, wanted in chunks)
-    if eager := optional("extras.loss"):  # the same in less memory
-        return eager.head_loss(x, weight, targets, n_tokens)
+    loss = optional("extras.loss.head_loss")(x, weight, targets, n_tokens)  # the same in less memory
+    if loss is not None:
+        return loss
     return F.cross_entropy(F.linear(x, weight)[:, :n_tokens].float(), targets, reduction="sum")
 
 
@@ -373,7 +369,7 @@ def read_manifest(data_dir: str) -> dict:
         return {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": True, "source": None}
     try:
         manifest = {"source": None} | json.loads(path.read_text(encoding="utf-8"))
-        optional("extras.checks").check_manifest(manifest)
+        optional("extras.checks.check_manifest")(manifest)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run fineweb.py again") from error
     if not manifest.get("complete"):
@@ -392,7 +388,7 @@ def open_array(path: Path, dtype: str = "uint16") -> np.ndarray:
             if header[:3].tolist() != [20240520, 1, len(array)]:
                 raise ValueError(f"header {header[:3]}, not [20240520 1 {len(array)}]")
             return array
-        optional("extras.checks").check_header(path, dtype)
+        optional("extras.checks.check_header")(path, dtype)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises what its parser and the system do
         raise UserError(f"{path} is not a whole {path.suffix} file ({error}); run fineweb.py --verify") from error
@@ -403,7 +399,7 @@ def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     paths = [path for path in sorted(Path(data_dir).glob(f"*_{split}[_.]*")) if path.suffix in (".npy", ".bin")]
     paths = [path for path in paths if ".mask" not in path.name]
     listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"] if shard["split"] == split}
-    optional("extras.checks").check_files(data_dir, split, paths, listed)
+    optional("extras.checks.check_files")(data_dir, split, paths, listed)
     if not paths:
         better = "with a --val_size, or train with --val_every 0" if split == "val" else "first"
         raise UserError(f"no {split} shards in {data_dir!r}; run fineweb.py {better}, or change --data_dir")
@@ -411,7 +407,7 @@ def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     for path in paths:
         mask_path = path.with_suffix(".mask.npy")
         shard = Shard(str(path), open_array(path), open_array(mask_path, "uint8") if mask_path.exists() else None)
-        optional("extras.checks").check_shard(shard, listed.get(path.name), manifest["tokenizer"])
+        optional("extras.checks.check_shard")(shard, listed.get(path.name), manifest["tokenizer"])
         shards.append(shard)
     return shards
 
@@ -556,7 +552,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         optimizer.load_state_dict(saved)
         for group, values in zip(optimizer.param_groups, settings):
             group.update(values)
-        optional("extras.checks").check_moments(optimizer)
+        optional("extras.checks.check_moments")(optimizer)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -621,24 +617,26 @@ def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
 
 EVALUATIONS = {  # name -> the setting that says how often, and the function; a new evaluation is a line here
     "val": ("val_every", validate),
-    "hella": ("hella_every", lambda run, stop: optional("hellaswag").score_run(run, stop, all_reduce)),
-    "samples": ("sample_every", lambda run, stop: optional("extras.generation").draw_samples(run)),
+    "hella": ("hella_every", lambda run, stop: optional("hellaswag.score_run")(run, stop, all_reduce)),
+    "samples": ("sample_every", lambda run, stop: optional("extras.generation.draw_samples")(run)),
 }
 
 
 def load_texts(config: Config, name: str, ranks: "Ranks") -> tuple:
     """The tokenizer and HellaSwag's rows; None for what is not beside this file: training goes on without."""
     with all_or_none():
-        tokenizer = optional("extras.tokenizer").load_tokenizer(name)
-    hellaswag = optional("hellaswag") if config.hella_every else Missing()
-    no_samples, no_hella = (any_rank(not there, ranks) for there in (tokenizer, tokenizer and hellaswag))
-    if no_samples and (config.sample_every or config.hella_every):
-        ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
-    elif no_hella and config.hella_every:
+        tokenizer = optional("extras.tokenizer.load_tokenizer")(name)
+    if any_rank(tokenizer is None, ranks):
+        if config.sample_every or config.hella_every:
+            ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
+        return None, None
+    if not config.hella_every:
+        return tokenizer, None
+    rows_for_training = optional("hellaswag.rows_for_training")
+    if any_rank(rows_for_training is missing, ranks):
         ranks.print0("training without HellaSwag: hellaswag.py is not beside train_gpt2.py")
-    if no_samples or no_hella:
-        return None if no_samples else tokenizer, None
-    return tokenizer, hellaswag.rows_for_training(config, tokenizer, ranks, any_rank, all_or_none)
+        return tokenizer, None
+    return tokenizer, rows_for_training(config, tokenizer, ranks, any_rank, all_or_none)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -664,7 +662,7 @@ class Ranks:
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
     """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
     try:
-        device = optional("extras.hardware").find_device(name, W, local_W)
+        device = optional("extras.hardware.find_device")(name, W, local_W)
         if device is None:  # auto alone is never MPS: extras/hardware.py knows which versions compute wrongly there
             device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         if device.type not in ("cpu", "mps"):
@@ -674,7 +672,7 @@ def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.devi
     except RuntimeError as error:
         raise UserError(f"--device {name} can't be used: {error}") from error
     if device.type == "cpu":
-        optional("extras.hardware").keep_freed_memory()
+        optional("extras.hardware.keep_freed_memory")()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
     return device
@@ -687,12 +685,12 @@ def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
     rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
     if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
         raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
-    optional("extras.agree").prepare_process()
+    optional("extras.agree.prepare_process")()
     if W == 1:
         check()
         return Ranks(rank, W, claim_device(device, local_rank, W, local_W))
     limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
-    store = optional("extras.agree").meet(rank, W, limit) or next(dist.rendezvous("env://", timeout=limit))[0]
+    store = optional("extras.agree.meet")(rank, W, limit) or next(dist.rendezvous("env://", timeout=limit))[0]
     with all_or_none(store, rank, W):
         check()
         mine = claim_device(device, local_rank, W, local_W)
@@ -724,7 +722,7 @@ def joined_ranks(device: str, check: Callable = lambda: None) -> Iterator[Ranks]
 
 def all_or_none(*store_rank_size) -> contextlib.AbstractContextManager:
     """Around what one rank may fail at alone: then all fail, at once. Without extras/ the others wait for a timeout."""
-    return optional("extras.agree").all_or_none(*store_rank_size) or contextlib.nullcontext()
+    return optional("extras.agree.all_or_none")(*store_rank_size) or contextlib.nullcontext()
 
 
 def set_timeout(minutes: float) -> None:
@@ -763,7 +761,7 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
         return bool(asked)
     from torch.utils._triton import has_triton
     problem = "" if has_triton() else "there is no Triton for this card or system"
-    problem = problem or optional("extras.hardware").triton_problem()
+    problem = problem or optional("extras.hardware.triton_problem")()
     if off := any_rank(bool(problem), ranks):
         problem = problem or "Triton does not work on another node"
         if asked:
@@ -775,14 +773,14 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
 def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:
     """Sequences per forward: --micro_batch, which must divide the batch, or the largest divisor that should fit."""
     B, T, W = config.micro_batch, config.seq_len, ranks.world_size
-    optional("extras.checks").check_batch(config, ranks)
+    optional("extras.checks.check_batch")(config, ranks)
     if config.total_batch_size % ((B or 1) * T * W):
         raise UserError(f"--total_batch_size {config.total_batch_size} is not a multiple of {B or 1} * {T} * {W} ranks")
     if B:
         return B
     most = min(64, max(1, 4096 // T))  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
-        most = optional("extras.hardware").estimate_micro_batch(config, shape, ranks, compiled, dtype) or 16
+        most = optional("extras.hardware.estimate_micro_batch")(config, shape, ranks, compiled, dtype) or 16
     most, sequences = int(all_reduce(torch.tensor(float(most)), ranks, "MIN")), config.total_batch_size // T // W
     return max(B for B in range(1, most + 1) if sequences % B == 0)
 
@@ -831,9 +829,9 @@ def saved_steps(log_dir: str | Path) -> list[int]:
 def read_checkpoint(path: str | Path) -> dict:
     """The checkpoint in a file, on the CPU. UserError unless it is whole and this trainer's; nothing is executed."""
     try:
-        optional("extras.checks").check_archive(path)
+        optional("extras.checks.check_archive")(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        optional("extras.checks").check_checkpoint(state)
+        optional("extras.checks.check_checkpoint")(state)
         return state
     except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
         reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
@@ -845,9 +843,9 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
 
     extras/checks.py refuses one of another run. loader: what the stream of samples depends on.
     """
-    log_dir, steps, checks = config.log_dir, saved_steps(config.log_dir), optional("extras.checks")
+    log_dir, steps = config.log_dir, saved_steps(config.log_dir)
     if has_log := os.path.exists(f"{log_dir}/log.txt"):
-        checks.check_log(config)
+        optional("extras.checks.check_log")(config)
     if not config.resume and (steps or has_log):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
@@ -862,7 +860,7 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
                 raise UserError(f"--resume: {error}; {others}") from error
             print0(f"WARNING: {error}")
         else:
-            checks.compare_settings(saved, steps, config, loader, print0)
+            optional("extras.checks.compare_settings")(saved, steps, config, loader, print0)
             return saved
     if has_log:
         print0(f"resuming at step 0: {log_dir} has no checkpoint {'that can be read' if paths else 'yet'}")
@@ -880,7 +878,7 @@ class Log:
                 self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             except OSError as error:
                 raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
-            optional("extras.checks").lock_log(self.file)  # a second trainer in the same directory is refused
+            optional("extras.checks.lock_log")(self.file)  # a second trainer in the same directory is refused
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
                 self.comment("restart", {"step": start})
@@ -993,15 +991,15 @@ class Run:
             self.evaluated = saved.get("evaluations", {}) if saved else {}  # stream -> step -> value
             model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
             self.raw_model = model.to(self.device)  # is scored, sampled and saved; never rebound
-            optional("extras.checks").check_model(self.raw_model.config, config, n_tokens)
+            optional("extras.checks.check_model")(self.raw_model.config, config, n_tokens)
             self.optimizer = make_optimizer(self.raw_model, config)
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
             if saved:
                 load_optimizer(self.optimizer, saved["optimizer"])
                 if saved.get("scaler"):  # there is none of a run in bfloat16
                     self.scaler.load_state_dict(saved["scaler"])
-        optional("extras.agree").require_same(f"shards in {config.data_dir}", self.loader["data"])
-        optional("extras.agree").require_same(f"checkpoints in {config.log_dir}", self.start)
+        optional("extras.agree.require_same")(f"shards in {config.data_dir}", self.loader["data"])
+        optional("extras.agree.require_same")(f"checkpoints in {config.log_dir}", self.start)
 
         self.compiled = wants_compile(config.compile, ranks)
         self.micro_batch = pick_micro_batch(config, self.raw_model.config, ranks, self.compiled, self.dtype)
@@ -1018,7 +1016,7 @@ class Run:
         self.intervals = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
         self.intervals |= ({} if self.tokenizer else {"samples": 0}) | ({} if self.hella_rows else {"hella": 0})
         if self.compiled or self.device.type != "cpu":  # extras/hardware.py tries it, and halves what doesn't fit
-            self.micro_batch = optional("extras.hardware").fit_micro_batch(self, any_rank) or self.micro_batch
+            self.micro_batch = optional("extras.hardware.fit_micro_batch")(self, any_rank) or self.micro_batch
         if ranks.world_size > 1:
             self.sort_buckets()
 
@@ -1066,7 +1064,7 @@ class Meter:
     """Logs and shows. Losses and norms stay on the device until a few steps have come together: no wait per step."""
 
     def __init__(self, run: Run, log: Log, stop: StopSignal):
-        self.run, self.log, self.stop, self.pending, self.screen = run, log, stop, [], optional("extras.screen")
+        self.run, self.log, self.stop, self.pending = run, log, stop, []
         self.every, self.bad_steps, self.eval_seconds = 1, 0, {}  # at first every step: how slow they are is not known
         self.seconds, self.steps, self.began, self.clock = 0.0, 0, time.perf_counter(), time.perf_counter()
         counts = {"train_tokens": len(run.train) * run.train.T, "val_tokens": len(run.val or ()) * run.train.T}
@@ -1076,14 +1074,14 @@ class Meter:
         log.comment("data", {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"]} | counts)
         log.comment("versions", VERSIONS | {"host": platform.node(), "pid": os.getpid()})
         log.flush()
-        run.ranks.print0(self.screen.begin(run) or f"training on {run.device}; extras/ is not here")
+        run.ranks.print0(optional("extras.screen.begin")(run) or f"training on {run.device}; extras/ is not here")
 
     def end(self, step: int, finished: bool) -> dict[str, float]:
         """Show the last values as a block of `key: value`, made for grep, and return those of all streams."""
         run, log = self.run, self.log
         last = {name: max(of.items()) for name, of in run.evaluated.items()} | log.last
         facts = {"step": step} | {n: x for n, (at, x) in last.items() if at >= step - 1 and n not in ("lr", "ms")}
-        facts |= self.screen.end(run, self.seconds, self.steps, self.began) or {}
+        facts |= optional("extras.screen.end")(run, self.seconds, self.steps, self.began) or {}
         if not finished:
             run.ranks.print0(f"stopped after {step} of {run.config.max_steps} steps; --resume goes on")
         for name, value in facts.items():
@@ -1101,7 +1099,7 @@ class Meter:
 
     def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Note a step: this rank's loss, the norm of the averaged gradient. True if the run is to stop."""
-        optional("extras.agree").note(step, "after training step")
+        optional("extras.agree.note")(step, "after training step")
         self.pending.append((step, lr, loss, norm))
         return self.read() if len(self.pending) >= self.every else False
 
@@ -1128,7 +1126,7 @@ class Meter:
         self.run.ranks.print0(
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | "
             f"{config.total_batch_size / ms * 1000:,.0f} tok/s"
-            + (self.screen.progress(self.run, step + 1, ms / 1000, self.eval_seconds) or "")
+            + (optional("extras.screen.progress")(self.run, step + 1, ms / 1000, self.eval_seconds) or "")
         )
         self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.clock = time.perf_counter()
@@ -1147,7 +1145,7 @@ class Meter:
     def evaluate(self, step: int, name: str) -> bool:
         """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
         began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
-        optional("extras.agree").note(step, f"evaluating {name} at step")
+        optional("extras.agree.note")(step, f"evaluating {name} at step")
         run.raw_model.eval()
         # without cuDNN's attention, which plans anew for every shape, of which HellaSwag's batches have a hundred
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -1156,7 +1154,7 @@ class Meter:
         if values is not None:
             if texts := values.pop("samples", None):
                 self.log.comment("samples", {"step": step, "texts": texts})
-                run.ranks.print0(self.screen.samples(texts))
+                run.ranks.print0(optional("extras.screen.samples")(texts))
             values = {stream: float(value) for stream, value in values.items()}
             for stream, value in values.items():
                 run.evaluated.setdefault(stream, {})[step] = value
@@ -1164,7 +1162,7 @@ class Meter:
             self.log.flush()
             self.eval_seconds[setting] = time.perf_counter() - began
             shown = " | ".join(f"{stream} {value:.4f}" for stream, value in values.items()) or name
-            shown += self.screen.compare(run, step, values) or ""
+            shown += optional("extras.screen.compare")(run, step, values) or ""
             run.ranks.print0(f"EVAL {step:5d} | {shown} | {self.eval_seconds[setting]:.1f} s")
         self.restart_clock()
         return values is not None
@@ -1181,7 +1179,7 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
         except (OSError, ValueError) as error:
             raise UserError(f"--log_dir {config.log_dir} can't be made: {error}; choose another") from error
         if rank0:
-            optional("extras.checks").require_room(config, run.raw_model)
+            optional("extras.checks.require_room")(config, run.raw_model)
         if rank0 and config.track != "none":
             track = open_tracker(config.track, config.log_dir, asdict(config), step)
         log = Log(config.log_dir, rank0, step, track)
@@ -1223,19 +1221,19 @@ def main(config: Config) -> dict[str, float]:
     if config.resume_from:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
-    check = partial(optional("extras.checks").check_settings, config)  # before anything is opened or written
+    check = partial(optional("extras.checks.check_settings"), config)  # before anything is opened or written
     with joined_ranks(config.device, check) as ranks, StopSignal(ranks) as stop:
         try:
             return train(Run(config, ranks), stop)
         except RuntimeError as error:
-            optional("extras.agree").blame(error, config.log_dir)  # raises, if it was a rank that does not answer
+            optional("extras.agree.blame")(error, config.log_dir)  # raises, if it was a rank that does not answer
             raise
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
     """Parse and train. A UserError is one line on stderr and exit status 2; extras/cli.py has more help for a typo."""
-    if cli := optional("extras.cli"):
-        return cli.run(main, Config, __doc__, argv)
+    if (run := optional("extras.cli.run")) is not missing:
+        return run(main, Config, __doc__, argv)
     try:
         import tyro
         main(tyro.cli(Config, args=argv, description=__doc__, use_underscores=True, config=(tyro.conf.DisallowNone,)))
