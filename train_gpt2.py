@@ -150,6 +150,11 @@ def optional(name: str) -> Callable:
         return missing
 
 
+def user_error(message: str, *kinds: type[Exception], advice: str = "") -> contextlib.AbstractContextManager:
+    """What the block raises of these kinds becomes a UserError: message, why, advice. Without extras/, a traceback."""
+    return optional("extras.cli.user_error")(message, *kinds, advice=advice) or contextlib.nullcontext()
+
+
 def resolve(config: Config) -> Config:
     """The config with the recipe's values where a setting is None. Derived when a run starts, not before."""
     recipe = RECIPES.get(config.recipe, {})
@@ -294,13 +299,12 @@ class GPT(nn.Module):
     @classmethod
     def of(cls, shape: dict, state: dict) -> "GPT":
         """A model that takes these tensors over as its weights: none are drawn, none are copied."""
-        try:
+        others = "these weights are not those of the model in this file"
+        with user_error(others, RuntimeError, TypeError, AttributeError):
             optional("extras.checks.check_weights")(shape, state)
             with torch.device("meta"):
                 model = cls(GPTConfig(**shape))
             model.load_state_dict(state, strict=True, assign=True)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"these weights are not those of the model in this file: {error}") from error
         model.lm_head.weight = model.transformer.wte.weight
         return model
 
@@ -367,11 +371,9 @@ def read_manifest(data_dir: str) -> dict:
     path = Path(data_dir) / "manifest.json"
     if not path.is_file():
         return {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": True, "source": None}
-    try:
+    with user_error(f"{path} is damaged", Exception, advice="run fineweb.py again"):
         manifest = {"source": None} | json.loads(path.read_text(encoding="utf-8"))
         optional("extras.checks.check_manifest")(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run fineweb.py again") from error
     if not manifest.get("complete"):
         raise UserError(f"{data_dir} is not finished; run fineweb.py again, with the same flags: it goes on")
     return manifest
@@ -382,7 +384,7 @@ def open_array(path: Path, dtype: str = "uint16") -> np.ndarray:
 
     A .bin begins with 256 int32: 20240520, version 1, the number of tokens, and zeros.
     """
-    try:
+    with user_error(f"{path} is not a whole {path.suffix} file", Exception, advice="run fineweb.py --verify"):
         if path.suffix == ".bin":
             header, array = np.fromfile(path, "<i4", 256), np.memmap(path, "<u2", "r", 1024)
             if header[:3].tolist() != [20240520, 1, len(array)]:
@@ -390,8 +392,6 @@ def open_array(path: Path, dtype: str = "uint16") -> np.ndarray:
             return array
         optional("extras.checks.check_header")(path, dtype)
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises what its parser and the system do
-        raise UserError(f"{path} is not a whole {path.suffix} file ({error}); run fineweb.py --verify") from error
 
 
 def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
@@ -547,17 +547,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
     The groups are updated, not replaced: their keys stay the checkpoint's, so that the next file has the same bytes.
     """
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved)
-        for group, values in zip(optimizer.param_groups, settings):
-            group.update(values)
+    ours = optimizer.state_dict()["param_groups"]
+    advice = "give the --recipe it was made with"
+    with user_error("the checkpoint has another optimizer, AdamW or Muon", Exception, advice=advice):
+        pairs = zip(saved["param_groups"], ours, strict=True)
+        groups = [{**theirs, **group, "params": theirs["params"]} for theirs, group in pairs]
+        optimizer.load_state_dict(saved | {"param_groups": groups})
         optional("extras.checks.check_moments")(optimizer)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"
-        raise UserError(other) from error
 
 
 def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -661,7 +657,7 @@ class Ranks:
 
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
     """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
-    try:
+    with user_error(f"--device {name} can't be used", RuntimeError):
         device = optional("extras.hardware.find_device")(name, W, local_W)
         if device is None:  # auto alone is never MPS: extras/hardware.py knows which versions compute wrongly there
             device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
@@ -669,8 +665,6 @@ def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.devi
             device = torch.device(device.type, local_rank if device.index is None else device.index)
             torch.accelerator.set_device_index(device.index)
             torch.set_float32_matmul_precision("high")
-    except RuntimeError as error:
-        raise UserError(f"--device {name} can't be used: {error}") from error
     if device.type == "cpu":
         optional("extras.hardware.keep_freed_memory")()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
@@ -679,7 +673,7 @@ def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.devi
 
 
 def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
-    """Read what torchrun set, run `check`, claim a device and form the process group."""
+    """Read what torchrun set, run `check` before anything is opened, claim a device and form the process group."""
     names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     found = [os.environ.get(name, default) for name, default in names.items()]
     rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
@@ -702,16 +696,15 @@ def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
 
 
 @contextlib.contextmanager
-def joined_ranks(device: str, check: Callable = lambda: None) -> Iterator[Ranks]:
-    """`join_ranks`, and leave them at the end."""
+def joined_ranks(config: Config) -> Iterator[Ranks]:
+    """`join_ranks` for a run, and leave them at the end."""
+    failed, check = True, partial(optional("extras.checks.check_settings"), config)
     try:
-        ranks, failed = join_ranks(device, check), True
-    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
-        W, why = os.environ.get("WORLD_SIZE"), str(error).split("\n")[0]
-        raise LocalError(f"not all {W} ranks came in time ({why}); see what the others say, or use torchrun") from error
-    try:
-        yield ranks
+        yield join_ranks(config.device, check)
         failed = False
+    except (RuntimeError, TimeoutError) as error:
+        optional("extras.agree.blame")(error, config.log_dir)  # raises, if it was a rank that doesn't come or answer
+        raise
     finally:
         backend = dist.get_backend() if dist.is_initialized() else None
         if backend == "gloo" or (backend and not failed):  # NCCL would wait for ranks that wait for this one's message
@@ -827,21 +820,15 @@ def saved_steps(log_dir: str | Path) -> list[int]:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The checkpoint in a file, on the CPU. UserError unless it is whole and this trainer's; nothing is executed."""
-    try:
-        optional("extras.checks.check_archive")(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        optional("extras.checks.check_checkpoint")(state)
-        return state
-    except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
-        reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
-        raise UserError(f"{path} is not a whole checkpoint of this trainer ({reason}); use another") from error
+    """The checkpoint in a file, on the CPU; nothing is executed. extras/: UserError unless it is whole and ours."""
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    return optional("extras.checks.read_whole")(path, load) or load()
 
 
 def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict | None:
-    """The newest whole checkpoint in log_dir; None for a run that begins. Writes nothing.
+    """The newest checkpoint in log_dir; None for a run that begins. Writes nothing.
 
-    extras/checks.py refuses one of another run. loader: what the stream of samples depends on.
+    extras/checks.py passes over a damaged one and refuses one of another run. loader: what the samples depend on.
     """
     log_dir, steps = config.log_dir, saved_steps(config.log_dir)
     if has_log := os.path.exists(f"{log_dir}/log.txt"):
@@ -849,22 +836,14 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     if not config.resume and (steps or has_log):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
-    for path in paths:
-        try:
-            saved = read_checkpoint(path)
-        except UserError as error:
-            if config.resume_from:
-                raise UserError(f"--resume: {error}; {log_dir} has the checkpoints of steps {steps}") from error
-            if path == paths[-1] and not config.force:
-                others = "no checkpoint of this run can be read; --force starts anew"
-                raise UserError(f"--resume: {error}; {others}") from error
-            print0(f"WARNING: {error}")
-        else:
-            optional("extras.checks.compare_settings")(saved, steps, config, loader, print0)
-            return saved
-    if has_log:
+    choose = optional("extras.checks.choose_checkpoint")
+    if choose is not missing:
+        saved = choose(paths, read_checkpoint, steps, config, loader, print0)
+    else:
+        saved = read_checkpoint(paths[0]) if paths else None
+    if has_log and not saved:
         print0(f"resuming at step 0: {log_dir} has no checkpoint {'that can be read' if paths else 'yet'}")
-    return None
+    return saved
 
 
 class Log:
@@ -874,10 +853,8 @@ class Log:
         self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
         self.last: dict[str, tuple[int, float]] = {}  # stream -> its last step and value
         if writes:
-            try:
+            with user_error(f"{self.path} can't be written", OSError, advice="choose another --log_dir"):
                 self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            except OSError as error:
-                raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
             optional("extras.checks.lock_log")(self.file)  # a second trainer in the same directory is refused
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
@@ -1174,10 +1151,8 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     with all_or_none():
         if config.track != "none":
             from extras.track import open_tracker  # if it isn't here, that is said before anything is written
-        try:
+        with user_error(f"--log_dir {config.log_dir} can't be made", OSError, ValueError, advice="choose another"):
             os.makedirs(config.log_dir, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--log_dir {config.log_dir} can't be made: {error}; choose another") from error
         if rank0:
             optional("extras.checks.require_room")(config, run.raw_model)
         if rank0 and config.track != "none":
@@ -1221,13 +1196,8 @@ def main(config: Config) -> dict[str, float]:
     if config.resume_from:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
-    check = partial(optional("extras.checks.check_settings"), config)  # before anything is opened or written
-    with joined_ranks(config.device, check) as ranks, StopSignal(ranks) as stop:
-        try:
-            return train(Run(config, ranks), stop)
-        except RuntimeError as error:
-            optional("extras.agree.blame")(error, config.log_dir)  # raises, if it was a rank that does not answer
-            raise
+    with joined_ranks(config) as ranks, StopSignal(ranks) as stop:
+        return train(Run(config, ranks), stop)
 
 
 def run_command_line(argv: list[str] | None = None) -> None:

@@ -137,10 +137,13 @@ def note(step: int, what: str) -> None:
 
 
 def blame(error: Exception, directory: str) -> None:
-    """LocalError, if `error` comes of a rank that stopped answering: which, since when and at what.
+    """LocalError, if `error` comes of a rank that never came, or that stopped answering: which, since when and at what.
 
     Writes this rank's Python stack into the directory.
     """
+    W, why = os.environ.get("WORLD_SIZE", "1"), str(error).split("\n")[0]
+    if W != "1" and not dist.is_initialized() and isinstance(error, (dist.DistError, TimeoutError)):
+        raise LocalError(f"not all {W} ranks came in time ({why}); see what the others say, or use torchrun") from error
     if not (dist.is_initialized() and re.search("[Tt]imed out|[Tt]imeout|closed by peer|reset by peer", str(error))):
         return
     os.makedirs(directory, exist_ok=True)

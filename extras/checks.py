@@ -129,7 +129,40 @@ def check_shard(shard, listed_tokens: int | None, tokenizer: dict) -> None:
 # Checkpoints
 
 
-def check_archive(path: Path) -> None:
+def choose_checkpoint(paths: list[Path], read, steps: list[int], config, loader: dict, print0) -> dict | None:
+    """What `read` finds in the first of these files that is whole, if it is this run's; None for no files.
+
+    steps: of all checkpoints in log_dir.
+    """
+    for path in paths:
+        try:
+            saved = read(path)
+        except UserError as error:
+            advice = f"{config.log_dir} has the checkpoints of steps {steps}"
+            if not config.resume_from:
+                advice = "no checkpoint of this run can be read; --force starts anew"
+            if path == paths[-1] and (config.resume_from or not config.force):
+                raise UserError(f"--resume: {error}; {advice}") from error
+            print0(f"WARNING: {error}")
+        else:
+            compare_settings(saved, steps, config, loader, print0)
+            return saved
+    return None
+
+
+def read_whole(path: str | Path, load) -> dict:
+    """What `load` reads from a checkpoint. UserError unless it is whole and of train_gpt2.py."""
+    try:
+        check_archive(path)
+        state = load()
+        check_checkpoint(state)
+        return state
+    except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
+        reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
+        raise UserError(f"{path} is not a whole checkpoint of this trainer ({reason}); use another") from error
+
+
+def check_archive(path: str | Path) -> None:
     """ValueError unless a checkpoint is as torch.save writes it, and undamaged: torch.load looks at no checksum."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type for entry in archive.infolist()):  # it could be of any size
