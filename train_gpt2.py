@@ -19,14 +19,12 @@ makes all logits where nothing is compiled, and ranks don't agree before they wa
 
 import contextlib
 import gc
-import hashlib
 import importlib
 import io
 import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import threading
@@ -283,10 +281,8 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens: int = 100, **options):
         """Continue (B, T) ids -> (B, T + new) ids, or a text -> text. The options: see `extras.generation.stream`."""
-        from extras.generation import continue_texts, stream
-        if isinstance(idx, str):
-            return continue_texts(self, [idx], max_new_tokens, **options)[0]
-        return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
+        from extras.generation import generate
+        return generate(self, idx, max_new_tokens, **options)
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
@@ -412,14 +408,6 @@ def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     return shards
 
 
-def fingerprint(shards: list[Shard], manifest: dict) -> str:
-    """What tells one token set from another: names, lengths, and checksums or else the first tokens."""
-    sums = {shard["name"]: [shard.get("sha256"), shard.get("mask_sha256")] for shard in manifest["shards"]}
-    names = [os.path.basename(shard.path) for shard in shards]
-    facts = [[n, len(s.tokens), sums.get(n) or s.tokens[:1024].tolist()] for n, s in zip(names, shards)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
 class SampleStream:
     """The samples of a split: a stream without end, the same whoever reads it, so that no rank has a place to keep.
 
@@ -435,14 +423,10 @@ class SampleStream:
         spare = 2 if order == "shuffle" else 1  # a shard of a whole number of sequences leaves room for an offset, too
         counts = [max((len(s.tokens) - spare) // seq_len, (len(s.tokens) - 1) // seq_len > 0) for s in shards]
         self.counts = np.array(counts, dtype=np.int64)  # sequences in each shard
-        if not len(self):
-            most = max(len(s.tokens) for s in shards)
-            none = f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only {most}"
-            more = "prepare more text (for val: fineweb.py with a larger --val_size and a new --out)"
-            raise UserError(f"{none}; lower it, or {more}")
+        optional("extras.checks.check_length")(self)
         self.has_masks = any(shard.mask is not None for shard in shards)
         self.shard_order = lru_cache(maxsize=2)(self._shard_order)
-        self.sequence_order = lru_cache(maxsize=4)(self._sequence_order)
+        self.starts = lru_cache(maxsize=4)(self._starts)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -454,22 +438,22 @@ class SampleStream:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         return order, self.counts[order].cumsum()
 
-    def _sequence_order(self, epoch: int, shard: int):
-        """Order of a shard's sequences, and where the first begins."""
-        if self.order == "sequential":
-            return None, 0
-        rng, count = np.random.default_rng([self.seed, epoch, shard]), self.counts[shard]
-        slack = len(self.shards[shard].tokens) - 1 - count * self.T
-        return rng.permutation(count), int(rng.integers(slack + 1))
+    def _starts(self, epoch: int, shard: int):
+        """First tokens of a shard's sequences, in the order of the epoch."""
+        starts = np.arange(self.counts[shard]) * self.T
+        if self.order == "shuffle":
+            rng = np.random.default_rng([self.seed, epoch, shard])
+            slack = len(self.shards[shard].tokens) - 1 - len(starts) * self.T
+            starts = rng.permutation(starts) + rng.integers(slack + 1)
+        return starts
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Shard and first token of a sample."""
         epoch, place = divmod(sample, len(self))
         order, ends = self.shard_order(epoch)
         nth = int(np.searchsorted(ends, place, side="right"))
-        shard, sequence = int(order[nth]), place - int(ends[nth] - self.counts[order[nth]])
-        permutation, offset = self.sequence_order(epoch, shard)
-        return shard, offset + (sequence if permutation is None else int(permutation[sequence])) * self.T
+        shard = int(order[nth])
+        return shard, int(self.starts(epoch, shard)[place - ends[nth] + self.counts[shard]])
 
     def read(self, samples) -> tuple[np.ndarray, np.ndarray]:
         """Inputs (N, T) and targets (N, T), int32, of N samples; -100 where there is no target. Sample -1 has none."""
@@ -674,24 +658,20 @@ def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.devi
 
 def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
     """Read what torchrun set, run `check` before anything is opened, claim a device and form the process group."""
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    found = [os.environ.get(name, default) for name, default in names.items()]
-    rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
-    if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
-        raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
-    optional("extras.agree.prepare_process")()
-    if W == 1:
-        check()
-        return Ranks(rank, W, claim_device(device, local_rank, W, local_W))
-    limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
-    store = optional("extras.agree.meet")(rank, W, limit) or next(dist.rendezvous("env://", timeout=limit))[0]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    optional("extras.agree.prepare_process")(alone)
+    rank, local_rank, W, local_W = (int(os.environ.get(name, value)) for name, value in alone.items())
+    store, limit = None, timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
+    if W > 1:
+        store = optional("extras.agree.meet")(rank, W, limit) or next(dist.rendezvous("env://", timeout=limit))[0]
     with all_or_none(store, rank, W):
         check()
         mine = claim_device(device, local_rank, W, local_W)
-    backend = dist.get_default_backend_for_device(mine)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
-    dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else mine))  # NCCL connects here
-    set_timeout(30)
+    if W > 1:
+        backend = dist.get_default_backend_for_device(mine)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
+        dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else mine))  # NCCL connects here
+        set_timeout(30)
     return Ranks(rank, W, mine)
 
 
@@ -815,8 +795,8 @@ def checkpoint_path(log_dir: str | Path, step: int) -> Path:
 
 def saved_steps(log_dir: str | Path) -> list[int]:
     """Steps of the checkpoints in a directory, newest first."""
-    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
-    return sorted((int(m[1]) for name in names if (m := re.fullmatch(r"ckpt_(\d{6,})\.pt", name))), reverse=True)
+    found = (path.stem.removeprefix("ckpt_") for path in Path(log_dir).glob("ckpt_??????*.pt"))
+    return sorted((int(digits) for digits in found if digits.isdecimal()), reverse=True)
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -960,7 +940,8 @@ class Run:
                 steps = math.ceil(config.epochs * len(self.train) * config.seq_len / config.total_batch_size)
                 config = replace(config, max_steps=steps)
             self.config = config
-            self.loader = {"tokenizer": name, "data": fingerprint(self.train.shards, self.manifest)}
+            data = optional("extras.checks.fingerprint")(self.train.shards, self.manifest)
+            self.loader = {"tokenizer": name, "data": data}  # and, in a checkpoint, the sample that is next
 
             saved = checkpoint_to_resume(config, self.loader, ranks.print0)
             self.start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)  # updates done before

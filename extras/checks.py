@@ -5,6 +5,8 @@ that is not the one to go on with, and a directory that it could not write into.
 No value of a file is used before it has been checked. Without this one the trainer trusts what it reads.
 """
 
+import hashlib
+import json
 import math
 import re
 import shutil
@@ -102,6 +104,23 @@ def check_files(data_dir: str, split: str, paths: list[Path], listed: dict[str, 
     if not paths and (others := sorted(path.name for path in Path(data_dir).glob("*.bin"))):
         there = f"no {split} shards in {data_dir!r}, but {', '.join(others[:3])} of nanoGPT"
         raise UserError(f"{there}: see the README, or change --data_dir")
+
+
+def fingerprint(shards: list, manifest: dict) -> str:
+    """What tells one token set from another: names, lengths, and checksums or else the first tokens."""
+    sums = {shard["name"]: [shard.get("sha256"), shard.get("mask_sha256")] for shard in manifest["shards"]}
+    names = [Path(shard.path).name for shard in shards]
+    facts = [[n, len(s.tokens), sums.get(n) or s.tokens[:1024].tolist()] for n, s in zip(names, shards)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def check_length(stream) -> None:
+    """UserError unless a train_gpt2.SampleStream has a sequence."""
+    if not len(stream):
+        most = max(len(shard.tokens) for shard in stream.shards)
+        none = f"{stream.shards[0].path}: no shard has --seq_len {stream.T} + 1 tokens, only {most}"
+        more = "prepare more text (for val: fineweb.py with a larger --val_size and a new --out)"
+        raise UserError(f"{none}; lower it, or {more}")
 
 
 def check_header(path: Path, dtype: str) -> None:
@@ -254,7 +273,8 @@ def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0
         saved["evaluations"] = {"val": {step: value for step, value in logged.items() if step <= saved["step"]}}
     if later := [step for step in steps if step > saved["step"]] if config.resume_from else []:
         print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
-    before, now = saved["config"] | saved["loader"], asdict(config) | loader
+    known = {key: value for key, value in saved["loader"].items() if value is not None}  # without this file: no "data"
+    before, now = saved["config"] | known, asdict(config) | loader
     changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
     if shape := "; ".join(changed[key] for key in changed if key in SHAPE):
         same = "(0 = from --model); give the flags it was made with, or another --log_dir"
