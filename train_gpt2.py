@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -322,9 +323,8 @@ def head_loss(x, weight, targets, n_tokens: int):
         parts = 1 + len(x) * len(weight) // 2**31  # more logits at a time would need 64-bit indices, which are slower
         chunks = zip(x.chunk(parts), targets.chunk(parts))
         return sum(CrossEntropy.apply(F.linear(rows, weight, padding), wanted) for rows, wanted in chunks)
-    loss = optional("extras.loss.head_loss")(x, weight, targets, n_tokens)  # the same in less memory
-    if loss is not None:
-        return loss
+    if (eager := optional("extras.loss.head_loss")) is not missing:  # the same in less memory
+        return eager(x, weight, targets, n_tokens)
     return F.cross_entropy(F.linear(x, weight)[:, :n_tokens].float(), targets, reduction="sum")
 
 
@@ -376,17 +376,11 @@ def read_manifest(data_dir: str) -> dict:
 
 
 def open_array(path: Path, dtype: str = "uint16") -> np.ndarray:
-    """The 1-D array in a .npy file, or the tokens in a .bin of llm.c or modded-nanogpt, memory-mapped.
-
-    A .bin begins with 256 int32: 20240520, version 1, the number of tokens, and zeros.
-    """
+    """The 1-D array in a .npy file, or the tokens behind the 1,024 bytes of header of a .bin, memory-mapped."""
     with user_error(f"{path} is not a whole {path.suffix} file", Exception, advice="run fineweb.py --verify"):
-        if path.suffix == ".bin":
-            header, array = np.fromfile(path, "<i4", 256), np.memmap(path, "<u2", "r", 1024)
-            if header[:3].tolist() != [20240520, 1, len(array)]:
-                raise ValueError(f"header {header[:3]}, not [20240520 1 {len(array)}]")
-            return array
         optional("extras.checks.check_header")(path, dtype)
+        if path.suffix == ".bin":  # of llm.c or modded-nanogpt
+            return np.memmap(path, "<u2", "r", offset=1024)
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -394,8 +388,7 @@ def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     """Memory-map the shards of a split, in order. UserError for none, or for one that is not what it should be."""
     paths = [path for path in sorted(Path(data_dir).glob(f"*_{split}[_.]*")) if path.suffix in (".npy", ".bin")]
     paths = [path for path in paths if ".mask" not in path.name]
-    listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"] if shard["split"] == split}
-    optional("extras.checks.check_files")(data_dir, split, paths, listed)
+    optional("extras.checks.check_files")(data_dir, split, paths, manifest)
     if not paths:
         better = "with a --val_size, or train with --val_every 0" if split == "val" else "first"
         raise UserError(f"no {split} shards in {data_dir!r}; run fineweb.py {better}, or change --data_dir")
@@ -403,7 +396,7 @@ def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     for path in paths:
         mask_path = path.with_suffix(".mask.npy")
         shard = Shard(str(path), open_array(path), open_array(mask_path, "uint8") if mask_path.exists() else None)
-        optional("extras.checks.check_shard")(shard, listed.get(path.name), manifest["tokenizer"])
+        optional("extras.checks.check_shard")(shard, manifest)
         shards.append(shard)
     return shards
 
@@ -795,8 +788,8 @@ def checkpoint_path(log_dir: str | Path, step: int) -> Path:
 
 def saved_steps(log_dir: str | Path) -> list[int]:
     """Steps of the checkpoints in a directory, newest first."""
-    found = (path.stem.removeprefix("ckpt_") for path in Path(log_dir).glob("ckpt_??????*.pt"))
-    return sorted((int(digits) for digits in found if digits.isdecimal()), reverse=True)
+    names = os.listdir(log_dir) if os.path.isdir(log_dir) else []
+    return sorted((int(m[1]) for name in names if (m := re.fullmatch(r"ckpt_(\d{6,})\.pt", name))), reverse=True)
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -811,19 +804,13 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     extras/checks.py passes over a damaged one and refuses one of another run. loader: what the samples depend on.
     """
     log_dir, steps = config.log_dir, saved_steps(config.log_dir)
-    if has_log := os.path.exists(f"{log_dir}/log.txt"):
-        optional("extras.checks.check_log")(config)
-    if not config.resume and (steps or has_log):
+    optional("extras.checks.check_log")(config)
+    if not config.resume and (steps or os.path.exists(f"{log_dir}/log.txt")):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
-    choose = optional("extras.checks.choose_checkpoint")
-    if choose is not missing:
-        saved = choose(paths, read_checkpoint, steps, config, loader, print0)
-    else:
-        saved = read_checkpoint(paths[0]) if paths else None
-    if has_log and not saved:
-        print0(f"resuming at step 0: {log_dir} has no checkpoint {'that can be read' if paths else 'yet'}")
-    return saved
+    if (choose := optional("extras.checks.choose_checkpoint")) is not missing:
+        return choose(paths, read_checkpoint, steps, config, loader, print0)
+    return read_checkpoint(paths[0]) if paths else None
 
 
 class Log:
@@ -907,9 +894,7 @@ class Saver:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             self.failed = False
-            if os.name == "posix":  # the new name, too, should survive a power cut
-                os.fsync(folder := os.open(self.log_dir, os.O_RDONLY))
-                os.close(folder)
+            optional("extras.files.sync_folder")(self.log_dir)
             # a file with a later step was damaged, or this run would have begun there: it doesn't count as one of ours
             steps, val = [s for s in saved_steps(self.log_dir) if s <= step], self.evaluated.get("val", {})
             scored = [s for s in saved_steps(self.log_dir) if math.isfinite(val.get(s, math.nan))]
@@ -939,7 +924,7 @@ class Run:
             if config.epochs:
                 steps = math.ceil(config.epochs * len(self.train) * config.seq_len / config.total_batch_size)
                 config = replace(config, max_steps=steps)
-            self.config = config
+            self.config, self.samples_a_step = config, config.total_batch_size // config.seq_len
             data = optional("extras.checks.fingerprint")(self.train.shards, self.manifest)
             self.loader = {"tokenizer": name, "data": data}  # and, in a checkpoint, the sample that is next
 
@@ -985,10 +970,6 @@ class Run:
             idx = torch.zeros(self.micro_batch, self.config.seq_len, dtype=torch.int32, device=self.device)
             self.model(idx, idx.long())[1].backward()
         self.optimizer.zero_grad(set_to_none=True)
-
-    @property
-    def samples_a_step(self) -> int:
-        return self.config.total_batch_size // self.config.seq_len
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
