@@ -13,8 +13,9 @@ Shapes:   B batch, T time, C channels, nh heads, hs head size, V vocabulary (pad
 
 This file runs alone, with torch, numpy and tyro. Importing it does nothing. HellaSwag, samples, --init_from,
 --recipe fast and --track need hellaswag.py and extras/ beside it. `optional` is for what only checks, shows or saves
-more: without extras/ files are trusted, two runs may write into one directory, a GPU's micro-batch is a guess, the loss
-makes all logits where nothing is compiled, and ranks don't agree before they wait.
+more: without extras/ files are trusted and errors of the system are tracebacks, two runs may write into one directory,
+a GPU's micro-batch is a guess, the loss makes all logits where nothing is compiled, and ranks don't agree before they
+wait.
 """
 
 import contextlib
@@ -58,13 +59,10 @@ SIZES = {  # Radford et al. 2019, table 2; the parameter counts are the released
 }
 RECIPES = {  # a recipe is a set of defaults and nothing else; bench/recipe/ measures what each of them is worth
     "gpt2": {"max_lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 715, "schedule": "cosine", "muon_lr": 0.0},
-    "fast": {
-        "max_lr": 1.8e-3,  # three times gpt2's, but only for embeddings, biases and LayerNorms: Muon has the rest
-        "min_lr": 0.0,  # the last steps, at small rates, average the noise out
-        "warmup_steps": 250,  # Muon's update has full size from step one, so a short warm-up is enough
-        "schedule": "linear",  # spends fewer steps at rates too small to matter
-        "muon_lr": 3.6e-3,  # updates with an RMS of 7e-4
-    },
+    # AdamW, at three times gpt2's rate, has only embeddings, biases and LayerNorms; Muon has the rest, with updates of
+    # RMS 7e-4 and full size from step one, so a short warm-up is enough. Linear decay spends fewer steps at rates too
+    # small to matter, and at 0 the last steps average the noise out.
+    "fast": {"max_lr": 1.8e-3, "min_lr": 0.0, "warmup_steps": 250, "schedule": "linear", "muon_lr": 3.6e-3},
 }
 MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}
@@ -697,12 +695,12 @@ def set_timeout(minutes: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
 
 
-def all_reduce(tensor: torch.Tensor, ranks: Ranks, op: str = "SUM") -> torch.Tensor:
-    """The SUM or MIN over ranks, of a tensor on the CPU or on the device; on one rank, the tensor itself."""
+def all_reduce(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The sum over ranks, of a tensor on the CPU or on the device; on one rank, the tensor itself."""
     if ranks.world_size == 1:
         return tensor
     there = tensor.to("cpu" if dist.get_backend() == "gloo" else ranks.device)
-    dist.all_reduce(there, op=getattr(dist.ReduceOp, op))
+    dist.all_reduce(there)
     return there.to(tensor.device)
 
 
@@ -747,7 +745,7 @@ def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: b
     most = min(64, max(1, 4096 // T))  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
         most = optional("extras.hardware.estimate_micro_batch")(config, shape, ranks, compiled, dtype) or 16
-    most, sequences = int(all_reduce(torch.tensor(float(most)), ranks, "MIN")), config.total_batch_size // T // W
+    sequences = config.total_batch_size // T // W
     return max(B for B in range(1, most + 1) if sequences % B == 0)
 
 
@@ -817,19 +815,16 @@ class Log:
     """LOG_DIR/log.txt: `step stream value` a line, or `# what {...}`. On a full disk the lines wait in memory."""
 
     def __init__(self, log_dir: str, writes: bool, start: int = 0, track: Callable[[int, dict], None] | None = None):
-        self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
+        self.path, self.writes, self.track = Path(log_dir) / "log.txt", writes, track
+        self.waiting, self.warned = "", False
         self.last: dict[str, tuple[int, float]] = {}  # stream -> its last step and value
+        with user_error(f"{self.path} can't be written", OSError, advice="choose another --log_dir"):
+            self.file = open(self.path if writes else os.devnull, "ab", buffering=0)  # noqa: SIM115
         if writes:
-            with user_error(f"{self.path} can't be written", OSError, advice="choose another --log_dir"):
-                self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             optional("extras.checks.lock_log")(self.file)  # a second trainer in the same directory is refused
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
                 self.comment("restart", {"step": start})
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
 
     def write(self, step: int, **values: float) -> None:
         for name, value in values.items():
@@ -843,11 +838,11 @@ class Log:
 
     def flush(self, to_disk: bool = False) -> bool:
         """Write the lines that wait; to_disk: and return when they are on the disk. Whether that succeeded."""
-        data, end = self.waiting.encode(), self.file.seek(0, os.SEEK_END) if self.file else 0
+        data, end = self.waiting.encode(), self.file.seek(0, os.SEEK_END)
         try:
-            while self.file and data:
+            while data:
                 data = data[self.file.write(data) :]
-            if self.file and to_disk:
+            if to_disk:
                 os.fsync(self.file.fileno())
             self.waiting = ""
         except OSError as error:
@@ -863,16 +858,16 @@ class Saver:
 
     def __init__(self, log_dir: str, keep: int, log: Log, evaluated: dict[str, dict[int, float]]):
         self.log_dir, self.keep, self.log, self.evaluated = Path(log_dir), keep, log, evaluated
-        self.thread, self.failed, self.writes = None, False, bool(log.file)
-        for half in self.log_dir.glob("ckpt_*.tmp") if self.writes else ():
+        self.thread, self.failed = None, False
+        for half in self.log_dir.glob("ckpt_*.tmp") if log.writes else ():
             half.unlink()  # a run that was killed may have left it
 
     def save(self, state: dict) -> None:
         """Copy `state` to memory and write it, after the log: a resumed run does not log again what came before."""
         if not self.wait():
             self.log.comment("unsaved", {"before": state["step"]})  # why there may be a log and no checkpoint
-        self.failed = self.writes and not self.log.flush(to_disk=True)
-        if self.writes and not self.failed:
+        self.failed = self.log.writes and not self.log.flush(to_disk=True)
+        if self.log.writes and not self.failed:
             torch.save(state, data := io.BytesIO())
             self.thread = threading.Thread(target=self._write, args=(state["step"], data.getbuffer()))
             self.thread.start()
@@ -960,16 +955,11 @@ class Run:
         self.intervals |= ({} if self.tokenizer else {"samples": 0}) | ({} if self.hella_rows else {"hella": 0})
         if self.compiled or self.device.type != "cpu":  # extras/hardware.py tries it, and halves what doesn't fit
             self.micro_batch = optional("extras.hardware.fit_micro_batch")(self, any_rank) or self.micro_batch
-        if ranks.world_size > 1:
-            self.sort_buckets()
-
-    def sort_buckets(self) -> None:
-        """A backward pass of zeros: DDP sorts its buckets after the first; a resumed run must sum in the same order."""
-        self.model.require_backward_grad_sync = True  # trying the micro-batch turned it off
-        with self.autocast():
-            idx = torch.zeros(self.micro_batch, self.config.seq_len, dtype=torch.int32, device=self.device)
-            self.model(idx, idx.long())[1].backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        if ranks.world_size > 1:  # DDP sorts its buckets after the first backward: a resumed run must sum as this one
+            idx = torch.zeros(self.micro_batch, config.seq_len, dtype=torch.int32, device=self.device)
+            with self.autocast():
+                self.model(idx, idx.long())[1].backward()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -992,8 +982,7 @@ class Run:
 def make_model(config: Config, n_tokens: int) -> GPT:
     """The model a run begins with: that of --init_from, or random weights from the seed, the same on every device."""
     if config.init_from:
-        from extras.pretrained import load_any
-        return GPT.of(*load_any(config.init_from))
+        return GPT.from_pretrained(config.init_from)
     sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
     torch.manual_seed(config.seed)
     return GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
@@ -1122,7 +1111,7 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
         log = Log(config.log_dir, rank0, step, track)
         saver = Saver(config.log_dir, config.keep_checkpoints, log, run.evaluated)
     meter = Meter(run, log, stop)
-    with contextlib.closing(log), contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
+    with log.file, contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
             for name, every in run.intervals.items():

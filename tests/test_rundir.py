@@ -428,8 +428,8 @@ def test_two_runs_do_not_share_a_directory(tmp_path, log):
     log.flush()
     with pytest.raises(USER_ERRORS, match=r"is being written by process 7 on here; wait for it, or end it"):
         Log(tmp_path, writes=True)
-    log.close()
-    Log(tmp_path, writes=True).close()
+    log.file.close()
+    Log(tmp_path, writes=True).file.close()
 
 
 def test_a_directory_without_room_for_a_file_is_known_before(tmp_path, log, monkeypatch):
