@@ -103,7 +103,8 @@ def try_micro_batch(run, micro_batch: int) -> None:
             loss.backward()
         del moments
     finally:
-        run.model.require_backward_grad_sync = True
+        if run.ranks.world_size > 1:
+            run.model.require_backward_grad_sync = True
         run.optimizer.zero_grad(set_to_none=True)
 
 
