@@ -365,7 +365,8 @@ def read_manifest(data_dir: str) -> dict:
     path = Path(data_dir) / "manifest.json"
     if not path.is_file():
         return {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": True, "source": None}
-    with user_error(f"{path} is damaged", Exception, advice="run fineweb.py again"):
+    wrong = ValueError, KeyError, TypeError, RecursionError
+    with user_error(f"{path} is damaged", *wrong, advice="run fineweb.py again"):
         manifest = {"source": None} | json.loads(path.read_text(encoding="utf-8"))
         optional("extras.checks.check_manifest")(manifest)
     if not manifest.get("complete"):
@@ -723,15 +724,10 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     """What --compile asked for; else whether this is CUDA with a Triton that works, which takes a C compiler."""
     if asked is False or ranks.device.type != "cuda":
         return bool(asked)
+    if (can_compile := optional("extras.hardware.can_compile")) is not missing:
+        return can_compile(asked, ranks, any_rank)
     from torch.utils._triton import has_triton
-    problem = "" if has_triton() else "there is no Triton for this card or system"
-    problem = problem or optional("extras.hardware.triton_problem")()
-    if off := any_rank(bool(problem), ranks):
-        problem = problem or "Triton does not work on another node"
-        if asked:
-            raise UserError(f"--compile: {problem}")
-        ranks.print0(f"compile  off: {problem}; training is slower without")
-    return not off
+    return asked or has_triton()
 
 
 def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:

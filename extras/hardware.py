@@ -138,8 +138,23 @@ def fit_micro_batch(run, any_rank) -> int:
             torch.cuda.reset_peak_memory_stats(run.device)
 
 
+def can_compile(asked: bool | None, ranks, any_rank) -> bool:
+    """Whether Triton works on every rank; if not, a line, or a UserError where --compile asked for it."""
+    problem = triton_problem()
+    if off := any_rank(bool(problem), ranks):
+        problem = problem or "Triton does not work on another node"
+        if asked:
+            raise UserError(f"--compile: {problem}")
+        ranks.print0(f"compile  off: {problem}; training is slower without")
+    return not off
+
+
 def triton_problem() -> str:
-    """Why Triton, which is here, can make no CUDA kernels; empty if it can."""
+    """Why Triton can make no CUDA kernels here; empty if it can."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return "there is no Triton for this card or system"
     try:
         import triton
 
