@@ -596,19 +596,15 @@ EVALUATIONS = {  # name -> the setting that says how often, and the function; a 
 
 def load_texts(config: Config, name: str, ranks: "Ranks") -> tuple:
     """The tokenizer and HellaSwag's rows; None for what is not beside this file: training goes on without."""
+    load_tokenizer = optional("extras.tokenizer.load_tokenizer")
+    load_rows = optional("hellaswag.rows_for_training") if config.hella_every else missing
+    no_extras, no_rows = (any_rank(function is missing, ranks) for function in (load_tokenizer, load_rows))
+    if (no_rows and config.hella_every) or (no_extras and config.sample_every):
+        lacks = "samples and HellaSwag: extras/" if no_extras else "HellaSwag: hellaswag.py"
+        ranks.print0(f"training without {lacks} is not beside train_gpt2.py")
     with all_or_none():
-        tokenizer = optional("extras.tokenizer.load_tokenizer")(name)
-    if any_rank(tokenizer is None, ranks):
-        if config.sample_every or config.hella_every:
-            ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
-        return None, None
-    if not config.hella_every:
-        return tokenizer, None
-    rows_for_training = optional("hellaswag.rows_for_training")
-    if any_rank(rows_for_training is missing, ranks):
-        ranks.print0("training without HellaSwag: hellaswag.py is not beside train_gpt2.py")
-        return tokenizer, None
-    return tokenizer, rows_for_training(config, tokenizer, ranks, any_rank, all_or_none)
+        tokenizer = None if no_extras else load_tokenizer(name)
+    return tokenizer, None if no_rows else load_rows(config, tokenizer, ranks, any_rank, all_or_none)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
