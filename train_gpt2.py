@@ -947,7 +947,8 @@ class Run:
         self.intervals |= ({} if self.tokenizer else {"samples": 0}) | ({} if self.hella_rows else {"hella": 0})
         if self.compiled or self.device.type != "cpu":  # extras/hardware.py tries it, and halves what doesn't fit
             self.micro_batch = optional("extras.hardware.fit_micro_batch")(self, any_rank) or self.micro_batch
-        if ranks.world_size > 1:  # DDP sorts its buckets after the first backward: a resumed run must sum as this one
+        if ranks.world_size > 1:
+            # DDP sorts its buckets after the first backward pass, here of zeros; a resumed run must sum in that order
             idx = torch.zeros(self.micro_batch, config.seq_len, dtype=torch.int32, device=self.device)
             with self.autocast():
                 self.model(idx, idx.long())[1].backward()
