@@ -915,19 +915,19 @@ class Run:
             data = optional("extras.checks.fingerprint")(self.train.shards, self.manifest)
             self.loader = {"tokenizer": name, "data": data}  # and, in a checkpoint, the sample that is next
 
-            saved = checkpoint_to_resume(config, self.loader, ranks.print0)
-            self.start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)  # updates done before
-            self.origin = sample - self.start * self.samples_a_step  # the sample with which step 0 begins
-            self.evaluated = saved.get("evaluations", {}) if saved else {}  # stream -> step -> value
-            model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
+            saved = checkpoint_to_resume(config, self.loader, ranks.print0) or {"step": 0, "loader": {"sample": 0}}
+            self.start = saved["step"]  # updates done before
+            self.origin = saved["loader"]["sample"] - self.start * self.samples_a_step  # where step 0 began
+            self.evaluated = saved.get("evaluations", {})  # stream -> step -> value
+            model = GPT.of(saved["model_config"], saved["model"]) if "model" in saved else make_model(config, n_tokens)
             self.raw_model = model.to(self.device)  # is scored, sampled and saved; never rebound
             optional("extras.checks.check_model")(self.raw_model.config, config, n_tokens)
             self.optimizer = make_optimizer(self.raw_model, config)
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-            if saved:
+            if "optimizer" in saved:
                 load_optimizer(self.optimizer, saved["optimizer"])
-                if saved.get("scaler"):  # there is none of a run in bfloat16
-                    self.scaler.load_state_dict(saved["scaler"])
+            if saved.get("scaler"):  # there is none of a run in bfloat16
+                self.scaler.load_state_dict(saved["scaler"])
         optional("extras.agree.require_same")(f"shards in {config.data_dir}", self.loader["data"])
         optional("extras.agree.require_same")(f"checkpoints in {config.log_dir}", self.start)
 
