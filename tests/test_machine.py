@@ -16,7 +16,7 @@ from tiny import ROOT, USER_ERRORS
 
 import train_gpt2
 from extras import hardware
-from extras.agree import name_this_start
+from extras.agree import blame, name_this_start
 
 
 def names_of(store, world_size: int, delays: list[float]) -> list[str]:
@@ -88,6 +88,17 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, fa
         if fails:
             1 / 0  # noqa: B018
     assert told == ["left"] * leaves
+
+
+def test_ranks_that_did_not_meet_are_one_line(monkeypatch, tmp_path):
+    """A run of one process has nobody to wait for: its errors stay what they are."""
+    for error in (dist.DistStoreError("wait timeout\nand a stack"), TimeoutError("wait timeout")):
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert blame(error, str(tmp_path)) is None
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(USER_ERRORS, match=r"^not all 2 ranks came in time \(wait timeout\); see what"):
+            blame(error, str(tmp_path))
+    assert blame(RuntimeError("another"), str(tmp_path)) is None and not list(tmp_path.iterdir())
 
 
 class Launcher:
