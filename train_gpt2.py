@@ -13,13 +13,13 @@ Shapes:   B batch, T time, C channels, nh heads, hs head size, V vocabulary (pad
 
 This file runs alone, with torch, numpy and tyro. Importing it does nothing. HellaSwag, samples, --init_from,
 --recipe fast and --track need hellaswag.py and extras/ beside it. `optional` is for what only checks, shows or saves
-more: without extras/ files are trusted, two runs may write into one directory, a GPU's micro-batch is a guess, the loss
-makes all logits where nothing is compiled, and ranks don't agree before they wait.
+more: without extras/ files are trusted and errors of the system are tracebacks, two runs may write into one directory,
+a GPU's micro-batch is a guess, the loss makes all logits where nothing is compiled, and ranks don't agree before they
+wait.
 """
 
 import contextlib
 import gc
-import hashlib
 import importlib
 import io
 import json
@@ -59,13 +59,10 @@ SIZES = {  # Radford et al. 2019, table 2; the parameter counts are the released
 }
 RECIPES = {  # a recipe is a set of defaults and nothing else; bench/recipe/ measures what each of them is worth
     "gpt2": {"max_lr": 6e-4, "min_lr": 6e-5, "warmup_steps": 715, "schedule": "cosine", "muon_lr": 0.0},
-    "fast": {
-        "max_lr": 1.8e-3,  # three times gpt2's, but only for embeddings, biases and LayerNorms: Muon has the rest
-        "min_lr": 0.0,  # the last steps, at small rates, average the noise out
-        "warmup_steps": 250,  # Muon's update has full size from step one, so a short warm-up is enough
-        "schedule": "linear",  # spends fewer steps at rates too small to matter
-        "muon_lr": 3.6e-3,  # updates with an RMS of 7e-4
-    },
+    # AdamW, at three times gpt2's rate, has only embeddings, biases and LayerNorms; Muon has the rest, with updates of
+    # RMS 7e-4 and full size from step one, so a short warm-up is enough. Linear decay spends fewer steps at rates too
+    # small to matter, and at 0 the last steps average the noise out.
+    "fast": {"max_lr": 1.8e-3, "min_lr": 0.0, "warmup_steps": 250, "schedule": "linear", "muon_lr": 3.6e-3},
 }
 MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}
@@ -134,25 +131,25 @@ class LocalError(UserError):
     """A UserError that only one rank may hit, so that rank reports it; else the first rank of each node does."""
 
 
-class Missing:
-    """Stands in for a module that is not there: it is false, and every function does nothing and returns None."""
-
-    def __getattr__(self, name: str) -> Callable:
-        return lambda *arguments, **options: None
-
-    def __bool__(self) -> bool:
-        return False
+def missing(*arguments, **options) -> None:
+    """Stands in for a function of a file that is not there."""
 
 
 @lru_cache
-def optional(module: str):
-    """A module of extras/, or hellaswag.py, that checks or shows more; `Missing` where this file runs alone."""
+def optional(name: str) -> Callable:
+    """A function of extras/, or of hellaswag.py, that checks or shows more; `missing` where this file runs alone."""
+    module, _, function = name.rpartition(".")
     try:
-        return importlib.import_module(module)
+        return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if error.name not in ("extras", "hellaswag"):
             raise  # extras/ is there, but not all of it, or a package is missing
-        return Missing()
+        return missing
+
+
+def user_error(message: str, *kinds: type[Exception], advice: str = "") -> contextlib.AbstractContextManager:
+    """What the block raises of these kinds becomes a UserError: message, why, advice. Without extras/, a traceback."""
+    return optional("extras.cli.user_error")(message, *kinds, advice=advice) or contextlib.nullcontext()
 
 
 def resolve(config: Config) -> Config:
@@ -283,10 +280,8 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens: int = 100, **options):
         """Continue (B, T) ids -> (B, T + new) ids, or a text -> text. The options: see `extras.generation.stream`."""
-        from extras.generation import continue_texts, stream
-        if isinstance(idx, str):
-            return continue_texts(self, [idx], max_new_tokens, **options)[0]
-        return torch.cat([idx, *stream(self, idx, max_new_tokens, **options)], dim=1)
+        from extras.generation import generate
+        return generate(self, idx, max_new_tokens, **options)
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str, block_size: int | None = None) -> "GPT":
@@ -299,13 +294,12 @@ class GPT(nn.Module):
     @classmethod
     def of(cls, shape: dict, state: dict) -> "GPT":
         """A model that takes these tensors over as its weights: none are drawn, none are copied."""
-        try:
-            optional("extras.checks").check_weights(shape, state)
+        others = "these weights are not those of the model in this file"
+        with user_error(others, RuntimeError, TypeError, AttributeError):
+            optional("extras.checks.check_weights")(shape, state)
             with torch.device("meta"):
                 model = cls(GPTConfig(**shape))
             model.load_state_dict(state, strict=True, assign=True)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"these weights are not those of the model in this file: {error}") from error
         model.lm_head.weight = model.transformer.wte.weight
         return model
 
@@ -327,8 +321,8 @@ def head_loss(x, weight, targets, n_tokens: int):
         parts = 1 + len(x) * len(weight) // 2**31  # more logits at a time would need 64-bit indices, which are slower
         chunks = zip(x.chunk(parts), targets.chunk(parts))
         return sum(CrossEntropy.apply(F.linear(rows, weight, padding), wanted) for rows, wanted in chunks)
-    if eager := optional("extras.loss"):  # the same in less memory
-        return eager.head_loss(x, weight, targets, n_tokens)
+    if (eager := optional("extras.loss.head_loss")) is not missing:  # the same in less memory
+        return eager(x, weight, targets, n_tokens)
     return F.cross_entropy(F.linear(x, weight)[:, :n_tokens].float(), targets, reduction="sum")
 
 
@@ -371,39 +365,29 @@ def read_manifest(data_dir: str) -> dict:
     path = Path(data_dir) / "manifest.json"
     if not path.is_file():
         return {"tokenizer": {"name": "gpt2", "vocab_size": 50257}, "shards": [], "complete": True, "source": None}
-    try:
+    wrong = ValueError, KeyError, TypeError, RecursionError
+    with user_error(f"{path} is damaged", *wrong, advice="run fineweb.py again"):
         manifest = {"source": None} | json.loads(path.read_text(encoding="utf-8"))
-        optional("extras.checks").check_manifest(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); run fineweb.py again") from error
+        optional("extras.checks.check_manifest")(manifest)
     if not manifest.get("complete"):
         raise UserError(f"{data_dir} is not finished; run fineweb.py again, with the same flags: it goes on")
     return manifest
 
 
 def open_array(path: Path, dtype: str = "uint16") -> np.ndarray:
-    """The 1-D array in a .npy file, or the tokens in a .bin of llm.c or modded-nanogpt, memory-mapped.
-
-    A .bin begins with 256 int32: 20240520, version 1, the number of tokens, and zeros.
-    """
-    try:
-        if path.suffix == ".bin":
-            header, array = np.fromfile(path, "<i4", 256), np.memmap(path, "<u2", "r", 1024)
-            if header[:3].tolist() != [20240520, 1, len(array)]:
-                raise ValueError(f"header {header[:3]}, not [20240520 1 {len(array)}]")
-            return array
-        optional("extras.checks").check_header(path, dtype)
+    """The 1-D array in a .npy file, or the tokens behind the 1,024 bytes of header of a .bin, memory-mapped."""
+    with user_error(f"{path} is not a whole {path.suffix} file", Exception, advice="run fineweb.py --verify"):
+        optional("extras.checks.check_header")(path, dtype)
+        if path.suffix == ".bin":  # of llm.c or modded-nanogpt
+            return np.memmap(path, "<u2", "r", offset=1024)
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises what its parser and the system do
-        raise UserError(f"{path} is not a whole {path.suffix} file ({error}); run fineweb.py --verify") from error
 
 
 def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     """Memory-map the shards of a split, in order. UserError for none, or for one that is not what it should be."""
     paths = [path for path in sorted(Path(data_dir).glob(f"*_{split}[_.]*")) if path.suffix in (".npy", ".bin")]
     paths = [path for path in paths if ".mask" not in path.name]
-    listed = {shard["name"]: shard["tokens"] for shard in manifest["shards"] if shard["split"] == split}
-    optional("extras.checks").check_files(data_dir, split, paths, listed)
+    optional("extras.checks.check_files")(data_dir, split, paths, manifest)
     if not paths:
         better = "with a --val_size, or train with --val_every 0" if split == "val" else "first"
         raise UserError(f"no {split} shards in {data_dir!r}; run fineweb.py {better}, or change --data_dir")
@@ -411,17 +395,9 @@ def open_shards(data_dir: str, manifest: dict, split: str) -> list[Shard]:
     for path in paths:
         mask_path = path.with_suffix(".mask.npy")
         shard = Shard(str(path), open_array(path), open_array(mask_path, "uint8") if mask_path.exists() else None)
-        optional("extras.checks").check_shard(shard, listed.get(path.name), manifest["tokenizer"])
+        optional("extras.checks.check_shard")(shard, manifest)
         shards.append(shard)
     return shards
-
-
-def fingerprint(shards: list[Shard], manifest: dict) -> str:
-    """What tells one token set from another: names, lengths, and checksums or else the first tokens."""
-    sums = {shard["name"]: [shard.get("sha256"), shard.get("mask_sha256")] for shard in manifest["shards"]}
-    names = [os.path.basename(shard.path) for shard in shards]
-    facts = [[n, len(s.tokens), sums.get(n) or s.tokens[:1024].tolist()] for n, s in zip(names, shards)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 class SampleStream:
@@ -439,14 +415,10 @@ class SampleStream:
         spare = 2 if order == "shuffle" else 1  # a shard of a whole number of sequences leaves room for an offset, too
         counts = [max((len(s.tokens) - spare) // seq_len, (len(s.tokens) - 1) // seq_len > 0) for s in shards]
         self.counts = np.array(counts, dtype=np.int64)  # sequences in each shard
-        if not len(self):
-            most = max(len(s.tokens) for s in shards)
-            none = f"{shards[0].path}: no shard has --seq_len {seq_len} + 1 tokens, only {most}"
-            more = "prepare more text (for val: fineweb.py with a larger --val_size and a new --out)"
-            raise UserError(f"{none}; lower it, or {more}")
+        optional("extras.checks.check_length")(self)
         self.has_masks = any(shard.mask is not None for shard in shards)
         self.shard_order = lru_cache(maxsize=2)(self._shard_order)
-        self.sequence_order = lru_cache(maxsize=4)(self._sequence_order)
+        self.starts = lru_cache(maxsize=4)(self._starts)
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -458,22 +430,22 @@ class SampleStream:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         return order, self.counts[order].cumsum()
 
-    def _sequence_order(self, epoch: int, shard: int):
-        """Order of a shard's sequences, and where the first begins."""
-        if self.order == "sequential":
-            return None, 0
-        rng, count = np.random.default_rng([self.seed, epoch, shard]), self.counts[shard]
-        slack = len(self.shards[shard].tokens) - 1 - count * self.T
-        return rng.permutation(count), int(rng.integers(slack + 1))
+    def _starts(self, epoch: int, shard: int):
+        """First tokens of a shard's sequences, in the order of the epoch."""
+        starts = np.arange(self.counts[shard]) * self.T
+        if self.order == "shuffle":
+            rng = np.random.default_rng([self.seed, epoch, shard])
+            slack = len(self.shards[shard].tokens) - 1 - len(starts) * self.T
+            starts = rng.permutation(starts) + rng.integers(slack + 1)
+        return starts
 
     def locate(self, sample: int) -> tuple[int, int]:
         """Shard and first token of a sample."""
         epoch, place = divmod(sample, len(self))
         order, ends = self.shard_order(epoch)
         nth = int(np.searchsorted(ends, place, side="right"))
-        shard, sequence = int(order[nth]), place - int(ends[nth] - self.counts[order[nth]])
-        permutation, offset = self.sequence_order(epoch, shard)
-        return shard, offset + (sequence if permutation is None else int(permutation[sequence])) * self.T
+        shard = int(order[nth])
+        return shard, int(self.starts(epoch, shard)[place - ends[nth] + self.counts[shard]])
 
     def read(self, samples) -> tuple[np.ndarray, np.ndarray]:
         """Inputs (N, T) and targets (N, T), int32, of N samples; -100 where there is no target. Sample -1 has none."""
@@ -551,17 +523,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
     The groups are updated, not replaced: their keys stay the checkpoint's, so that the next file has the same bytes.
     """
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved)
-        for group, values in zip(optimizer.param_groups, settings):
-            group.update(values)
-        optional("extras.checks").check_moments(optimizer)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        other = f"the checkpoint has another optimizer, AdamW or Muon; give the --recipe it was made with ({error})"
-        raise UserError(other) from error
+    ours = optimizer.state_dict()["param_groups"]
+    advice = "give the --recipe it was made with"
+    with user_error("the checkpoint has another optimizer, AdamW or Muon", Exception, advice=advice):
+        pairs = zip(saved["param_groups"], ours, strict=True)
+        groups = [{**theirs, **group, "params": theirs["params"]} for theirs, group in pairs]
+        optimizer.load_state_dict(saved | {"param_groups": groups})
+        optional("extras.checks.check_moments")(optimizer)
 
 
 def train_step(run: "Run", batch, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -621,24 +589,22 @@ def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
 
 EVALUATIONS = {  # name -> the setting that says how often, and the function; a new evaluation is a line here
     "val": ("val_every", validate),
-    "hella": ("hella_every", lambda run, stop: optional("hellaswag").score_run(run, stop, all_reduce)),
-    "samples": ("sample_every", lambda run, stop: optional("extras.generation").draw_samples(run)),
+    "hella": ("hella_every", lambda run, stop: optional("hellaswag.score_run")(run, stop, all_reduce)),
+    "samples": ("sample_every", lambda run, stop: optional("extras.generation.draw_samples")(run)),
 }
 
 
 def load_texts(config: Config, name: str, ranks: "Ranks") -> tuple:
     """The tokenizer and HellaSwag's rows; None for what is not beside this file: training goes on without."""
+    load_tokenizer = optional("extras.tokenizer.load_tokenizer")
+    load_rows = optional("hellaswag.rows_for_training") if config.hella_every else missing
+    no_extras, no_rows = (any_rank(function is missing, ranks) for function in (load_tokenizer, load_rows))
+    if (no_rows and config.hella_every) or (no_extras and config.sample_every):
+        lacks = "samples and HellaSwag: extras/" if no_extras else "HellaSwag: hellaswag.py"
+        ranks.print0(f"training without {lacks} is not beside train_gpt2.py")
     with all_or_none():
-        tokenizer = optional("extras.tokenizer").load_tokenizer(name)
-    hellaswag = optional("hellaswag") if config.hella_every else Missing()
-    no_samples, no_hella = (any_rank(not there, ranks) for there in (tokenizer, tokenizer and hellaswag))
-    if no_samples and (config.sample_every or config.hella_every):
-        ranks.print0("training without samples and HellaSwag: extras/ is not beside train_gpt2.py")
-    elif no_hella and config.hella_every:
-        ranks.print0("training without HellaSwag: hellaswag.py is not beside train_gpt2.py")
-    if no_samples or no_hella:
-        return None if no_samples else tokenizer, None
-    return tokenizer, hellaswag.rows_for_training(config, tokenizer, ranks, any_rank, all_or_none)
+        tokenizer = None if no_extras else load_tokenizer(name)
+    return tokenizer, None if no_rows else load_rows(config, tokenizer, ranks, any_rank, all_or_none)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -663,57 +629,50 @@ class Ranks:
 
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
     """This rank's device; auto: the accelerator that torch finds, or the CPU. UserError if there is none for it."""
-    try:
-        device = optional("extras.hardware").find_device(name, W, local_W)
+    with user_error(f"--device {name} can't be used", RuntimeError):
+        device = optional("extras.hardware.find_device")(name, W, local_W)
         if device is None:  # auto alone is never MPS: extras/hardware.py knows which versions compute wrongly there
             device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         if device.type not in ("cpu", "mps"):
             device = torch.device(device.type, local_rank if device.index is None else device.index)
             torch.accelerator.set_device_index(device.index)
             torch.set_float32_matmul_precision("high")
-    except RuntimeError as error:
-        raise UserError(f"--device {name} can't be used: {error}") from error
     if device.type == "cpu":
-        optional("extras.hardware").keep_freed_memory()
+        optional("extras.hardware.keep_freed_memory")()
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun gives each rank one thread; share the cores instead
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_W))
     return device
 
 
 def join_ranks(device: str, check: Callable = lambda: None) -> Ranks:
-    """Read what torchrun set, run `check`, claim a device and form the process group."""
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    found = [os.environ.get(name, default) for name, default in names.items()]
-    rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
-    if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
-        raise LocalError(f"{' '.join(names)} are {' '.join(found)}; unset them, or let torchrun set them")
-    optional("extras.agree").prepare_process()
-    if W == 1:
-        check()
-        return Ranks(rank, W, claim_device(device, local_rank, W, local_W))
-    limit = timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
-    store = optional("extras.agree").meet(rank, W, limit) or next(dist.rendezvous("env://", timeout=limit))[0]
+    """Read what torchrun set, run `check` before anything is opened, claim a device and form the process group."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    optional("extras.agree.prepare_process")(alone)
+    rank, local_rank, W, local_W = (int(os.environ.get(name, value)) for name, value in alone.items())
+    store, limit = None, timedelta(minutes=3)  # to find each other; after that 30, for downloads and compilation
+    if W > 1:
+        store = optional("extras.agree.meet")(rank, W, limit) or next(dist.rendezvous("env://", timeout=limit))[0]
     with all_or_none(store, rank, W):
         check()
         mine = claim_device(device, local_rank, W, local_W)
-    backend = dist.get_default_backend_for_device(mine)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
-    dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else mine))  # NCCL connects here
-    set_timeout(30)
+    if W > 1:
+        backend = dist.get_default_backend_for_device(mine)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=W, timeout=limit)
+        dist.all_reduce(torch.zeros(1, device="cpu" if backend == "gloo" else mine))  # NCCL connects here
+        set_timeout(30)
     return Ranks(rank, W, mine)
 
 
 @contextlib.contextmanager
-def joined_ranks(device: str, check: Callable = lambda: None) -> Iterator[Ranks]:
-    """`join_ranks`, and leave them at the end."""
+def joined_ranks(config: Config) -> Iterator[Ranks]:
+    """`join_ranks` for a run, and leave them at the end."""
+    failed, check = True, partial(optional("extras.checks.check_settings"), config)
     try:
-        ranks, failed = join_ranks(device, check), True
-    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
-        W, why = os.environ.get("WORLD_SIZE"), str(error).split("\n")[0]
-        raise LocalError(f"not all {W} ranks came in time ({why}); see what the others say, or use torchrun") from error
-    try:
-        yield ranks
+        yield join_ranks(config.device, check)
         failed = False
+    except (RuntimeError, TimeoutError) as error:
+        optional("extras.agree.blame")(error, config.log_dir)  # raises, if it was a rank that doesn't come or answer
+        raise
     finally:
         backend = dist.get_backend() if dist.is_initialized() else None
         if backend == "gloo" or (backend and not failed):  # NCCL would wait for ranks that wait for this one's message
@@ -724,7 +683,7 @@ def joined_ranks(device: str, check: Callable = lambda: None) -> Iterator[Ranks]
 
 def all_or_none(*store_rank_size) -> contextlib.AbstractContextManager:
     """Around what one rank may fail at alone: then all fail, at once. Without extras/ the others wait for a timeout."""
-    return optional("extras.agree").all_or_none(*store_rank_size) or contextlib.nullcontext()
+    return optional("extras.agree.all_or_none")(*store_rank_size) or contextlib.nullcontext()
 
 
 def set_timeout(minutes: float) -> None:
@@ -733,12 +692,12 @@ def set_timeout(minutes: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes))
 
 
-def all_reduce(tensor: torch.Tensor, ranks: Ranks, op: str = "SUM") -> torch.Tensor:
-    """The SUM or MIN over ranks, of a tensor on the CPU or on the device; on one rank, the tensor itself."""
+def all_reduce(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The sum over ranks, of a tensor on the CPU or on the device; on one rank, the tensor itself."""
     if ranks.world_size == 1:
         return tensor
     there = tensor.to("cpu" if dist.get_backend() == "gloo" else ranks.device)
-    dist.all_reduce(there, op=getattr(dist.ReduceOp, op))
+    dist.all_reduce(there)
     return there.to(tensor.device)
 
 
@@ -761,29 +720,24 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     """What --compile asked for; else whether this is CUDA with a Triton that works, which takes a C compiler."""
     if asked is False or ranks.device.type != "cuda":
         return bool(asked)
+    if (can_compile := optional("extras.hardware.can_compile")) is not missing:
+        return can_compile(asked, ranks, any_rank)
     from torch.utils._triton import has_triton
-    problem = "" if has_triton() else "there is no Triton for this card or system"
-    problem = problem or optional("extras.hardware").triton_problem()
-    if off := any_rank(bool(problem), ranks):
-        problem = problem or "Triton does not work on another node"
-        if asked:
-            raise UserError(f"--compile: {problem}")
-        ranks.print0(f"compile  off: {problem}; training is slower without")
-    return not off
+    return asked or has_triton()
 
 
 def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:
     """Sequences per forward: --micro_batch, which must divide the batch, or the largest divisor that should fit."""
     B, T, W = config.micro_batch, config.seq_len, ranks.world_size
-    optional("extras.checks").check_batch(config, ranks)
+    optional("extras.checks.check_batch")(config, ranks)
     if config.total_batch_size % ((B or 1) * T * W):
         raise UserError(f"--total_batch_size {config.total_batch_size} is not a multiple of {B or 1} * {T} * {W} ranks")
     if B:
         return B
     most = min(64, max(1, 4096 // T))  # on a CPU small is fast: what is worked on should stay in the cache
     if ranks.device.type == "cuda":
-        most = optional("extras.hardware").estimate_micro_batch(config, shape, ranks, compiled, dtype) or 16
-    most, sequences = int(all_reduce(torch.tensor(float(most)), ranks, "MIN")), config.total_batch_size // T // W
+        most = optional("extras.hardware.estimate_micro_batch")(config, shape, ranks, compiled, dtype) or 16
+    sequences = config.total_batch_size // T // W
     return max(B for B in range(1, most + 1) if sequences % B == 0)
 
 
@@ -829,65 +783,40 @@ def saved_steps(log_dir: str | Path) -> list[int]:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """The checkpoint in a file, on the CPU. UserError unless it is whole and this trainer's; nothing is executed."""
-    try:
-        optional("extras.checks").check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        optional("extras.checks").check_checkpoint(state)
-        return state
-    except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
-        reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
-        raise UserError(f"{path} is not a whole checkpoint of this trainer ({reason}); use another") from error
+    """The checkpoint in a file, on the CPU; nothing is executed. extras/: UserError unless it is whole and ours."""
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    return optional("extras.checks.read_whole")(path, load) or load()
 
 
 def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict | None:
-    """The newest whole checkpoint in log_dir; None for a run that begins. Writes nothing.
+    """The newest checkpoint in log_dir; None for a run that begins. Writes nothing.
 
-    extras/checks.py refuses one of another run. loader: what the stream of samples depends on.
+    extras/checks.py passes over a damaged one and refuses one of another run. loader: what the samples depend on.
     """
-    log_dir, steps, checks = config.log_dir, saved_steps(config.log_dir), optional("extras.checks")
-    if has_log := os.path.exists(f"{log_dir}/log.txt"):
-        checks.check_log(config)
-    if not config.resume and (steps or has_log):
+    log_dir, steps = config.log_dir, saved_steps(config.log_dir)
+    optional("extras.checks.check_log")(config)
+    if not config.resume and (steps or os.path.exists(f"{log_dir}/log.txt")):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
-    for path in paths:
-        try:
-            saved = read_checkpoint(path)
-        except UserError as error:
-            if config.resume_from:
-                raise UserError(f"--resume: {error}; {log_dir} has the checkpoints of steps {steps}") from error
-            if path == paths[-1] and not config.force:
-                others = "no checkpoint of this run can be read; --force starts anew"
-                raise UserError(f"--resume: {error}; {others}") from error
-            print0(f"WARNING: {error}")
-        else:
-            checks.compare_settings(saved, steps, config, loader, print0)
-            return saved
-    if has_log:
-        print0(f"resuming at step 0: {log_dir} has no checkpoint {'that can be read' if paths else 'yet'}")
-    return None
+    if (choose := optional("extras.checks.choose_checkpoint")) is not missing:
+        return choose(paths, read_checkpoint, steps, config, loader, print0)
+    return read_checkpoint(paths[0]) if paths else None
 
 
 class Log:
     """LOG_DIR/log.txt: `step stream value` a line, or `# what {...}`. On a full disk the lines wait in memory."""
 
     def __init__(self, log_dir: str, writes: bool, start: int = 0, track: Callable[[int, dict], None] | None = None):
-        self.path, self.file, self.track, self.waiting, self.warned = Path(log_dir) / "log.txt", None, track, "", False
+        self.path, self.writes, self.track = Path(log_dir) / "log.txt", writes, track
+        self.waiting, self.warned = "", False
         self.last: dict[str, tuple[int, float]] = {}  # stream -> its last step and value
+        with user_error(f"{self.path} can't be written", OSError, advice="choose another --log_dir"):
+            self.file = open(self.path if writes else os.devnull, "ab", buffering=0)  # noqa: SIM115
         if writes:
-            try:
-                self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
-            except OSError as error:
-                raise UserError(f"{self.path} can't be written: {error}; choose another --log_dir") from error
-            optional("extras.checks").lock_log(self.file)  # a second trainer in the same directory is refused
+            optional("extras.checks.lock_log")(self.file)  # a second trainer in the same directory is refused
             self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # a run that was killed may leave half a line
             if self.file.seek(0, os.SEEK_END):
                 self.comment("restart", {"step": start})
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
 
     def write(self, step: int, **values: float) -> None:
         for name, value in values.items():
@@ -901,11 +830,11 @@ class Log:
 
     def flush(self, to_disk: bool = False) -> bool:
         """Write the lines that wait; to_disk: and return when they are on the disk. Whether that succeeded."""
-        data, end = self.waiting.encode(), self.file.seek(0, os.SEEK_END) if self.file else 0
+        data, end = self.waiting.encode(), self.file.seek(0, os.SEEK_END)
         try:
-            while self.file and data:
+            while data:
                 data = data[self.file.write(data) :]
-            if self.file and to_disk:
+            if to_disk:
                 os.fsync(self.file.fileno())
             self.waiting = ""
         except OSError as error:
@@ -921,16 +850,16 @@ class Saver:
 
     def __init__(self, log_dir: str, keep: int, log: Log, evaluated: dict[str, dict[int, float]]):
         self.log_dir, self.keep, self.log, self.evaluated = Path(log_dir), keep, log, evaluated
-        self.thread, self.failed, self.writes = None, False, bool(log.file)
-        for half in self.log_dir.glob("ckpt_*.tmp") if self.writes else ():
+        self.thread, self.failed = None, False
+        for half in self.log_dir.glob("ckpt_*.tmp") if log.writes else ():
             half.unlink()  # a run that was killed may have left it
 
     def save(self, state: dict) -> None:
         """Copy `state` to memory and write it, after the log: a resumed run does not log again what came before."""
         if not self.wait():
             self.log.comment("unsaved", {"before": state["step"]})  # why there may be a log and no checkpoint
-        self.failed = self.writes and not self.log.flush(to_disk=True)
-        if self.writes and not self.failed:
+        self.failed = self.log.writes and not self.log.flush(to_disk=True)
+        if self.log.writes and not self.failed:
             torch.save(state, data := io.BytesIO())
             self.thread = threading.Thread(target=self._write, args=(state["step"], data.getbuffer()))
             self.thread.start()
@@ -952,9 +881,7 @@ class Saver:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             self.failed = False
-            if os.name == "posix":  # the new name, too, should survive a power cut
-                os.fsync(folder := os.open(self.log_dir, os.O_RDONLY))
-                os.close(folder)
+            optional("extras.files.sync_folder")(self.log_dir)
             # a file with a later step was damaged, or this run would have begun there: it doesn't count as one of ours
             steps, val = [s for s in saved_steps(self.log_dir) if s <= step], self.evaluated.get("val", {})
             scored = [s for s in saved_steps(self.log_dir) if math.isfinite(val.get(s, math.nan))]
@@ -984,24 +911,25 @@ class Run:
             if config.epochs:
                 steps = math.ceil(config.epochs * len(self.train) * config.seq_len / config.total_batch_size)
                 config = replace(config, max_steps=steps)
-            self.config = config
-            self.loader = {"tokenizer": name, "data": fingerprint(self.train.shards, self.manifest)}
+            self.config, self.samples_a_step = config, config.total_batch_size // config.seq_len
+            data = optional("extras.checks.fingerprint")(self.train.shards, self.manifest)
+            self.loader = {"tokenizer": name, "data": data}  # and, in a checkpoint, the sample that is next
 
-            saved = checkpoint_to_resume(config, self.loader, ranks.print0)
-            self.start, sample = (saved["step"], saved["loader"]["sample"]) if saved else (0, 0)  # updates done before
-            self.origin = sample - self.start * self.samples_a_step  # the sample with which step 0 begins
-            self.evaluated = saved.get("evaluations", {}) if saved else {}  # stream -> step -> value
-            model = GPT.of(saved["model_config"], saved["model"]) if saved else make_model(config, n_tokens)
+            saved = checkpoint_to_resume(config, self.loader, ranks.print0) or {"step": 0, "loader": {"sample": 0}}
+            self.start = saved["step"]  # updates done before
+            self.origin = saved["loader"]["sample"] - self.start * self.samples_a_step  # where step 0 began
+            self.evaluated = saved.get("evaluations", {})  # stream -> step -> value
+            model = GPT.of(saved["model_config"], saved["model"]) if "model" in saved else make_model(config, n_tokens)
             self.raw_model = model.to(self.device)  # is scored, sampled and saved; never rebound
-            optional("extras.checks").check_model(self.raw_model.config, config, n_tokens)
+            optional("extras.checks.check_model")(self.raw_model.config, config, n_tokens)
             self.optimizer = make_optimizer(self.raw_model, config)
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-            if saved:
+            if "optimizer" in saved:
                 load_optimizer(self.optimizer, saved["optimizer"])
-                if saved.get("scaler"):  # there is none of a run in bfloat16
-                    self.scaler.load_state_dict(saved["scaler"])
-        optional("extras.agree").require_same(f"shards in {config.data_dir}", self.loader["data"])
-        optional("extras.agree").require_same(f"checkpoints in {config.log_dir}", self.start)
+            if saved.get("scaler"):  # there is none of a run in bfloat16
+                self.scaler.load_state_dict(saved["scaler"])
+        optional("extras.agree.require_same")(f"shards in {config.data_dir}", self.loader["data"])
+        optional("extras.agree.require_same")(f"checkpoints in {config.log_dir}", self.start)
 
         self.compiled = wants_compile(config.compile, ranks)
         self.micro_batch = pick_micro_batch(config, self.raw_model.config, ranks, self.compiled, self.dtype)
@@ -1018,21 +946,13 @@ class Run:
         self.intervals = {name: getattr(config, setting) for name, (setting, _) in EVALUATIONS.items()}
         self.intervals |= ({} if self.tokenizer else {"samples": 0}) | ({} if self.hella_rows else {"hella": 0})
         if self.compiled or self.device.type != "cpu":  # extras/hardware.py tries it, and halves what doesn't fit
-            self.micro_batch = optional("extras.hardware").fit_micro_batch(self, any_rank) or self.micro_batch
+            self.micro_batch = optional("extras.hardware.fit_micro_batch")(self, any_rank) or self.micro_batch
         if ranks.world_size > 1:
-            self.sort_buckets()
-
-    def sort_buckets(self) -> None:
-        """A backward pass of zeros: DDP sorts its buckets after the first; a resumed run must sum in the same order."""
-        self.model.require_backward_grad_sync = True  # trying the micro-batch turned it off
-        with self.autocast():
-            idx = torch.zeros(self.micro_batch, self.config.seq_len, dtype=torch.int32, device=self.device)
-            self.model(idx, idx.long())[1].backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    @property
-    def samples_a_step(self) -> int:
-        return self.config.total_batch_size // self.config.seq_len
+            # DDP sorts its buckets after the first backward pass, here of zeros; a resumed run must sum in that order
+            idx = torch.zeros(self.micro_batch, config.seq_len, dtype=torch.int32, device=self.device)
+            with self.autocast():
+                self.model(idx, idx.long())[1].backward()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -1055,8 +975,7 @@ class Run:
 def make_model(config: Config, n_tokens: int) -> GPT:
     """The model a run begins with: that of --init_from, or random weights from the seed, the same on every device."""
     if config.init_from:
-        from extras.pretrained import load_any
-        return GPT.of(*load_any(config.init_from))
+        return GPT.from_pretrained(config.init_from)
     sizes = {name: getattr(config, name) or default for name, default in SIZES[config.model].items()}
     torch.manual_seed(config.seed)
     return GPT(GPTConfig(config.seq_len, -(-n_tokens // 128) * 128, **sizes, n_tokens=n_tokens))
@@ -1066,7 +985,7 @@ class Meter:
     """Logs and shows. Losses and norms stay on the device until a few steps have come together: no wait per step."""
 
     def __init__(self, run: Run, log: Log, stop: StopSignal):
-        self.run, self.log, self.stop, self.pending, self.screen = run, log, stop, [], optional("extras.screen")
+        self.run, self.log, self.stop, self.pending = run, log, stop, []
         self.every, self.bad_steps, self.eval_seconds = 1, 0, {}  # at first every step: how slow they are is not known
         self.seconds, self.steps, self.began, self.clock = 0.0, 0, time.perf_counter(), time.perf_counter()
         counts = {"train_tokens": len(run.train) * run.train.T, "val_tokens": len(run.val or ()) * run.train.T}
@@ -1076,14 +995,14 @@ class Meter:
         log.comment("data", {"source": run.manifest["source"], "tokenizer": run.loader["tokenizer"]} | counts)
         log.comment("versions", VERSIONS | {"host": platform.node(), "pid": os.getpid()})
         log.flush()
-        run.ranks.print0(self.screen.begin(run) or f"training on {run.device}; extras/ is not here")
+        run.ranks.print0(optional("extras.screen.begin")(run) or f"training on {run.device}; extras/ is not here")
 
     def end(self, step: int, finished: bool) -> dict[str, float]:
         """Show the last values as a block of `key: value`, made for grep, and return those of all streams."""
         run, log = self.run, self.log
         last = {name: max(of.items()) for name, of in run.evaluated.items()} | log.last
         facts = {"step": step} | {n: x for n, (at, x) in last.items() if at >= step - 1 and n not in ("lr", "ms")}
-        facts |= self.screen.end(run, self.seconds, self.steps, self.began) or {}
+        facts |= optional("extras.screen.end")(run, self.seconds, self.steps, self.began) or {}
         if not finished:
             run.ranks.print0(f"stopped after {step} of {run.config.max_steps} steps; --resume goes on")
         for name, value in facts.items():
@@ -1101,7 +1020,7 @@ class Meter:
 
     def add(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Note a step: this rank's loss, the norm of the averaged gradient. True if the run is to stop."""
-        optional("extras.agree").note(step, "after training step")
+        optional("extras.agree.note")(step, "after training step")
         self.pending.append((step, lr, loss, norm))
         return self.read() if len(self.pending) >= self.every else False
 
@@ -1128,7 +1047,7 @@ class Meter:
         self.run.ranks.print0(
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | "
             f"{config.total_batch_size / ms * 1000:,.0f} tok/s"
-            + (self.screen.progress(self.run, step + 1, ms / 1000, self.eval_seconds) or "")
+            + (optional("extras.screen.progress")(self.run, step + 1, ms / 1000, self.eval_seconds) or "")
         )
         self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.clock = time.perf_counter()
@@ -1147,7 +1066,7 @@ class Meter:
     def evaluate(self, step: int, name: str) -> bool:
         """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
         began, run, (setting, function) = time.perf_counter(), self.run, EVALUATIONS[name]
-        optional("extras.agree").note(step, f"evaluating {name} at step")
+        optional("extras.agree.note")(step, f"evaluating {name} at step")
         run.raw_model.eval()
         # without cuDNN's attention, which plans anew for every shape, of which HellaSwag's batches have a hundred
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
@@ -1156,7 +1075,7 @@ class Meter:
         if values is not None:
             if texts := values.pop("samples", None):
                 self.log.comment("samples", {"step": step, "texts": texts})
-                run.ranks.print0(self.screen.samples(texts))
+                run.ranks.print0(optional("extras.screen.samples")(texts))
             values = {stream: float(value) for stream, value in values.items()}
             for stream, value in values.items():
                 run.evaluated.setdefault(stream, {})[step] = value
@@ -1164,7 +1083,7 @@ class Meter:
             self.log.flush()
             self.eval_seconds[setting] = time.perf_counter() - began
             shown = " | ".join(f"{stream} {value:.4f}" for stream, value in values.items()) or name
-            shown += self.screen.compare(run, step, values) or ""
+            shown += optional("extras.screen.compare")(run, step, values) or ""
             run.ranks.print0(f"EVAL {step:5d} | {shown} | {self.eval_seconds[setting]:.1f} s")
         self.restart_clock()
         return values is not None
@@ -1176,18 +1095,16 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
     with all_or_none():
         if config.track != "none":
             from extras.track import open_tracker  # if it isn't here, that is said before anything is written
-        try:
+        with user_error(f"--log_dir {config.log_dir} can't be made", OSError, ValueError, advice="choose another"):
             os.makedirs(config.log_dir, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--log_dir {config.log_dir} can't be made: {error}; choose another") from error
         if rank0:
-            optional("extras.checks").require_room(config, run.raw_model)
+            optional("extras.checks.require_room")(config, run.raw_model)
         if rank0 and config.track != "none":
             track = open_tracker(config.track, config.log_dir, asdict(config), step)
         log = Log(config.log_dir, rank0, step, track)
         saver = Saver(config.log_dir, config.keep_checkpoints, log, run.evaluated)
     meter = Meter(run, log, stop)
-    with contextlib.closing(log), contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
+    with log.file, contextlib.closing(prefetched(run.batch, step, config.max_steps)) as batches:
         while True:
             last = step >= config.max_steps
             for name, every in run.intervals.items():
@@ -1223,19 +1140,14 @@ def main(config: Config) -> dict[str, float]:
     if config.resume_from:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
-    check = partial(optional("extras.checks").check_settings, config)  # before anything is opened or written
-    with joined_ranks(config.device, check) as ranks, StopSignal(ranks) as stop:
-        try:
-            return train(Run(config, ranks), stop)
-        except RuntimeError as error:
-            optional("extras.agree").blame(error, config.log_dir)  # raises, if it was a rank that does not answer
-            raise
+    with joined_ranks(config) as ranks, StopSignal(ranks) as stop:
+        return train(Run(config, ranks), stop)
 
 
 def run_command_line(argv: list[str] | None = None) -> None:
     """Parse and train. A UserError is one line on stderr and exit status 2; extras/cli.py has more help for a typo."""
-    if cli := optional("extras.cli"):
-        return cli.run(main, Config, __doc__, argv)
+    if (run := optional("extras.cli.run")) is not missing:
+        return run(main, Config, __doc__, argv)
     try:
         import tyro
         main(tyro.cli(Config, args=argv, description=__doc__, use_underscores=True, config=(tyro.conf.DisallowNone,)))

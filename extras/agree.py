@@ -63,8 +63,15 @@ def require_same(what: str, value: object) -> None:
         raise UserError(f"all nodes need the same {what}; rank by rank they have {', '.join(map(str, everyones))}")
 
 
-def prepare_process() -> None:
-    """Before the ranks join: keep NCCL's Flight Recorder and, on Linux, end this rank when torchrun is killed."""
+def prepare_process(alone: dict[str, str]) -> None:
+    """Before the ranks join: keep NCCL's Flight Recorder and, on Linux, end this rank when torchrun is killed.
+
+    LocalError unless the variables that torchrun sets are numbers that fit. alone: each, and what it is without.
+    """
+    found = [os.environ.get(name, value) for name, value in alone.items()]
+    rank, local_rank, W, local_W = (int(value) if value.isdecimal() else -1 for value in found)
+    if not (0 <= rank < W and local_rank >= 0 and local_W > 0):
+        raise LocalError(f"{' '.join(alone)} are {' '.join(found)}; unset them, or let torchrun set them")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch 2.13 has it on by default
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         call_libc("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -137,10 +144,13 @@ def note(step: int, what: str) -> None:
 
 
 def blame(error: Exception, directory: str) -> None:
-    """LocalError, if `error` comes of a rank that stopped answering: which, since when and at what.
+    """LocalError, if `error` comes of a rank that never came, or that stopped answering: which, since when and at what.
 
     Writes this rank's Python stack into the directory.
     """
+    W, why = os.environ.get("WORLD_SIZE", "1"), str(error).split("\n")[0]
+    if W != "1" and not dist.is_initialized() and isinstance(error, (dist.DistError, TimeoutError)):
+        raise LocalError(f"not all {W} ranks came in time ({why}); see what the others say, or use torchrun") from error
     if not (dist.is_initialized() and re.search("[Tt]imed out|[Tt]imeout|closed by peer|reset by peer", str(error))):
         return
     os.makedirs(directory, exist_ok=True)

@@ -5,7 +5,10 @@ that is not the one to go on with, and a directory that it could not write into.
 No value of a file is used before it has been checked. Without this one the trainer trusts what it reads.
 """
 
+import hashlib
+import json
 import math
+import os
 import re
 import shutil
 import zipfile
@@ -90,12 +93,12 @@ def check_manifest(manifest: dict) -> None:
                 raise ValueError(f"{name} {fields[name]!r:.60}")
 
 
-def check_files(data_dir: str, split: str, paths: list[Path], listed: dict[str, int]) -> None:
-    """UserError unless these files are the manifest's, `listed` by name; where it lists none, any will do."""
-    names = {path.name for path in paths}
-    if missing := sorted(set(listed) - names):
+def check_files(data_dir: str, split: str, paths: list[Path], manifest: dict) -> None:
+    """UserError unless these files are the manifest's; where it lists none of the split, any will do."""
+    names, listed = {path.name for path in paths}, {s["name"] for s in manifest["shards"] if s["split"] == split}
+    if missing := sorted(listed - names):
         raise UserError(f"{data_dir} lacks {', '.join(missing[:3])} of manifest.json; run fineweb.py --verify")
-    if strays := sorted(names - set(listed or names)):
+    if strays := sorted(names - (listed or names)):
         raise UserError(f"{data_dir}/{strays[0]} is not in manifest.json: it belongs to another set; move it away")
     if len({path.suffix for path in paths}) > 1:
         raise UserError(f"{data_dir} has .npy and .bin files of {split}: the same tokens twice? Move one kind away")
@@ -104,8 +107,33 @@ def check_files(data_dir: str, split: str, paths: list[Path], listed: dict[str, 
         raise UserError(f"{there}: see the README, or change --data_dir")
 
 
+def fingerprint(shards: list, manifest: dict) -> str:
+    """What tells one token set from another: names, lengths, and checksums or else the first tokens."""
+    sums = {shard["name"]: [shard.get("sha256"), shard.get("mask_sha256")] for shard in manifest["shards"]}
+    names = [Path(shard.path).name for shard in shards]
+    facts = [[n, len(s.tokens), sums.get(n) or s.tokens[:1024].tolist()] for n, s in zip(names, shards)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def check_length(stream) -> None:
+    """UserError unless a train_gpt2.SampleStream has a sequence."""
+    if not len(stream):
+        most = max(len(shard.tokens) for shard in stream.shards)
+        none = f"{stream.shards[0].path}: no shard has --seq_len {stream.T} + 1 tokens, only {most}"
+        more = "prepare more text (for val: fineweb.py with a larger --val_size and a new --out)"
+        raise UserError(f"{none}; lower it, or {more}")
+
+
 def check_header(path: Path, dtype: str) -> None:
-    """Check a .npy header before numpy maps the file: a zero-size dtype would crash the process."""
+    """Check a file's header before numpy maps it: of a .npy, a zero-size dtype would crash the process.
+
+    A .bin begins with 256 int32: 20240520, version 1, the number of tokens, and zeros.
+    """
+    if path.suffix == ".bin":
+        header, tokens = np.fromfile(path, "<i4", 256), (path.stat().st_size - 1024) / 2
+        if header[:3].tolist() != [20240520, 1, tokens]:
+            raise ValueError(f"header {header[:3]}, not [20240520 1 {tokens:g}]")
+        return
     with open(path, "rb") as file:
         major, _ = np.lib.format.read_magic(file)
         shape, _, found = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
@@ -113,15 +141,16 @@ def check_header(path: Path, dtype: str) -> None:
         raise ValueError(f"it holds {found}{list(shape)}, not {dtype}[n]")
 
 
-def check_shard(shard, listed_tokens: int | None, tokenizer: dict) -> None:
+def check_shard(shard, manifest: dict) -> None:
     """UserError unless shard and mask have the length that the manifest says, and begin with the tokenizer's ids."""
-    path, tokens, mask, n_tokens = shard.path, shard.tokens, shard.mask, tokenizer["vocab_size"]
+    path, tokens, mask, n_tokens = shard.path, shard.tokens, shard.mask, manifest["tokenizer"]["vocab_size"]
+    listed_tokens = next((s["tokens"] for s in manifest["shards"] if s["name"] == Path(path).name), None)
     for what, length in (("manifest.json", listed_tokens), ("its .mask.npy", None if mask is None else len(mask))):
         if length not in (None, len(tokens)):
             raise UserError(f"{path} has {len(tokens)} tokens and {what} {length}; run fineweb.py --verify")
     largest = int(tokens[: 2**20].max(initial=0))
     if largest >= n_tokens or (len(tokens) > 2**14 and not listed_tokens and largest < 1000):  # a header; characters
-        ids = f"ids up to {largest}: not those of {tokenizer['name']}, 0 to {n_tokens - 1}"
+        ids = f"ids up to {largest}: not those of {manifest['tokenizer']['name']}, 0 to {n_tokens - 1}"
         raise UserError(f"{path} begins with {ids}; a manifest.json can name another tokenizer")
 
 
@@ -129,7 +158,43 @@ def check_shard(shard, listed_tokens: int | None, tokenizer: dict) -> None:
 # Checkpoints
 
 
-def check_archive(path: Path) -> None:
+def choose_checkpoint(paths: list[Path], read, steps: list[int], config, loader: dict, print0) -> dict | None:
+    """What `read` finds in the first of these files that is whole, if it is this run's; None for no files.
+
+    steps: of all checkpoints in log_dir.
+    """
+    for path in paths:
+        try:
+            saved = read(path)
+        except UserError as error:
+            advice = f"{config.log_dir} has the checkpoints of steps {steps}"
+            if not config.resume_from:
+                advice = "no checkpoint of this run can be read; --force starts anew"
+            if path == paths[-1] and (config.resume_from or not config.force):
+                raise UserError(f"--resume: {error}; {advice}") from error
+            print0(f"WARNING: {error}")
+        else:
+            compare_settings(saved, steps, config, loader, print0)
+            return saved
+    if os.path.exists(f"{config.log_dir}/log.txt"):
+        there = "that can be read" if paths else "yet"
+        print0(f"resuming at step 0: {config.log_dir} has no checkpoint {there}")
+    return None
+
+
+def read_whole(path: str | Path, load) -> dict:
+    """What `load` reads from a checkpoint. UserError unless it is whole and of train_gpt2.py."""
+    try:
+        check_archive(path)
+        state = load()
+        check_checkpoint(state)
+        return state
+    except Exception as error:  # zipfile, pickle and torch each have their own for a file that is not what it should be
+        reason = next((line for line in str(error).split("\n") if "WeightsUnpickler" in line), str(error)).strip()[:150]
+        raise UserError(f"{path} is not a whole checkpoint of this trainer ({reason}); use another") from error
+
+
+def check_archive(path: str | Path) -> None:
     """ValueError unless a checkpoint is as torch.save writes it, and undamaged: torch.load looks at no checksum."""
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type for entry in archive.infolist()):  # it could be of any size
@@ -191,9 +256,10 @@ def check_log(config) -> None:
 
     That may have failed, on a full disk: then the log says "unsaved".
     """
-    if list(Path(config.log_dir).glob("ckpt_*.pt")):
+    log = Path(config.log_dir, "log.txt")
+    if not os.path.exists(log) or list(log.parent.glob("ckpt_*.pt")):
         return
-    text = Path(config.log_dir, "log.txt").read_text(encoding="utf-8", errors="replace")
+    text = log.read_text(encoding="utf-8", errors="replace")
     done = max(map(int, re.findall(r"^(\d{1,15}) train ", text, re.M)), default=0)
     lost = done > 2 * config.save_every > 0 and "\n# unsaved " not in text  # the first save ends before the second
     if text and (lost or not text.startswith("# config {")):
@@ -221,7 +287,8 @@ def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0
         saved["evaluations"] = {"val": {step: value for step, value in logged.items() if step <= saved["step"]}}
     if later := [step for step in steps if step > saved["step"]] if config.resume_from else []:
         print0(f"resuming at step {saved['step']}; later checkpoints stay until this run overtakes them: {later}")
-    before, now = saved["config"] | saved["loader"], asdict(config) | loader
+    known = {key: value for key, value in saved["loader"].items() if value is not None}  # without this file: no "data"
+    before, now = saved["config"] | known, asdict(config) | loader
     changed = {key: f"{key} was {before[key]}, is {now[key]}" for key in now if before.get(key, now[key]) != now[key]}
     if shape := "; ".join(changed[key] for key in changed if key in SHAPE):
         same = "(0 = from --model); give the flags it was made with, or another --log_dir"

@@ -21,12 +21,18 @@ class LocalError(UserError):
 
 
 @contextlib.contextmanager
-def user_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
-    """What the block raises of these kinds becomes a UserError: the message, and why."""
+def user_error(message: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """What the block raises of these kinds becomes a UserError: the message, why, and the advice.
+
+    A lack of memory stays what it is: no other file or setting of that kind would help.
+    """
     try:
         yield
     except kinds as error:
-        raise UserError(f"{message}: {error}") from error
+        if re.search(NO_MEMORY, str(error)):
+            raise
+        why = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{message}: {why}" + (f"; {advice}" if advice else "")) from error
 
 
 ELSEWHERE = {  # flags of nanoGPT, transformers and others -> what train_gpt2.py calls them

@@ -30,8 +30,13 @@ def atomic_file(path: str | os.PathLike, writer: str = ""):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """So that a new name in it survives a power cut."""
     if os.name == "posix":  # elsewhere directories can't be synced
-        descriptor = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

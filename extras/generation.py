@@ -72,6 +72,13 @@ def stream(model, idx, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, r
             return
 
 
+def generate(model, idx, max_new_tokens: int, **options):
+    """Continue (B, T) ids -> (B, T + new) ids, or a text -> text. The options are those of `stream`."""
+    if isinstance(idx, str):
+        return continue_texts(model, [idx], max_new_tokens, **options)[0]
+    return torch.cat([idx, *stream(model, idx, max_new_tokens, **options)], dim=1)
+
+
 def pad_left(prompts: list[list[int]], device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts of unequal length as a batch: ids (B, T), and (B,) how many at the left of each row are padding."""
     T = max(map(len, prompts))

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from extras.agree import call_libc
+from extras.agree import call_libc, exchange
 from extras.cli import NO_MEMORY, UserError, user_error
 from extras.loss import HEAD_ROWS
 
@@ -74,7 +74,7 @@ def keep_freed_memory() -> None:
 
 
 def estimate_micro_batch(config, shape, ranks, compiled: bool, dtype: torch.dtype) -> int:
-    """Sequences per forward that should fit into what the card has free, at most 64.
+    """Sequences per forward that should fit into what every rank's card has free, at most 64.
 
     In bytes, as bench/gpuless.py computes and an H200 measured them: for gradients, moments, bf16 weights and DDP's
     buckets, then for each token. Eager keeps no logits, but every LayerNorm's input in float32.
@@ -84,7 +84,7 @@ def estimate_micro_batch(config, shape, ranks, compiled: bool, dtype: torch.dtyp
     blocks = 2 * L + 12 if config.recompute else (33 if compiled and dtype == torch.bfloat16 else 38) * L
     per_token = (blocks * C + (2 * V if compiled else 0)) * (2 if dtype == torch.float32 else 1)
     free = 0.85 * torch.cuda.mem_get_info(ranks.device)[0]  # memory has gaps
-    return max(1, int(min(64, (free - fixed) // (config.seq_len * per_token))))
+    return max(1, int(min(64, *exchange((free - fixed) // (config.seq_len * per_token)))))
 
 
 def try_micro_batch(run, micro_batch: int) -> None:
@@ -103,6 +103,8 @@ def try_micro_batch(run, micro_batch: int) -> None:
             loss.backward()
         del moments
     finally:
+        if run.ranks.world_size > 1:
+            run.model.require_backward_grad_sync = True
         run.optimizer.zero_grad(set_to_none=True)
 
 
@@ -136,8 +138,23 @@ def fit_micro_batch(run, any_rank) -> int:
             torch.cuda.reset_peak_memory_stats(run.device)
 
 
+def can_compile(asked: bool | None, ranks, any_rank) -> bool:
+    """Whether Triton works on every rank; if not, a line, or a UserError where --compile asked for it."""
+    problem = triton_problem()
+    if off := any_rank(bool(problem), ranks):
+        problem = problem or "Triton does not work on another node"
+        if asked:
+            raise UserError(f"--compile: {problem}")
+        ranks.print0(f"compile  off: {problem}; training is slower without")
+    return not off
+
+
 def triton_problem() -> str:
-    """Why Triton, which is here, can make no CUDA kernels; empty if it can."""
+    """Why Triton can make no CUDA kernels here; empty if it can."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return "there is no Triton for this card or system"
     try:
         import triton
 

@@ -88,6 +88,15 @@ def test_what_is_not_the_users_keeps_its_traceback(monkeypatch):
         train_gpt2.run_command_line([])
 
 
+def test_a_lack_of_memory_is_no_mistake_in_a_file():
+    mistake = cli.user_error("weights.pt is damaged", RuntimeError, advice="use another")
+    with pytest.raises(UserError, match=r"^weights.pt is damaged: other shapes; use another$"), mistake:
+        raise RuntimeError("other shapes")
+    mistake = cli.user_error("weights.pt is damaged", RuntimeError, advice="use another")
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory"), mistake:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
 @pytest.mark.parametrize("error, speaks", [(train_gpt2.UserError, False), (train_gpt2.LocalError, True)])
 def test_who_speaks_among_ranks(error, speaks, monkeypatch, capsys):
     def main(config):

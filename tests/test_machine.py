@@ -16,7 +16,7 @@ from tiny import ROOT, USER_ERRORS
 
 import train_gpt2
 from extras import hardware
-from extras.agree import name_this_start
+from extras.agree import blame, name_this_start
 
 
 def names_of(store, world_size: int, delays: list[float]) -> list[str]:
@@ -79,13 +79,26 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, fa
     told = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: told.append("left"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with contextlib.suppress(ZeroDivisionError), train_gpt2.joined_ranks("cpu") as ranks:
+    config = train_gpt2.resolve(train_gpt2.Config(device="cpu"))
+    with contextlib.suppress(ZeroDivisionError), train_gpt2.joined_ranks(config) as ranks:
         assert ranks.world_size == 1 and not told
         if fails:
             1 / 0  # noqa: B018
     assert told == ["left"] * leaves
+
+
+def test_ranks_that_did_not_meet_are_one_line(monkeypatch, tmp_path):
+    """A run of one process has nobody to wait for: its errors stay what they are."""
+    for error in (dist.DistStoreError("wait timeout\nand a stack"), TimeoutError("wait timeout")):
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        assert blame(error, str(tmp_path)) is None
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(USER_ERRORS, match=r"^not all 2 ranks came in time \(wait timeout\); see what"):
+            blame(error, str(tmp_path))
+    assert blame(RuntimeError("another"), str(tmp_path)) is None and not list(tmp_path.iterdir())
 
 
 class Launcher:

@@ -231,6 +231,18 @@ def test_a_log_without_a_checkpoint_is_resumed_only_if_there_was_none_to_lose(tm
         resume(tmp_path, save_every=10, resume=False)
 
 
+def test_a_checkpoint_that_does_not_know_its_data_is_resumed(tmp_path):
+    """The trainer without extras/ takes no fingerprint of its data."""
+    config = tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=2, val_every=0)
+    main(config)
+    path = checkpoint_path(tmp_path / "log", 2)
+    alone = torch.load(path, weights_only=True)
+    alone["loader"]["data"] = None
+    write(path, alone)
+    main(replace(config, max_steps=4, resume=True))
+    assert read_checkpoint(checkpoint_path(tmp_path / "log", 4))["loader"]["data"]
+
+
 def test_evaluations_of_a_resumed_run_are_those_of_its_own_history(tmp_path, capsys):
     """What a later checkpoint saw is no part of a run that goes on from an earlier one: neither done, nor the best."""
     config = tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=6, val_every=2, save_every=2)
@@ -428,8 +440,8 @@ def test_two_runs_do_not_share_a_directory(tmp_path, log):
     log.flush()
     with pytest.raises(USER_ERRORS, match=r"is being written by process 7 on here; wait for it, or end it"):
         Log(tmp_path, writes=True)
-    log.close()
-    Log(tmp_path, writes=True).close()
+    log.file.close()
+    Log(tmp_path, writes=True).file.close()
 
 
 def test_a_directory_without_room_for_a_file_is_known_before(tmp_path, log, monkeypatch):
