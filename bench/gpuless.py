@@ -338,7 +338,7 @@ def tokens(directory: Path) -> str:
     import numpy as np
 
     for name in ("train_000001", "val_000000"):
-        np.save(directory / f"edufineweb_{name}.npy", np.zeros(2**18, dtype=np.uint16))
+        np.save(directory / f"edufineweb_{name}.npy", (np.arange(2**18) % 50257).astype(np.uint16))
     return str(directory)
 
 
