@@ -416,6 +416,7 @@ class SampleStream:
         counts = [max((len(s.tokens) - spare) // seq_len, (len(s.tokens) - 1) // seq_len > 0) for s in shards]
         self.counts = np.array(counts, dtype=np.int64)  # sequences in each shard
         optional("extras.checks.check_length")(self)
+        assert len(self), "no shard has seq_len + 1 tokens"
         self.has_masks = any(shard.mask is not None for shard in shards)
         self.shard_order = lru_cache(maxsize=2)(self._shard_order)
         self.starts = lru_cache(maxsize=4)(self._starts)
@@ -526,9 +527,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     ours = optimizer.state_dict()["param_groups"]
     advice = "give the --recipe it was made with"
     with user_error("the checkpoint has another optimizer, AdamW or Muon", Exception, advice=advice):
-        pairs = zip(saved["param_groups"], ours, strict=True)
-        groups = [{**theirs, **group, "params": theirs["params"]} for theirs, group in pairs]
-        optimizer.load_state_dict(saved | {"param_groups": groups})
+        theirs = saved["param_groups"]
+        groups = [{**group, **mine, "params": group["params"]} for group, mine in zip(theirs, ours)]
+        optimizer.load_state_dict(saved | {"param_groups": groups + theirs[len(ours) :]})
         optional("extras.checks.check_moments")(optimizer)
 
 
@@ -1141,7 +1142,11 @@ def main(config: Config) -> dict[str, float]:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
     with joined_ranks(config) as ranks, StopSignal(ranks) as stop:
-        return train(Run(config, ranks), stop)
+        try:
+            return train(Run(config, ranks), stop)
+        except RuntimeError as error:  # here, while torchrun's SIGTERM does not end this rank before it has spoken
+            optional("extras.agree.blame")(error, config.log_dir)
+            raise
 
 
 def run_command_line(argv: list[str] | None = None) -> None:

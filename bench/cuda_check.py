@@ -116,7 +116,7 @@ def train_on_two_ranks(config: Config, log_dir: str, **settings) -> list[float]:
 
 def use_nccl(_: int, port: int) -> None:
     """What the trainer asks of NCCL, with one rank; whatever NCCL refuses raises."""
-    prepare_process()
+    prepare_process({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
     device = torch.device("cuda", 0)
     dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     train_gpt2.set_timeout(30)

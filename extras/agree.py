@@ -151,7 +151,8 @@ def blame(error: Exception, directory: str) -> None:
     W, why = os.environ.get("WORLD_SIZE", "1"), str(error).split("\n")[0]
     if W != "1" and not dist.is_initialized() and isinstance(error, (dist.DistError, TimeoutError)):
         raise LocalError(f"not all {W} ranks came in time ({why}); see what the others say, or use torchrun") from error
-    if not (dist.is_initialized() and re.search("[Tt]imed out|[Tt]imeout|closed by peer|reset by peer", str(error))):
+    silent = re.search("[Tt]imed out|[Tt]imeout|closed by peer|reset by peer", str(error))
+    if not (dist.is_initialized() and isinstance(error, RuntimeError) and silent):  # not that of a file system
         return
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, f"stack_rank{dist.get_rank()}.txt"), "w") as file:

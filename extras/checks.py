@@ -132,7 +132,7 @@ def check_header(path: Path, dtype: str) -> None:
     if path.suffix == ".bin":
         header, tokens = np.fromfile(path, "<i4", 256), (path.stat().st_size - 1024) / 2
         if header[:3].tolist() != [20240520, 1, tokens]:
-            raise ValueError(f"header {header[:3]}, not [20240520 1 {tokens:g}]")
+            raise ValueError(f"header {header[:3]}, not [20240520 1 {tokens:.12g}]")
         return
     with open(path, "rb") as file:
         major, _ = np.lib.format.read_magic(file)

@@ -29,7 +29,7 @@ def user_error(message: str, *kinds: type[Exception], advice: str = "") -> Itera
     try:
         yield
     except kinds as error:
-        if re.search(NO_MEMORY, str(error)):
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
             raise
         why = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{message}: {why}" + (f"; {advice}" if advice else "")) from error

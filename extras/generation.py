@@ -20,9 +20,12 @@ from extras.cli import UserError
 from extras.tokenizer import encode_prompt, tokenizer_for
 
 
-def continue_texts(model, prompts: list[str], max_new_tokens: int, **options) -> list[str]:
-    """Each prompt and its continuation up to end-of-text; the options are those of `stream`."""
-    tokenizer = tokenizer_for(model.config.n_tokens)
+def continue_texts(model, prompts: list[str], max_new_tokens: int, tokenizer=None, **options) -> list[str]:
+    """Each prompt and its continuation up to end-of-text; the options are those of `stream`.
+
+    tokenizer: by default the one that has as many ids as the model.
+    """
+    tokenizer = tokenizer or tokenizer_for(model.config.n_tokens)
     encoded, texts = zip(*(encode_prompt(tokenizer, prompt) for prompt in prompts))
     idx, padding = pad_left(encoded, model.lm_head.weight.device)
     drawn = torch.cat([*stream(model, idx, max_new_tokens, padding=padding, stop=tokenizer.eot, **options)], dim=1)
@@ -163,8 +166,9 @@ def draw_samples(run, n: int = 4, length: int = 24) -> dict[str, list[str]]:
     generator, prompts = torch.Generator(run.device).manual_seed(run.config.seed), [run.config.sample_prompt] * n
     try:
         with run.autocast():
-            return {"samples": continue_texts(run.raw_model, prompts, length, top_k=50, generator=generator)}
+            texts = continue_texts(run.raw_model, prompts, length, run.tokenizer, top_k=50, generator=generator)
     except RuntimeError as error:
         if "nan" not in str(error):
             raise
-        return {"samples": ["no samples: the probabilities are not numbers"]}
+        texts = ["no samples: the probabilities are not numbers"]
+    return {"samples": texts}

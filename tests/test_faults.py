@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,6 +296,19 @@ def test_torchrun_restarts_after_a_rank_was_killed(data, tmp_path):
     logs = [read_log(tmp_path / name)["train"] for name in ("straight", "log")]
     assert list(logs[0].values()) == pytest.approx([logs[1][step] for step in logs[0]], abs=1e-5)
     assert "# restart" in (tmp_path / "log" / "log.txt").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's environment")
+def test_under_torchrun_too_a_rank_that_was_killed_is_named(data, tmp_path):
+    """torchrun sends SIGTERM to those that are left while they find out who is silent."""
+    settings = {"max_steps": 100_000, "save_every": 0, "val_every": 0, "log_every": 1, "micro_batch": 4}
+    line = command(tiny_config(data, tmp_path / "log", **settings), 2)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert wait_for(process, "step     3 |")
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    killed = [pid for pid in children if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(killed[0]), signal.SIGKILL)
+    assert "the ranks wait for one that does not answer: rank 1" in process.communicate(timeout=60)[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")

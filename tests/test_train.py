@@ -373,3 +373,10 @@ def test_a_sample_of_numbers_that_are_none_is_a_line(tmp_path, capsys, monkeypat
     monkeypatch.setattr(train_gpt2.GPT, "features", lambda *args, **more: features(*args, **more) * math.nan)
     main(tiny_config(token_set(tmp_path / "data"), tmp_path / "log", max_steps=1, val_every=0, sample_every=1))
     assert "no samples: the probabilities are not numbers" in capsys.readouterr().out
+
+
+def test_samples_are_of_the_tokenizer_that_the_manifest_names(tmp_path, capsys):
+    """And not of one with as many ids: here none has 300."""
+    data = token_set(tmp_path / "data", vocab_size=300)
+    main(tiny_config(data, tmp_path / "log", max_steps=1, val_every=0, sample_every=1))
+    assert "EVAL     1 | samples" in capsys.readouterr().out
