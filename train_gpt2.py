@@ -13,9 +13,8 @@ Shapes:   B batch, T time, C channels, nh heads, hs head size, V vocabulary (pad
 
 This file runs alone, with torch, numpy and tyro. Importing it does nothing. HellaSwag, samples, --init_from,
 --recipe fast and --track need hellaswag.py and extras/ beside it. `optional` is for what only checks, shows or saves
-more: without extras/ files are trusted and errors of the system are tracebacks, two runs may write into one directory,
-a GPU's micro-batch is a guess, the loss makes all logits where nothing is compiled, and ranks don't agree before they
-wait.
+more: without extras/ files are trusted, errors of the system are tracebacks, two runs may write into one directory,
+a GPU's micro-batch is a guess, the loss takes more memory, and ranks don't agree before they wait.
 """
 
 import contextlib
@@ -64,7 +63,6 @@ RECIPES = {  # a recipe is a set of defaults and nothing else; bench/recipe/ mea
     # small to matter, and at 0 the last steps average the noise out.
     "fast": {"max_lr": 1.8e-3, "min_lr": 0.0, "warmup_steps": 250, "schedule": "linear", "muon_lr": 3.6e-3},
 }
-MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 VERSIONS = {"torch": str(torch.__version__), "numpy": np.__version__, "python": sys.version.split()[0]}
 
 
@@ -135,21 +133,27 @@ def missing(*arguments, **options) -> None:
     """Stands in for a function of a file that is not there."""
 
 
+def nothing_around(*arguments, **options) -> contextlib.AbstractContextManager:
+    """Stands in for one that is used in `with`."""
+    return contextlib.nullcontext()
+
+
 @lru_cache
-def optional(name: str) -> Callable:
-    """A function of extras/, or of hellaswag.py, that checks or shows more; `missing` where this file runs alone."""
+def optional(name: str, otherwise: Callable = missing) -> Callable:
+    """A function of extras/, or of hellaswag.py, that checks or shows more; `otherwise` where this file runs alone."""
     module, _, function = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
         if error.name not in ("extras", "hellaswag"):
             raise  # extras/ is there, but not all of it, or a package is missing
-        return missing
+        return otherwise
 
 
-def user_error(message: str, *kinds: type[Exception], advice: str = "") -> contextlib.AbstractContextManager:
-    """What the block raises of these kinds becomes a UserError: message, why, advice. Without extras/, a traceback."""
-    return optional("extras.cli.user_error")(message, *kinds, advice=advice) or contextlib.nullcontext()
+# with user_error(message, *kinds, advice=...): what the block raises of these kinds becomes a UserError
+user_error = optional("extras.cli.user_error", nothing_around)
+# with all_or_none(): what one rank may fail at alone; then all fail at once, and none waits for it until a timeout
+all_or_none = optional("extras.agree.all_or_none", nothing_around)
 
 
 def resolve(config: Config) -> Config:
@@ -294,8 +298,7 @@ class GPT(nn.Module):
     @classmethod
     def of(cls, shape: dict, state: dict) -> "GPT":
         """A model that takes these tensors over as its weights: none are drawn, none are copied."""
-        others = "these weights are not those of the model in this file"
-        with user_error(others, RuntimeError, TypeError, AttributeError):
+        with user_error("these weights are not of the model in this file", RuntimeError, TypeError, AttributeError):
             optional("extras.checks.check_weights")(shape, state)
             with torch.device("meta"):
                 model = cls(GPTConfig(**shape))
@@ -314,40 +317,12 @@ def casts_to_bfloat16(device: torch.device) -> bool:
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
-def head_loss(x, weight, targets, n_tokens: int):
+def plain_loss(x, weight, targets, n_tokens: int):
     """Summed cross-entropy of the tied head. x (N, C), weight (V, C), targets (N,) with -100 for none -> scalar."""
-    if torch.compiler.is_compiling():
-        padding = torch.where(torch.arange(len(weight), device=x.device) < n_tokens, 0.0, -math.inf)  # by the matmul
-        parts = 1 + len(x) * len(weight) // 2**31  # more logits at a time would need 64-bit indices, which are slower
-        chunks = zip(x.chunk(parts), targets.chunk(parts))
-        return sum(CrossEntropy.apply(F.linear(rows, weight, padding), wanted) for rows, wanted in chunks)
-    if (eager := optional("extras.loss.head_loss")) is not missing:  # the same in less memory
-        return eager(x, weight, targets, n_tokens)
     return F.cross_entropy(F.linear(x, weight)[:, :n_tokens].float(), targets, reduction="sum")
 
 
-class CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of logits (N, V), written for torch.compile: it makes one kernel of each pass.
-
-    It keeps the logits and writes their gradient over them: 2 V bytes a token less than F.cross_entropy, and 2% faster
-    on an H200 (bench/RESULTS.md). keepdim is what lets Inductor find the largest and the sum in one read.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        values = logits.float()
-        top = values.amax(dim=1, keepdim=True)
-        log_z = top + (values - top).exp().sum(dim=1, keepdim=True).log()
-        ctx.save_for_backward(logits, log_z, targets)
-        picked = logits.gather(1, targets.clamp(min=0)[:, None]).float()
-        return ((log_z - picked) * (targets >= 0)[:, None]).sum()
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        logits, log_z, targets = ctx.saved_tensors
-        one_hot = (torch.arange(logits.shape[1], device=logits.device) == targets[:, None]).float()
-        grad = ((logits.float() - log_z).exp() - one_hot) * ((targets >= 0)[:, None] * grad_loss)
-        return grad.to(logits.dtype), None
+head_loss = optional("extras.loss.head_loss", plain_loss)  # the same, faster and in less memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -682,11 +657,6 @@ def joined_ranks(config: Config) -> Iterator[Ranks]:
             time.sleep(0.5)
 
 
-def all_or_none(*store_rank_size) -> contextlib.AbstractContextManager:
-    """Around what one rank may fail at alone: then all fail, at once. Without extras/ the others wait for a timeout."""
-    return optional("extras.agree.all_or_none")(*store_rank_size) or contextlib.nullcontext()
-
-
 def set_timeout(minutes: float) -> None:
     """From now on a rank that hangs ends the run after `minutes`."""
     if dist.is_initialized():
@@ -721,10 +691,8 @@ def wants_compile(asked: bool | None, ranks: Ranks) -> bool:
     """What --compile asked for; else whether this is CUDA with a Triton that works, which takes a C compiler."""
     if asked is False or ranks.device.type != "cuda":
         return bool(asked)
-    if (can_compile := optional("extras.hardware.can_compile")) is not missing:
-        return can_compile(asked, ranks, any_rank)
     from torch.utils._triton import has_triton
-    return asked or has_triton()
+    return optional("extras.hardware.can_compile", lambda *_: asked or has_triton())(asked, ranks, any_rank)
 
 
 def pick_micro_batch(config: Config, shape: GPTConfig, ranks: Ranks, compiled: bool, dtype: torch.dtype) -> int:
@@ -799,9 +767,8 @@ def checkpoint_to_resume(config: Config, loader: dict, print0: Callable) -> dict
     if not config.resume and (steps or os.path.exists(f"{log_dir}/log.txt")):
         raise UserError(f"{log_dir} already holds a run: --resume goes on with it, another --log_dir starts anew")
     paths = [Path(config.resume_from)] if config.resume_from else [checkpoint_path(log_dir, step) for step in steps]
-    if (choose := optional("extras.checks.choose_checkpoint")) is not missing:
-        return choose(paths, read_checkpoint, steps, config, loader, print0)
-    return read_checkpoint(paths[0]) if paths else None
+    choose = optional("extras.checks.choose_checkpoint", lambda *_: read_checkpoint(paths[0]) if paths else None)
+    return choose(paths, read_checkpoint, steps, config, loader, print0)
 
 
 class Log:
@@ -1043,7 +1010,9 @@ class Meter:
             self.seconds, self.steps = self.seconds + elapsed, self.steps + len(steps)
         for step, lr, loss, norm in zip(steps, lrs, losses, values[len(steps) :].tolist()):
             self.log.write(step, train=loss, lr=lr, norm=norm, ms=ms)
-            self.count_bad(step, loss, norm)
+            self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1  # in a row; every rank sees the same
+            if self.bad_steps:
+                optional("extras.checks.bad_step")(self, step, loss, norm)
         self.log.flush()
         self.run.ranks.print0(
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | "
@@ -1053,16 +1022,6 @@ class Meter:
         self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.clock = time.perf_counter()
         return stopping > 0
-
-    def count_bad(self, step: int, loss: float, norm: float) -> None:
-        """Warn of a skipped update. UserError after MAX_BAD_STEPS in a row; every rank sees the same numbers."""
-        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
-        if self.bad_steps:
-            self.run.ranks.print0(f"WARNING: step {step}: loss {loss}, gradient norm {norm}; the update is skipped")
-            self.log.write(step, skipped=1)
-        if self.bad_steps >= MAX_BAD_STEPS:
-            better = "--resume, or --resume PATH of an older checkpoint, with a lower --max_lr or --dtype float32"
-            raise UserError(f"{self.bad_steps} steps in a row without a finite gradient, up to {step}; {better}")
 
     def evaluate(self, step: int, name: str) -> bool:
         """Log and show an evaluation, in eval mode and off the training clock. False if it broke off."""
@@ -1092,7 +1051,7 @@ class Meter:
 
 def train(run: Run, stop: StopSignal) -> dict[str, float]:
     """The loop: evaluate if it is time, save if it is time, update. Returns the last value of each stream."""
-    config, step, stopping, rank0, track = run.config, run.start, False, run.ranks.rank == 0, None
+    config, step, stopping, rank0 = run.config, run.start, False, run.ranks.rank == 0
     with all_or_none():
         if config.track != "none":
             from extras.track import open_tracker  # if it isn't here, that is said before anything is written
@@ -1100,8 +1059,8 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
             os.makedirs(config.log_dir, exist_ok=True)
         if rank0:
             optional("extras.checks.require_room")(config, run.raw_model)
-        if rank0 and config.track != "none":
-            track = open_tracker(config.track, config.log_dir, asdict(config), step)
+        tracked = rank0 and config.track != "none"
+        track = open_tracker(config.track, config.log_dir, asdict(config), step) if tracked else None
         log = Log(config.log_dir, rank0, step, track)
         saver = Saver(config.log_dir, config.keep_checkpoints, log, run.evaluated)
     meter = Meter(run, log, stop)
@@ -1142,11 +1101,7 @@ def main(config: Config) -> dict[str, float]:
         here = config.log_dir if config.log_dir != Config.log_dir else os.path.dirname(config.resume_from) or "."
         config = replace(config, resume=True, log_dir=here)
     with joined_ranks(config) as ranks, StopSignal(ranks) as stop:
-        try:
-            return train(Run(config, ranks), stop)
-        except RuntimeError as error:  # here, while torchrun's SIGTERM does not end this rank before it has spoken
-            optional("extras.agree.blame")(error, config.log_dir)
-            raise
+        return train(Run(config, ranks), stop)
 
 
 def run_command_line(argv: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ The training step beside other trainers', and each of our levers alone: one run,
         build-nanogpt,compile nanoGPT,compile transformers,compile
 
 A variant is a name and settings behind commas. `ours` takes the trainer's own knobs (`ours,recompute`,
-`ours,sdpa=cudnn`, `ours,micro_batch=32`) and levers taken out of it, one at a time (`ours,no_chunks`; LEVERS lists
+`ours,sdpa=cudnn`, `ours,micro_batch=32`) and levers taken out of it, one at a time (`ours,plain_loss`; LEVERS lists
 them). A peer has the name of its directory: the model and the optimizer come out of its file, whose training does not
 run, and the step is the one its loop makes, in bfloat16. `transformers` is its GPT-2 with fused AdamW. `compile` says
 torch.compile to any of them, and `ours,ranks=2` runs two processes in DDP, with as many micro-batches each. There
@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import train_gpt2
-from extras import hardware, loss
+from extras import hardware
 from extras.cli import UserError, run
 from extras.hardware import flops_per_token, peak_flops
 from train_gpt2 import GPT, SIZES, GPTConfig
@@ -131,7 +131,6 @@ def sigmoid_gelu(self, x):
 
 LEVERS = {  # what takes one out, or turns it around: what stands in its place
     "no_kept_memory": lambda: setattr(hardware, "keep_freed_memory", lambda: None),
-    "no_chunks": lambda: setattr(loss, "head_loss", plain_loss),
     "no_fusion": lambda: setattr(train_gpt2, "make_optimizer", without_fusion(train_gpt2.make_optimizer)),
     "no_padding": lambda: setattr(train_gpt2, "make_model", without_padding(train_gpt2.make_model)),
     "no_bf16_residual": lambda: setattr(train_gpt2, "casts_to_bfloat16", lambda device: False),

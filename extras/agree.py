@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -154,6 +155,8 @@ def blame(error: Exception, directory: str) -> None:
     silent = re.search("[Tt]imed out|[Tt]imeout|closed by peer|reset by peer", str(error))
     if not (dist.is_initialized() and isinstance(error, RuntimeError) and silent):  # not that of a file system
         return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which has seen the dead rank: speak first
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, f"stack_rank{dist.get_rank()}.txt"), "w") as file:
         faulthandler.dump_traceback(file)
@@ -170,7 +173,7 @@ def silent_ranks() -> list[str]:
     """The ranks that don't say within 3 seconds that they, too, wait in vain, and what each was last heard of."""
     store, mine, found = dist.distributed_c10d._get_default_store(), dist.get_rank(), []
     store.set(f"waits{mine}", "")
-    time.sleep(3 + (mine == 0))  # rank 0 may be where the store is
+    time.sleep(3 + 3 * (mine == 0))  # the store may be in rank 0, and end with it, while others still ask
     for rank in range(dist.get_world_size()):
         if not store.check([f"waits{rank}"]):
             ago = "which never began"

@@ -25,6 +25,7 @@ from extras.track import require_tracker
 
 SHAPE = ("model", "n_layer", "n_head", "n_embd")  # of the weights: what not even --force can change
 FIXED = ("seq_len", "total_batch_size", "order", "seed", "tokenizer", "data")  # what only --force can change
+MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which the run ends
 POSITIVE = ("total_batch_size", "seq_len", "max_steps", "max_lr", "log_every", "timeout_minutes")
 
 
@@ -300,6 +301,15 @@ def compare_settings(saved: dict, steps: list[int], config, loader: dict, print0
         print0(f"resuming with other settings: {told}")
     if config.init_from:
         print0(f"--init_from {config.init_from} is not used: the run goes on from its own checkpoint")
+
+
+def bad_step(meter, step: int, loss: float, norm: float) -> None:
+    """Warn of a skipped update, the last of meter.bad_steps in a row. UserError after MAX_BAD_STEPS."""
+    meter.run.ranks.print0(f"WARNING: step {step}: loss {loss}, gradient norm {norm}; the update is skipped")
+    meter.log.write(step, skipped=1)
+    if meter.bad_steps >= MAX_BAD_STEPS:
+        better = "--resume, or --resume PATH of an older checkpoint, with a lower --max_lr or --dtype float32"
+        raise UserError(f"{meter.bad_steps} steps in a row without a finite gradient, up to {step}; {better}")
 
 
 def require_room(config, model) -> None:

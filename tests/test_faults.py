@@ -272,7 +272,7 @@ def test_bad_gradients_in_a_row_end_the_run(data, tmp_path, monkeypatch):
         return x, y, [float("inf")] * len(weights) if first // count >= 6 else weights
 
     monkeypatch.setattr(train_gpt2, "batch_of_step", poisoned)
-    monkeypatch.setattr(train_gpt2, "MAX_BAD_STEPS", 3)
+    monkeypatch.setattr("extras.checks.MAX_BAD_STEPS", 3)
     with pytest.raises(USER_ERRORS, match="3 steps in a row without a finite gradient, up to 8"):
         main(tiny_config(data, tmp_path / "log", max_steps=50, log_every=1))
     assert train_gpt2.saved_steps(tmp_path / "log") == [5]
