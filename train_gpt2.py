@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -133,11 +133,6 @@ def missing(*arguments, **options) -> None:
     """Stands in for a function of a file that is not there."""
 
 
-def nothing_around(*arguments, **options) -> contextlib.AbstractContextManager:
-    """Stands in for one that is used in `with`."""
-    return contextlib.nullcontext()
-
-
 @lru_cache
 def optional(name: str, otherwise: Callable = missing) -> Callable:
     """A function of extras/, or of hellaswag.py, that checks or shows more; `otherwise` where this file runs alone."""
@@ -151,9 +146,9 @@ def optional(name: str, otherwise: Callable = missing) -> Callable:
 
 
 # with user_error(message, *kinds, advice=...): what the block raises of these kinds becomes a UserError
-user_error = optional("extras.cli.user_error", nothing_around)
+user_error = optional("extras.cli.user_error", lambda *_, **options: contextlib.nullcontext())
 # with all_or_none(): what one rank may fail at alone; then all fail at once, and none waits for it until a timeout
-all_or_none = optional("extras.agree.all_or_none", nothing_around)
+all_or_none = optional("extras.agree.all_or_none", lambda *_: contextlib.nullcontext())
 
 
 def resolve(config: Config) -> Config:
@@ -177,12 +172,8 @@ class GPTConfig:
     n_tokens: int = 0  # 0: all of vocab_size are tokens; but 50304 is GPT-2's 50257, padded to a multiple of 128
 
     def __post_init__(self):
-        if not all(isinstance(size, int) and 0 <= size < 2**31 for size in vars(self).values()) or not self.n_head:
-            raise UserError(f"{self} is not a valid model shape")
-        if self.n_tokens == 0:
-            self.n_tokens = 50257 if self.vocab_size == 50304 else self.vocab_size
-        if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}; heads share it equally")
+        optional("extras.checks.check_sizes")(self)
+        self.n_tokens = self.n_tokens or (50257 if self.vocab_size == 50304 else self.vocab_size)
 
 
 class CausalSelfAttention(nn.Module):
@@ -328,8 +319,7 @@ head_loss = optional("extras.loss.head_loss", plain_loss)  # the same, faster an
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     path: str
     tokens: np.ndarray  # (n,) uint16, memory-mapped
     mask: np.ndarray | None  # (n,) uint8, 1 where the token is a training target; None: everywhere
@@ -391,7 +381,6 @@ class SampleStream:
         counts = [max((len(s.tokens) - spare) // seq_len, (len(s.tokens) - 1) // seq_len > 0) for s in shards]
         self.counts = np.array(counts, dtype=np.int64)  # sequences in each shard
         optional("extras.checks.check_length")(self)
-        assert len(self), "no shard has seq_len + 1 tokens"
         self.has_masks = any(shard.mask is not None for shard in shards)
         self.shard_order = lru_cache(maxsize=2)(self._shard_order)
         self.starts = lru_cache(maxsize=4)(self._starts)
@@ -556,11 +545,8 @@ def validate(run: "Run", stop: "StopSignal") -> dict[str, float] | None:
         if stop.agreed():
             return None
     nats, count = all_reduce(sums, run.ranks).tolist()
-    values = {"val": nats / max(1, count)}
-    listed = [shard for shard in run.manifest["shards"] if shard["split"] == "val"]
-    if text_bytes := 0 if run.val.has_masks else sum(shard.get("bytes", 0) for shard in listed):
-        values["bpb"] = values["val"] / math.log(2) * sum(shard["tokens"] for shard in listed) / text_bytes
-    return values
+    mean = nats / count if count else math.nan
+    return {"val": mean} | (optional("extras.screen.bits_per_byte")(run, mean) or {})
 
 
 EVALUATIONS = {  # name -> the setting that says how often, and the function; a new evaluation is a line here
@@ -586,8 +572,7 @@ def load_texts(config: Config, name: str, ranks: "Ranks") -> tuple:
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks and devices
 
-@dataclass(frozen=True)
-class Ranks:
+class Ranks(NamedTuple):
     """This process among all. Without torchrun: one, rank 0."""
 
     rank: int
@@ -595,12 +580,8 @@ class Ranks:
     device: torch.device
 
     def print0(self, text: str) -> None:
-        """Print on rank 0. That nobody reads it any more, `tee` after Ctrl-C for one, must not end the run."""
         if self.rank == 0:
-            try:
-                print(text, flush=True)
-            except OSError:  # BrokenPipeError; on Windows another
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            optional("extras.screen.show", partial(print, flush=True))(text)
 
 
 def claim_device(name: str, local_rank: int, W: int, local_W: int) -> torch.device:
@@ -967,18 +948,15 @@ class Meter:
 
     def end(self, step: int, finished: bool) -> dict[str, float]:
         """Show the last values as a block of `key: value`, made for grep, and return those of all streams."""
-        run, log = self.run, self.log
-        last = {name: max(of.items()) for name, of in run.evaluated.items()} | log.last
+        last = {name: max(of.items()) for name, of in self.run.evaluated.items()} | self.log.last
         facts = {"step": step} | {n: x for n, (at, x) in last.items() if at >= step - 1 and n not in ("lr", "ms")}
-        facts |= optional("extras.screen.end")(run, self.seconds, self.steps, self.began) or {}
-        if not finished:
-            run.ranks.print0(f"stopped after {step} of {run.config.max_steps} steps; --resume goes on")
+        facts |= optional("extras.screen.end")(self, step, finished) or {}
         for name, value in facts.items():
-            run.ranks.print0(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
-        log.comment("done" if finished else "stopped", facts)
-        log.flush()
-        if log.track:
-            log.track.end(finished)
+            self.run.ranks.print0(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        self.log.comment("done" if finished else "stopped", facts)
+        self.log.flush()
+        if self.log.track:
+            self.log.track.end(finished)
         return {name: value for name, (_, value) in last.items()}
 
     def restart_clock(self) -> None:
@@ -1014,11 +992,10 @@ class Meter:
             if self.bad_steps:
                 optional("extras.checks.bad_step")(self, step, loss, norm)
         self.log.flush()
-        self.run.ranks.print0(
-            f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms | "
-            f"{config.total_batch_size / ms * 1000:,.0f} tok/s"
-            + (optional("extras.screen.progress")(self.run, step + 1, ms / 1000, self.eval_seconds) or "")
-        )
+        shown = f"step {step:5d} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | {ms:.0f} ms"
+        shown += f" | {config.total_batch_size / ms * 1000:,.0f} tok/s"
+        shown += optional("extras.screen.progress")(self.run, step + 1, ms / 1000, self.eval_seconds) or ""
+        self.run.ranks.print0(shown)
         self.every = max(1, min(config.log_every, int(2000 / ms)))  # a slow step is shown at once
         self.clock = time.perf_counter()
         return stopping > 0
@@ -1059,8 +1036,7 @@ def train(run: Run, stop: StopSignal) -> dict[str, float]:
             os.makedirs(config.log_dir, exist_ok=True)
         if rank0:
             optional("extras.checks.require_room")(config, run.raw_model)
-        tracked = rank0 and config.track != "none"
-        track = open_tracker(config.track, config.log_dir, asdict(config), step) if tracked else None
+        track = rank0 and config.track != "none" and open_tracker(config.track, config.log_dir, asdict(config), step)
         log = Log(config.log_dir, rank0, step, track)
         saver = Saver(config.log_dir, config.keep_checkpoints, log, run.evaluated)
     meter = Meter(run, log, stop)

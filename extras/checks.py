@@ -223,6 +223,14 @@ def check_checkpoint(state: dict) -> None:
         raise ValueError(f"{', '.join(wrong)} can't be what a checkpoint holds")
 
 
+def check_sizes(shape) -> None:
+    """UserError unless a train_gpt2.GPTConfig could be that of a model."""
+    if not all(isinstance(size, int) and 0 <= size < 2**31 for size in vars(shape).values()) or not shape.n_head:
+        raise UserError(f"{shape} is not a valid model shape")
+    if shape.n_embd % shape.n_head:
+        raise UserError(f"n_embd {shape.n_embd} is not a multiple of n_head {shape.n_head}; heads share it equally")
+
+
 def check_weights(shape: dict, state: dict) -> None:
     """TypeError or UserError unless these are dense tensors of one precision, at least one for each layer."""
     for name, t in state.items():

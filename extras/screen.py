@@ -4,6 +4,7 @@ What a run shows beside losses: what it is made of, how fast it should be, how l
 `run` is train_gpt2.Run. Without this file the trainer prints its steps and evaluations and no more.
 """
 
+import math
 import os
 import sys
 import time
@@ -15,6 +16,14 @@ import torch
 from extras.hardware import flops_per_token, peak_flops
 from extras.reference import remarks
 from extras.tokenizer import printable
+
+
+def show(text: str) -> None:
+    """Print. That nobody reads it any more, `tee` after Ctrl-C for one, must not end the run."""
+    try:
+        print(text, flush=True)
+    except OSError:  # BrokenPipeError; on Windows another
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def begin(run) -> str:
@@ -94,15 +103,24 @@ def compare(run, done: int, values: dict[str, float]) -> str:
     return "".join(f" | {remark}" for remark in found)
 
 
-def end(run, seconds: float, steps: int, began: float) -> dict[str, float]:
-    """Speed and memory, for the last block; `steps` took `seconds` of training, the run began at `began`."""
-    facts = {}
+def bits_per_byte(run, nats: float) -> dict[str, float]:
+    """A loss in nats a token in bits a byte of text, where the bytes of the val split are known and none is masked."""
+    listed = [shard for shard in run.manifest["shards"] if shard["split"] == "val"]
+    text_bytes = 0 if run.val.has_masks else sum(shard.get("bytes", 0) for shard in listed)
+    return {"bpb": nats / math.log(2) * sum(s["tokens"] for s in listed) / text_bytes} if text_bytes else {}
+
+
+def end(meter, step: int, finished: bool) -> dict[str, float]:
+    """Speed and memory, for the last block. meter: train_gpt2.Meter."""
+    run, seconds, steps, facts = meter.run, meter.seconds, meter.steps, {}
     if steps:
         facts["tokens_per_second"] = round(steps * run.config.total_batch_size / seconds)
         if percent := mfu(run, seconds / steps):
             facts["mfu_percent"] = round(percent, 1)
         facts["training_seconds"] = round(seconds, 1)
-    facts["total_seconds"] = round(time.perf_counter() - began, 1)
+    facts["total_seconds"] = round(time.perf_counter() - meter.began, 1)
     if memory := peak_memory(run.device):
         facts["peak_memory_gib"] = round(memory, 2)
+    if not finished:
+        run.ranks.print0(f"stopped after {step} of {run.config.max_steps} steps; --resume goes on")
     return facts
