@@ -129,12 +129,9 @@ def pretend(name: str) -> None:
 def run_what_is_traced() -> None:
     """torch.compile without a compiler: the graphs that it traces, forward and backward, run by their operators."""
     import torch
-    import torch.utils._triton
 
     compile_by = torch.compile
     torch.compile = lambda model=None, *, options=None, **settings: compile_by(model, backend="aot_eager", **settings)
-    # yes to the trainer; Dynamo would import it
-    torch.utils._triton.has_triton = lambda: sys._getframe(1).f_code.co_filename.endswith("train_gpt2.py")
     try:
         from extras import hardware
     except ImportError:
