@@ -1,7 +1,7 @@
 #!/bin/bash
 # Everything to be measured on one GPU, in an order that 30 minutes of a rented card can hold. Each part ends within nine minutes
-# (seconds on an H200, by the clock of one lease: levers 234, memory 170 beside check, evaluations 60, curves 515, sizes 277; peers
-# 160 with what it compiles in the cache) and writes its own file into $OUT (bench/out); one that fails does not stop the next.
+# (seconds on an H200, by the clock of one lease: levers 234, memory 170 beside check, curves 515, sizes 277; peers 162 with what it
+# compiles in the cache) and writes its own file into $OUT (bench/out); one that fails does not stop the next.
 #
 #   bench/gpu.sh check        1  attention's gradients; losses against the CPU's; resume; where the time of a step goes
 #   bench/gpu.sh peers        2  the 124M recipe's step beside build-nanogpt, nanoGPT (in peers/) and transformers

@@ -21,6 +21,7 @@ import torch
 import train_gpt2
 from bench.train_step import batches, room
 from extras.cli import run
+from extras.hardware import step_bytes
 from train_gpt2 import SIZES
 
 
@@ -39,7 +40,7 @@ class Config:
 
 
 def measure(pipe, config: Config, variant: str, B: int) -> None:
-    """Send peak bytes of two steps, allocated and reserved, and the number of parameters; or what went wrong."""
+    """Send peak bytes of two steps, allocated, reserved and expected, and how many parameters; or what went wrong."""
     settings = dict(item.split("=") if "=" in item else (item, True) for item in variant.split(",") if item != "eager")
     ours = train_gpt2.Config(**{
         "data_dir": config.data_dir, "log_dir": "bench/out/unused", "model": config.model, "n_layer": config.n_layer,
@@ -53,7 +54,9 @@ def measure(pipe, config: Config, variant: str, B: int) -> None:
             float(train_gpt2.train_step(trainer, trainer.batch(step), 1e-4)[0])
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         reserved = torch.cuda.max_memory_reserved() if on_gpu else 0
-        pipe.send((peak, reserved, sum(p.numel() for p in trainer.raw_model.parameters())))
+        shape, P = trainer.raw_model.config, sum(p.numel() for p in trainer.raw_model.parameters())
+        fixed, per_token = step_bytes(trainer.config, shape, trainer.ranks, trainer.compiled, trainer.dtype)
+        pipe.send((peak, reserved, 4 * P + fixed + B * config.seq_len * per_token, P))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -61,8 +64,8 @@ def measure(pipe, config: Config, variant: str, B: int) -> None:
 def main(config: Config) -> None:
     context = multiprocessing.get_context("spawn")
     rows = [(variant, B) for variant in config.variants for B in config.micro_batches]
-    print("| variant | B | peak GiB | reserved GiB | bytes a token beyond 16 P |")
-    print("|---|--:|--:|--:|--:|")
+    print("| variant | B | peak GiB | reserved GiB | expected GiB | bytes a token beyond 16 P |")
+    print("|---|--:|--:|--:|--:|--:|")
     for some in batches(rows, room(config.device)):  # side by side: each counts its own
         pipes = []
         for variant, B in some:
@@ -76,11 +79,12 @@ def main(config: Config) -> None:
             except EOFError:
                 answer = "its process died"
             if isinstance(answer, str):
-                print(f"| {variant} | {B} | {answer} | | |", flush=True)
+                print(f"| {variant} | {B} | {answer} | | | |", flush=True)
                 continue
-            peak, reserved, P = answer
-            per_token = (peak - 16 * P) / (B * config.seq_len)
-            print(f"| {variant} | {B} | {peak / 2**30:.2f} | {reserved / 2**30:.2f} | {per_token:,.0f} |", flush=True)
+            *memory, P = answer
+            per_token = (memory[0] - 16 * P) / (B * config.seq_len)
+            gib = " | ".join(f"{number / 2**30:.2f}" for number in memory)
+            print(f"| {variant} | {B} | {gib} | {per_token:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -74,17 +74,22 @@ def keep_freed_memory() -> None:
 
 
 def estimate_micro_batch(config, shape, ranks, compiled: bool, dtype: torch.dtype) -> int:
-    """Sequences per forward that should fit into what every rank's card has free, at most 64.
+    """Sequences per forward that should fit into what every rank's card has free, at most 64."""
+    fixed, per_token = step_bytes(config, shape, ranks, compiled, dtype)
+    free = 0.85 * torch.cuda.mem_get_info(ranks.device)[0]  # memory has gaps
+    return max(1, int(min(64, *exchange((free - fixed) // (config.seq_len * per_token)))))
 
-    In bytes, as bench/gpuless.py computes and an H200 measured them: for gradients, moments, bf16 weights and DDP's
-    buckets, then for each token. Eager keeps no logits, but every LayerNorm's input in float32.
+
+def step_bytes(config, shape, ranks, compiled: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """What a step takes beside the weights: gradients, moments, bf16 weights, DDP's buckets; and for each token.
+
+    As bench/gpuless.py computes and bench/memory.py measured it. Eager keeps no logits, but every LayerNorm's input in
+    float32.
     """
     L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
     fixed = (18 if ranks.world_size > 1 else 14) * (12 * L * C**2 + V * C) + (0 if compiled else 13 * HEAD_ROWS * V)
     blocks = 2 * L + 12 if config.recompute else (33 if compiled and dtype == torch.bfloat16 else 38) * L
-    per_token = (blocks * C + (2 * V if compiled else 0)) * (2 if dtype == torch.float32 else 1)
-    free = 0.85 * torch.cuda.mem_get_info(ranks.device)[0]  # memory has gaps
-    return max(1, int(min(64, *exchange((free - fixed) // (config.seq_len * per_token)))))
+    return fixed, (blocks * C + (2 * V if compiled else 0)) * (2 if dtype == torch.float32 else 1)
 
 
 def try_micro_batch(run, micro_batch: int) -> None:

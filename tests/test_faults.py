@@ -298,13 +298,19 @@ def test_torchrun_restarts_after_a_rank_was_killed(data, tmp_path):
     assert "# restart" in (tmp_path / "log" / "log.txt").read_text()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's environment")
-def test_under_torchrun_too_a_rank_that_was_killed_is_named(data, tmp_path):
-    """torchrun sends SIGTERM to those that are left while they find out who is silent."""
+def two_ranks_at_work(data, tmp_path) -> subprocess.Popen:
+    """torchrun, whose ranks have made some steps and would go on for hours."""
     settings = {"max_steps": 100_000, "save_every": 0, "val_every": 0, "log_every": 1, "micro_batch": 4}
     line = command(tiny_config(data, tmp_path / "log", **settings), 2)
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert wait_for(process, "step     3 |")
+    return process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's environment")
+def test_under_torchrun_too_a_rank_that_was_killed_is_named(data, tmp_path):
+    """torchrun sends SIGTERM to those that are left while they find out who is silent."""
+    process = two_ranks_at_work(data, tmp_path)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     killed = [pid for pid in children if b"\0LOCAL_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(int(killed[0]), signal.SIGKILL)
@@ -314,10 +320,7 @@ def test_under_torchrun_too_a_rank_that_was_killed_is_named(data, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_ranks_end_with_torchrun(data, tmp_path):
     """Or they would write into the directory of the run that is started next."""
-    settings = {"max_steps": 100_000, "save_every": 0, "val_every": 0, "log_every": 1, "micro_batch": 4}
-    line = command(tiny_config(data, tmp_path / "log", **settings), 2)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert wait_for(process, "step     3 |")
+    process = two_ranks_at_work(data, tmp_path)
     process.kill()
     process.communicate(timeout=30)  # the output ends when the last that could write to it has
 
